@@ -1,0 +1,182 @@
+"""What a user may write in a run file. Unknown keys are refused; every bound is checked here.
+
+Which methods and families exist is not known here: `method` keeps its keys until `ftk.methods.base` validates them with
+the method's own model, and `model.family` is looked up by `ftk.models.base`.
+"""
+
+from pathlib import PurePath
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from ftk.contracts import Role
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+class Section(BaseModel):
+    """A part of the run file: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """The base model: a local folder in the Diffusers layout, or a Hub id with a revision."""
+
+    family: str
+    path: str = Field(min_length=1)
+    revision: str | None = None
+
+
+class SourceConfig(Section):
+    """A folder of images, searched recursively, with a `.txt` caption beside each image."""
+
+    path: str = Field(min_length=1)
+    name: str | None = Field(default=None, description="part of each sample's key; the folder's name by default")
+    repeats: int = Field(default=1, ge=1, description="times an epoch that each image is seen")
+    trigger: str | None = Field(default=None, description="put before each caption that does not contain it")
+    caption: str | None = Field(default=None, description="used for images that have no .txt file")
+    role: Role = "instance"
+
+    @property
+    def source_name(self) -> str:
+        """The name under which this source's samples and rejects are listed."""
+        return self.name or PurePath(self.path).name or "images"
+
+
+class DataConfig(Section):
+    """How images become samples."""
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    resolutions: tuple[int, ...] = Field(default=(1024,), min_length=1, description="square edge (px) whose area a bucket keeps")
+    max_aspect: float = Field(default=2.0, ge=1.0, le=16.0, description="longest side over shortest of the widest bucket")
+    bucket_step: int | None = Field(default=None, ge=8, description="bucket sides are multiples of this; the family's pixel multiple by default")
+    image_format: Literal["png", "jpeg", "webp"] = Field(default="png", description="png is lossless; jpeg is quality 95, 4:4:4; webp is lossless")
+    background: tuple[int, int, int] = Field(default=(255, 255, 255), description="RGB under transparent pixels")
+    max_pixels: int = Field(default=200_000_000, ge=1, description="larger images are rejected on their header")
+    max_input_aspect: float = Field(default=8.0, ge=1.0, description="longer images are rejected rather than cropped to a sliver")
+    max_reject_fraction: float = Field(default=0.1, ge=0.0, le=1.0, description="above this share of rejects `prepare` exits with code 3")
+    shard_samples: int = Field(default=256, ge=1, description="images a tar shard")
+    workers: int = Field(default=0, ge=0, le=512, description="processes; 0 means one a core")
+
+    @model_validator(mode="after")
+    def _source_names_are_unique(self) -> Self:
+        names = [source.source_name for source in self.sources]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ValueError(f"two sources are called {', '.join(doubled)}: give each a `name:` of its own")
+        if len(set(self.resolutions)) != len(self.resolutions):
+            raise ValueError("`resolutions` names the same edge twice")
+        return self
+
+
+class CacheConfig(Section):
+    """How images and captions are encoded."""
+
+    device: Device = "auto"
+    vae_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="precision the VAE computes in")
+    text_dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="precision the text encoder computes and is stored in")
+    latents_dtype: Literal["float16", "bfloat16", "float32"] = Field(default="float16", description="stored precision of normalised latents")
+    image_batch: int = Field(default=1, ge=1, description="images a VAE call")
+    text_batch: int = Field(default=16, ge=1, description="captions a text encoder call")
+    shard_bytes: int = Field(default=256 << 20, ge=1 << 10, description="bytes a cache shard")
+
+
+class MethodConfig(BaseModel):
+    """The way of training: its name, and settings that the method itself validates."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything but the name."""
+        return dict(self.model_extra or {})
+
+
+class SigmaConfig(Section):
+    """How noise levels are drawn; 1 is pure noise."""
+
+    sampling: Literal["uniform", "logit_normal", "mode"] = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = Field(default=1.0, gt=0)
+    mode_scale: float = 1.29
+    shift: float | None = Field(default=None, gt=0, description="static shift on top of the family's table; none by default")
+    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    name: Literal["adamw"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.01, ge=0)
+    epsilon: float = Field(default=1e-8, gt=0)
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("each beta lies in [0, 1)")
+        return value
+
+
+class TrainConfig(Section):
+    """The training loop."""
+
+    steps: int = Field(default=1000, ge=1)
+    global_batch_size: int = Field(default=1, ge=1, description="samples an optimizer step")
+    micro_batch_size: int = Field(default=1, ge=1, description="samples a forward pass; they share one bucket")
+    remainder: Literal["smaller", "drop", "fill"] = Field(default="smaller", description="what becomes of a bucket's incomplete micro-batch")
+    learning_rate: float = Field(default=1e-4, gt=0)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    sigma: SigmaConfig = SigmaConfig()
+    posterior: Literal["sample", "mean"] = Field(default="sample", description="draw latents afresh each epoch, or use the mean")
+    caption_dropout: float = Field(default=0.0, ge=0, le=1, description="share of samples that train on the empty caption")
+    precision: Literal["bf16", "fp32"] = "bf16"
+    gradient_checkpointing: bool = True
+    device: Device = "auto"
+    seed: int = Field(default=0, ge=0)
+    checkpoint_every: int = Field(default=250, ge=1)
+    keep_last: int = Field(default=3, ge=1, description="checkpoints kept")
+    log_every: int = Field(default=10, ge=1, description="steps between log lines; the only times the device is waited for")
+    tensorboard: bool = True
+
+    @model_validator(mode="after")
+    def _batch_sizes_divide(self) -> Self:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+
+class SampleConfig(Section):
+    """Images drawn to look at."""
+
+    prompts: tuple[str, ...] = ()
+    negative_prompt: str = " "
+    every: int | None = Field(default=None, ge=1, description="steps between sample images while training; none by default")
+    num_inference_steps: int = Field(default=30, ge=1)
+    guidance_scale: float = Field(default=4.0, ge=0, description="true classifier-free guidance; 1 or less turns it off")
+    width: int | None = Field(default=None, ge=16, description="px; the first resolution by default")
+    height: int | None = Field(default=None, ge=16)
+    seed: int = Field(default=0, ge=0)
+    device: Device = "auto"
+
+
+class RunConfig(Section):
+    """One run file: it drives every stage."""
+
+    run: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="names the folder under runs/")
+    workspace: str = Field(default="work", min_length=1)
+    model: ModelConfig
+    data: DataConfig
+    cache: CacheConfig = CacheConfig()
+    method: MethodConfig = MethodConfig(name="lora")
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()

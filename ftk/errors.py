@@ -1,0 +1,97 @@
+"""The exceptions that ftk raises on purpose, and the exit code of each.
+
+    FtkError                    1   never raised itself
+     ├─ ConfigError             2   the YAML file, --set or an option is wrong
+     ├─ SourceError             2   the images or captions that were named cannot be used
+     │   └─ TooManyRejects      3   more inputs were rejected than the configuration allows
+     ├─ DatasetError            2   a prepared dataset is missing, damaged or of another version
+     ├─ CacheError              2   a cache is missing, damaged, or made with something else
+     ├─ ModelError              2   a model folder or Hub id is not what the family needs
+     ├─ CheckpointError         2   a checkpoint is damaged, or the run's settings no longer match it
+     ├─ TrainingError           2   the training itself went wrong (a loss that is not finite)
+     ├─ EnvironmentFault        4   disk, memory, lock or network
+     └─ Preempted              75   stopped by a signal after saving; the same command resumes
+
+A message says what is wrong, where, what was found, and what to do. The command line prints it without a traceback
+(`--log-level debug` shows one). A bad image raises nothing: it becomes a counted reject with a reason.
+"""
+
+__all__ = [
+    "CacheError",
+    "CheckpointError",
+    "ConfigError",
+    "DatasetError",
+    "EnvironmentFault",
+    "FtkError",
+    "ModelError",
+    "Preempted",
+    "SourceError",
+    "TooManyRejects",
+    "TrainingError",
+]
+
+
+class FtkError(Exception):
+    """Root of every error that ftk raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(FtkError):
+    """The configuration file, a `--set` or an option is wrong."""
+
+    exit_code = 2
+
+
+class SourceError(FtkError):
+    """The named images or captions cannot be used."""
+
+    exit_code = 2
+
+
+class TooManyRejects(SourceError):
+    """More inputs were rejected than `data.max_reject_fraction` allows; what was good is kept."""
+
+    exit_code = 3
+
+
+class DatasetError(FtkError):
+    """A prepared dataset is missing, damaged, or of another schema version."""
+
+    exit_code = 2
+
+
+class CacheError(FtkError):
+    """A cache is missing, damaged, or was made with something else than what is asked for."""
+
+    exit_code = 2
+
+
+class ModelError(FtkError):
+    """A model folder or Hub id is not what the family needs."""
+
+    exit_code = 2
+
+
+class CheckpointError(FtkError):
+    """A checkpoint is damaged, or the run's settings no longer match it."""
+
+    exit_code = 2
+
+
+class TrainingError(FtkError):
+    """The training itself went wrong."""
+
+    exit_code = 2
+
+
+class EnvironmentFault(FtkError):
+    """Disk, memory, lock or network: nothing that the configuration could mend."""
+
+    exit_code = 4
+
+
+class Preempted(FtkError):
+    """Stopped by a signal after a checkpoint; the same command resumes."""
+
+    exit_code = 75

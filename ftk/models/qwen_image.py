@@ -1,0 +1,347 @@
+"""Qwen-Image: a 60-layer, 20-billion-parameter MMDiT with a Qwen2.5-VL text encoder and a 16-channel causal VAE.
+
+Source: diffusers, `pipelines/qwenimage/pipeline_qwenimage.py` and `examples/dreambooth/train_dreambooth_lora_qwen_image.py`;
+Qwen-Image technical report (arXiv 2508.02324).
+
+Shape legend: B batch, C latent channels (16), H W latent cells, N = H W / 4 image tokens, L text tokens, D text width.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftk import storage
+from ftk.errors import ModelError
+from ftk.models.base import LatentGeometry, NoiseSchedule
+
+if TYPE_CHECKING:
+    import torch
+
+TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+PREFIX_TOKENS = 34
+"""Tokens of the template before the caption: the pipeline drops them from the embeddings."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextEncoder:
+    """What `encode_texts` needs in memory."""
+
+    tokenizer: Any
+    model: Any
+
+
+class QwenImage:
+    """The text-to-image model. Text item: `embeds` [L,D], the normed last hidden state after the template's prefix."""
+
+    name = "qwen-image"
+    geometry = LatentGeometry(channels=16, factor=8, patch=2)
+    encoder_version = 1
+    max_text_tokens = 1024
+    text_token_bytes = 7168
+    latent_components = ("vae",)
+    text_components = ("text_encoder", "tokenizer")
+    denoiser_components = ("transformer", "scheduler")
+    target_groups: Mapping[str, Sequence[str]] = {
+        "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+        "attention+text": (
+            *("to_q", "to_k", "to_v", "to_out.0"),
+            *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        ),
+        "attention+mlp": (
+            *("to_q", "to_k", "to_v", "to_out.0"),
+            *("img_mlp.net.0.proj", "img_mlp.net.2"),
+        ),
+        "text-kv": ("add_k_proj", "add_v_proj"),
+        "all-linear": (
+            *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+            *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2", "img_mod.1", "txt_mod.1"),
+            *("img_in", "txt_in", "linear_1", "linear_2", "norm_out.linear", "proj_out"),
+        ),
+    }
+    block_class = "QwenImageTransformerBlock"
+
+    def check(self, directory: Path) -> None:
+        """A Diffusers folder whose `model_index.json` names QwenImagePipeline."""
+        try:
+            found = storage.read_json(directory / "model_index.json").get("_class_name")
+        except FileNotFoundError:
+            listed = ", ".join(sorted(entry.name for entry in directory.iterdir())[:8]) or "nothing"
+            raise ModelError(
+                f"{directory} is no model in the Diffusers layout: it has no model_index.json (found: {listed}). "
+                f"Point model.path at a Diffusers folder; `ftk tiny qwen-image DIR` writes one to try."
+            ) from None
+        except (ValueError, AttributeError, OSError) as error:
+            raise ModelError(f"{directory / 'model_index.json'} cannot be read as JSON: {error}") from None
+        if found != "QwenImagePipeline":
+            raise ModelError(f"{directory} holds a {found}, not the QwenImagePipeline that family qwen-image needs.")
+
+    def text_options(self) -> dict[str, Any]:
+        """The prompt template and the cut."""
+        return {"template": TEMPLATE, "prefix_tokens": PREFIX_TOKENS, "max_text_tokens": self.max_text_tokens}
+
+    def load_vae(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
+        """AutoencoderKLQwenImage, frozen."""
+        from diffusers import AutoencoderKLQwenImage
+
+        vae = _load(AutoencoderKLQwenImage, directory, "vae", dtype)
+        return vae.requires_grad_(False).eval().to(device)
+
+    def normalisation(self, vae: Any) -> dict[str, Any]:
+        """Per-channel mean and std: latents are (z - mean) / std."""
+        return {"latents_mean": list(vae.config.latents_mean), "latents_std": list(vae.config.latents_std)}
+
+    def encode_images(self, vae: Any, pixels_BCHW: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
+        """One frame through the causal VAE; the Gaussian stays Gaussian under the affine normalisation."""
+        import torch
+
+        with torch.inference_mode():
+            posterior = vae.encode(pixels_BCHW.to(vae.device, vae.dtype).unsqueeze(2)).latent_dist
+            shift, scale = self._affine(vae)
+            mean = (posterior.mean.float() - shift) * scale
+            std = posterior.std.float() * scale
+        return mean.squeeze(2), std.squeeze(2)
+
+    def decode(self, vae: Any, latents_BCHW: "torch.Tensor") -> "torch.Tensor":
+        """Inverse of the normalisation, then the decoder."""
+        import torch
+
+        with torch.inference_mode():
+            shift, scale = self._affine(vae)
+            latents = latents_BCHW.to(vae.device).float().unsqueeze(2) / scale + shift
+            pixels: torch.Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0][:, :, 0]
+        return pixels
+
+    @staticmethod
+    def _affine(vae: Any) -> tuple["torch.Tensor", "torch.Tensor"]:
+        import torch
+
+        shape = (1, vae.config.z_dim, 1, 1, 1)
+        shift = torch.tensor(vae.config.latents_mean, device=vae.device).view(shape)
+        return shift, (1.0 / torch.tensor(vae.config.latents_std, device=vae.device)).view(shape)
+
+    def load_text_encoder(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> TextEncoder:
+        """Qwen2.5-VL. Its RoPE frequencies stay in fp32: a second `.to(dtype)` would round them to bf16."""
+        from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+        try:
+            tokenizer = Qwen2Tokenizer.from_pretrained(directory / "tokenizer")
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{directory / 'tokenizer'} cannot be loaded: {_first_line(error)}") from error
+        model = _load(Qwen2_5_VLForConditionalGeneration, directory, "text_encoder", dtype)
+        prefix = tokenizer(TEMPLATE.split("{}")[0])["input_ids"]
+        if len(prefix) != PREFIX_TOKENS:
+            raise ModelError(
+                f"{directory / 'tokenizer'}: the prompt template starts with {len(prefix)} tokens instead of "
+                f"{PREFIX_TOKENS}, so captions would be cut in the wrong place. This is not Qwen-Image's tokenizer."
+            )
+        return TextEncoder(tokenizer=tokenizer, model=model.requires_grad_(False).eval().to(device))
+
+    def encode_texts(
+        self, encoder: TextEncoder, captions: Sequence[str], references: Sequence["torch.Tensor"] = ()
+    ) -> list[dict[str, "torch.Tensor"]]:
+        """As `QwenImagePipeline._get_qwen_prompt_embeds`, without the language model's head (its logits are unused)."""
+        import torch
+
+        _no_references(references)
+        tokens = encoder.tokenizer(
+            [TEMPLATE.format(caption) for caption in captions],
+            max_length=self.max_text_tokens + PREFIX_TOKENS,
+            padding=True,
+            truncation=True,
+            return_tensors="pt",
+        ).to(encoder.model.device)
+        with torch.inference_mode():
+            hidden_BLD = encoder.model.model(
+                input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+            ).last_hidden_state
+        kept = tokens.attention_mask.bool()
+        return [
+            {"embeds": row[mask][PREFIX_TOKENS:].contiguous()} for row, mask in zip(hidden_BLD, kept, strict=True)
+        ]
+
+    def load_denoiser(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
+        """QwenImageTransformer2DModel, frozen."""
+        import torch
+        from diffusers import QwenImageTransformer2DModel
+
+        if device.type == "meta":
+            config = QwenImageTransformer2DModel.load_config(directory / "transformer")
+            with torch.device("meta"):
+                return QwenImageTransformer2DModel.from_config(config).to(dtype).requires_grad_(False)
+        denoiser = _load(QwenImageTransformer2DModel, directory, "transformer", dtype)
+        return denoiser.requires_grad_(False).train().to(device)
+
+    def load_schedule(self, directory: Path) -> NoiseSchedule:
+        """Flow matching on the scheduler's own training table.
+
+        Qwen-Image's `use_dynamic_shifting` leaves that table plain, sigma_i = (1000 - i) / 1000; a static shift is in it.
+        """
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        try:
+            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(directory, subfolder="scheduler")
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{directory / 'scheduler'} cannot be loaded: {_first_line(error)}") from error
+        return NoiseSchedule(objective="flow", sigmas=(scheduler.timesteps / scheduler.config.num_train_timesteps).float())
+
+    def collate_texts(self, texts: Sequence[Mapping[str, "torch.Tensor"]]) -> dict[str, "torch.Tensor | None"]:
+        """`embeds` [B,L,D] zero-padded to the longest, `mask` [B,L] bool or None."""
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        embeds = [text["embeds"] for text in texts]
+        lengths = torch.tensor([len(item) for item in embeds])
+        if len(set(lengths.tolist())) == 1:
+            return {"embeds": torch.stack(embeds), "mask": None}
+        padded_BLD = pad_sequence(embeds, batch_first=True)
+        return {"embeds": padded_BLD, "mask": torch.arange(padded_BLD.shape[1])[None, :] < lengths[:, None]}
+
+    def predict(
+        self,
+        denoiser: Any,
+        noisy_BCHW: "torch.Tensor",
+        sigma_B: "torch.Tensor",
+        texts: Mapping[str, "torch.Tensor | None"],
+        references: Sequence["torch.Tensor"] = (),
+        residuals: Sequence["torch.Tensor"] | None = None,
+    ) -> "torch.Tensor":
+        """Velocity n - x: 2x2 patches in, 2x2 patches out, all images of the batch of one size."""
+        _no_references(references)
+        batch, channels, height, width = noisy_BCHW.shape
+        patches = noisy_BCHW.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        output_BND = denoiser(
+            hidden_states=patches.reshape(batch, (height // 2) * (width // 2), channels * 4),
+            # The pipeline hands over (1000 sigma) / 1000, in fp32: the same roundings, so the same bits.
+            timestep=(sigma_B.float() * 1000) / 1000,
+            encoder_hidden_states=texts["embeds"],
+            encoder_hidden_states_mask=texts["mask"],
+            img_shapes=[[(1, height // 2, width // 2)]] * batch,
+            controlnet_block_samples=residuals,
+            return_dict=False,
+        )[0].float()
+        unpacked: torch.Tensor = output_BND.view(batch, height // 2, width // 2, channels, 2, 2)
+        return unpacked.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+
+    def pipeline(self, directory: Path, dtype: "torch.dtype", device: "torch.device", **components: Any) -> Any:
+        """diffusers' QwenImagePipeline."""
+        from diffusers import QwenImagePipeline
+
+        try:
+            pipeline = QwenImagePipeline.from_pretrained(directory, dtype=dtype, **components)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{directory} cannot be loaded as a pipeline: {_first_line(error)}") from error
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to(device)
+
+    def pipeline_texts(self, texts: Mapping[str, "torch.Tensor"]) -> dict[str, Any]:
+        """Unpadded embeddings of one prompt, all of them valid."""
+        import torch
+
+        embeds = texts["embeds"][None]
+        return {"prompt_embeds": embeds, "prompt_embeds_mask": torch.ones(embeds.shape[:2], dtype=torch.long)}
+
+    def generation(self, guidance_scale: float) -> dict[str, Any]:
+        """True classifier-free guidance; at 1 or less the pipeline leaves the negative prompt out."""
+        return {"true_cfg_scale": guidance_scale}
+
+    def tiny(self, directory: Path) -> None:
+        """About 92k denoiser parameters and 3 MB on disk; real latent statistics, the real template of 34 tokens."""
+        import torch
+        from diffusers import (
+            AutoencoderKLQwenImage,
+            FlowMatchEulerDiscreteScheduler,
+            QwenImagePipeline,
+            QwenImageTransformer2DModel,
+        )
+        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+        tokenizer = _tiny_tokenizer()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            transformer = QwenImageTransformer2DModel(
+                patch_size=2, in_channels=64, out_channels=16, num_layers=2, attention_head_dim=16,
+                num_attention_heads=2, joint_attention_dim=16, guidance_embeds=False, axes_dims_rope=(8, 4, 4),
+            )  # fmt: skip
+            vae = AutoencoderKLQwenImage(
+                base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temperal_downsample=[False, True, True]
+            )
+            text_encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**_tiny_text_config(len(tokenizer))))
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            base_image_seq_len=256, max_image_seq_len=8192, base_shift=0.5, max_shift=0.9, shift=1.0,
+            shift_terminal=0.02, time_shift_type="exponential", use_dynamic_shifting=True,
+        )  # fmt: skip
+        QwenImagePipeline(
+            scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
+        ).save_pretrained(directory)
+
+
+def _load(component: Any, directory: Path, name: str, dtype: "torch.dtype") -> Any:
+    try:
+        return component.from_pretrained(directory / name, dtype=dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{directory / name} cannot be loaded as {component.__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _no_references(references: Sequence["torch.Tensor"]) -> None:
+    if references:
+        raise ModelError("qwen-image takes no reference images: those belong to an edit model.")
+
+
+def _tiny_tokenizer() -> Any:
+    """A BPE trained on the template alone, so that each of its words is one token, as in Qwen's own vocabulary."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048, min_frequency=1, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
+    )
+    bpe.train_from_iterator([TEMPLATE.replace("<|im_start|>", "").replace("<|im_end|>", "")], trainer)
+    trained = json.loads(bpe.to_str())["model"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+               "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
+               "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
+    tokenizer = Qwen2Tokenizer(
+        vocab=trained["vocab"],
+        merges=[tuple(merge) for merge in trained["merges"]],
+        additional_special_tokens=special,
+    )
+    prefix = tokenizer(TEMPLATE.split("{}")[0])["input_ids"]
+    assert len(prefix) == PREFIX_TOKENS, f"the tiny tokenizer's prefix has {len(prefix)} tokens"
+    return tokenizer
+
+
+def _tiny_text_config(vocabulary: int) -> dict[str, Any]:
+    return {
+        "text_config": {
+            "bos_token_id": None, "eos_token_id": None,
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "vocab_size": vocabulary, "max_position_embeddings": 2048,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+        },
+        "vision_config": {
+            "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 16,
+            "fullatt_block_indexes": [1],
+        },
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+
+
+FAMILY = QwenImage()

@@ -1,0 +1,205 @@
+"""The only place that opens, commits, hashes and locks files.
+
+Commit protocol: write to a temporary name in the same directory, flush, fsync the file, set the umask's mode, rename,
+fsync the directory. A final name therefore implies a complete file. Temporary names start with `.tmp-`; `sweep` removes
+those that a killed process left behind.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import blake3
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from ftk.errors import ConfigError, EnvironmentFault
+
+TEMPORARY_PREFIX = ".tmp-"
+_HASH_CHUNK_BYTES = 4 << 20
+
+
+def local_path(location: str) -> Path:
+    """The local path that a configured location names; a URL of an object store is refused by name."""
+    if "://" in location:
+        raise ConfigError(f"{location}: object storage is not supported yet. Use a local or mounted folder.")
+    return Path(location).expanduser()
+
+
+def _umask_mode() -> int:
+    # The umask can only be read by setting it; it is put back at once.
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make a rename inside `directory` survive a power loss."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def committing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a writable file that becomes `path` when the block ends, and disappears when it raises."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}"
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fchmod(file.fileno(), _umask_mode())
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        fsync_directory(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def commit_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` under the commit protocol."""
+    with committing(path) as file:
+        file.write(data)
+
+
+def commit_json(path: Path, value: Any) -> None:
+    """Write a dataclass or plain value as JSON with sorted keys: equal values give equal bytes."""
+    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    commit_bytes(path, (json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def commit_table(path: Path, table: pa.Table) -> None:
+    """Write an Arrow table as Parquet (zstd) under the commit protocol."""
+    with committing(path) as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+@contextlib.contextmanager
+def committing_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory that becomes `path` when the block ends; its files are fsynced first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                descriptor = os.open(file, os.O_RDONLY)
+                os.fchmod(descriptor, _umask_mode())
+                os.fsync(descriptor)
+                os.close(descriptor)
+            else:
+                fsync_directory(file)
+        fsync_directory(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+        fsync_directory(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def sweep(directory: Path) -> list[str]:
+    """Remove temporaries that a killed process left in `directory`; call it only while holding its lock."""
+    orphans = sorted(directory.glob(f"{TEMPORARY_PREFIX}*")) if directory.is_dir() else []
+    for orphan in orphans:
+        shutil.rmtree(orphan) if orphan.is_dir() else orphan.unlink()
+    return [orphan.name for orphan in orphans]
+
+
+@contextlib.contextmanager
+def lock(directory: Path) -> Iterator[None]:
+    """Hold `directory` as its one writer; the lock dies with its holder.
+
+    Raises:
+        EnvironmentFault: another process holds it; the message names the process.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise EnvironmentFault(
+                f"{directory} is being written by {holder}. Wait for it to end, or use another --workspace or run name."
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; `FileNotFoundError` and `json.JSONDecodeError` reach the caller, who knows what it should be."""
+    return json.loads(path.read_bytes())
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read a Parquet file as an Arrow table."""
+    return pq.read_table(path)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, read in chunks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def blake3_file(path: Path) -> str:
+    """BLAKE3 of a file's bytes, read in chunks."""
+    hasher = blake3.blake3()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def digest(value: Any, length: int = 32) -> str:
+    """BLAKE3 of a plain value's canonical JSON (sorted keys), as `length` hex digits."""
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return blake3.blake3(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:length]
+
+
+def item_checksum(*buffers: memoryview | bytes) -> str:
+    """XXH3-128 of one cached item's tensors, in the order given: a flipped bit is found when the item is read."""
+    hasher = xxhash.xxh3_128()
+    for buffer in buffers:
+        hasher.update(buffer)
+    return hasher.hexdigest()
+
+
+def canonical_safetensors(payload: bytes, metadata: Mapping[str, str]) -> bytes:
+    """Rewrite a safetensors payload's header with `metadata` and every key sorted.
+
+    `safetensors` keeps metadata in a hash map, so two equal files can differ in the order of their header's keys; a file
+    named by its hash, or compared after a resume, may not. Format: 8 bytes little-endian header length, JSON, data.
+    """
+    (header_bytes,) = struct.unpack("<Q", payload[:8])
+    header = json.loads(payload[8 : 8 + header_bytes])
+    header["__metadata__"] = dict(metadata)
+    if not metadata:
+        del header["__metadata__"]
+    encoded = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded + payload[8 + header_bytes :]
