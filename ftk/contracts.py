@@ -110,6 +110,7 @@ class CacheManifest:
     normalisation: dict[str, Any]
     prepared_fingerprint: str
     num_samples: int
+    samples_blake3: str
     empty_text: str
     prompts: dict[str, str]
 

@@ -106,9 +106,9 @@ def _prepare(data: bytes, task: ImageTask) -> PreparedImage | ImageProblem:
             return problem
         image.load()
         pixels = to_srgb(ImageOps.exif_transpose(image), recipe.background)
-    variants = []
-    for sizes in recipe.sizes:
-        placement = place(pixels.width, pixels.height, list(sizes))
+    variants: list[Variant] = []
+    # Two resolutions close to each other can share a bucket: one sample, not two equal ones.
+    for placement in dict.fromkeys(place(pixels.width, pixels.height, list(sizes)) for sizes in recipe.sizes):
         variants.append(
             Variant(
                 placement=placement,

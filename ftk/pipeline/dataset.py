@@ -1,0 +1,139 @@
+"""The prepared dataset on disk: its tables, its shards, and the one reader that later stages use."""
+
+import io
+import tarfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+from ftk import storage
+from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, RejectReason, SampleRow, ShardRecord
+from ftk.errors import DatasetError
+
+SAMPLE_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string()),
+        pa.field("source", pa.string()),
+        pa.field("content_sha256", pa.string()),
+        pa.field("image_id", pa.string()),
+        *(pa.field(name, pa.int32()) for name in ("width", "height", "bucket_width", "bucket_height")),
+        *(pa.field(name, pa.int32()) for name in ("resize_width", "resize_height", "crop_x", "crop_y")),
+        pa.field("flipped", pa.bool_()),
+        pa.field("captions", pa.list_(pa.string())),
+        pa.field("repeats", pa.int32()),
+        pa.field("role", pa.string()),
+        pa.field("num_controls", pa.int32()),
+        pa.field("has_mask", pa.bool_()),
+        pa.field("shard", pa.string()),
+    ]
+)
+REJECT_SCHEMA = pa.schema([pa.field(name, pa.string()) for name in ("source", "path", "reason", "detail")])
+MANIFEST = "dataset.json"
+
+
+def sample_table(rows: Sequence[SampleRow]) -> pa.Table:
+    """The rows as an Arrow table."""
+    return pa.Table.from_pylist([asdict(row) for row in rows], schema=SAMPLE_SCHEMA)
+
+
+def reject_table(rejects: Iterable[Reject]) -> pa.Table:
+    """The rejects as an Arrow table."""
+    return pa.Table.from_pylist([asdict(reject) for reject in rejects], schema=REJECT_SCHEMA)
+
+
+class TarWriter:
+    """WebDataset shards: members KEY.EXT, regular files of a fixed owner, mode and time, so equal input is equal bytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed by `close`
+
+    def add(self, name: str, data: bytes) -> None:
+        """Append one member."""
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        member.mode = 0o644
+        member.uname = member.gname = "ftk"
+        self._tar.addfile(member, io.BytesIO(data))
+
+    def close(self) -> None:
+        """Write the end of the archive."""
+        self._tar.close()
+
+
+class PreparedDataset:
+    """Reads what `ftk prepare` committed: rows as objects, images as file bytes."""
+
+    def __init__(self, directory: Path, manifest: PreparedManifest) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self._offsets: dict[str, dict[str, tuple[int, int]]] = {}
+
+    @classmethod
+    def open(cls, directory: Path) -> "PreparedDataset":
+        """Read and check the manifest; `DatasetError` names a missing, short or foreign file."""
+        manifest = read_manifest(directory)
+        if manifest is None:
+            raise DatasetError(f"{directory} holds no prepared dataset. Run `ftk prepare RUN.yaml` first.")
+        for shard in manifest.shards:
+            path = directory / "shards" / f"{shard.name}.tar"
+            found = path.stat().st_size if path.exists() else None
+            if found != shard.bytes:
+                raise DatasetError(
+                    f"{path} is damaged: expected {shard.bytes:,} bytes, found "
+                    f"{'no file' if found is None else f'{found:,}'}. Run `ftk prepare RUN.yaml` again: it makes this shard anew."
+                )
+        return cls(directory, manifest)
+
+    def rows(self) -> list[SampleRow]:
+        """Every sample, in order of the shards."""
+        tables = [storage.read_table(self.directory / "shards" / f"{shard.name}.parquet") for shard in self.manifest.shards]
+        return [SampleRow(**row) for table in tables for row in table.to_pylist()]
+
+    def rejects(self) -> list[Reject]:
+        """Every input that did not become a sample."""
+        table = storage.read_table(self.directory / "rejects.parquet")
+        return [Reject(**{**row, "reason": RejectReason(row["reason"])}) for row in table.to_pylist()]
+
+    def image_bytes(self, row: SampleRow) -> bytes:
+        """The encoded image of one sample, read from its shard by offset."""
+        offset, size = self._index(row.shard)[row.key]
+        with (self.directory / "shards" / f"{row.shard}.tar").open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def _index(self, shard: str) -> dict[str, tuple[int, int]]:
+        if shard not in self._offsets:
+            with tarfile.open(self.directory / "shards" / f"{shard}.tar", mode="r:") as tar:
+                self._offsets[shard] = {
+                    member.name.split(".")[0]: (member.offset_data, member.size)
+                    for member in tar
+                    if member.isreg() and not member.name.endswith(".json")
+                }
+        return self._offsets[shard]
+
+
+def read_manifest(directory: Path) -> PreparedManifest | None:
+    """`dataset.json`, or None when there is none; `DatasetError` when it is damaged or of another version."""
+    path = directory / MANIFEST
+    try:
+        plain = storage.read_json(path)
+        version = plain.get("schema_version")
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError) as error:
+        raise DatasetError(f"{path} is damaged: {error}. Delete it and run `ftk prepare RUN.yaml` again.") from None
+    if version != PREPARED_SCHEMA:
+        raise DatasetError(
+            f"{path} has schema version {version}; this ftk reads version {PREPARED_SCHEMA}. Prepare into a new workspace."
+        )
+    return PreparedManifest(**{**plain, "shards": [shard_record(shard) for shard in plain["shards"]]})
+
+
+def shard_record(plain: dict[str, Any]) -> ShardRecord:
+    """A shard's record from its JSON."""
+    rejects = [Reject(**{**reject, "reason": RejectReason(reject["reason"])}) for reject in plain["rejects"]]
+    known = {field.name for field in fields(ShardRecord)}
+    return ShardRecord(**{name: value for name, value in plain.items() if name in known and name != "rejects"}, rejects=rejects)
