@@ -1,4 +1,4 @@
-"""Captioned pictures for the demo, drawn on the spot: nothing to download, the same bytes each time."""
+"""Captioned pictures for the demo, drawn on the spot: nothing to download, the same pictures each time."""
 
 import io
 import math

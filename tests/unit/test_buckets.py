@@ -1,0 +1,120 @@
+"""Buckets: the sizes are what memory and the model allow, and an image goes where it loses least."""
+
+import itertools
+import math
+import random
+
+import pytest
+
+from ftk.pipeline.buckets import bucket_sizes, place
+
+SETTINGS = list(itertools.product([64, 500, 512, 1000, 1024], [8, 16, 32], [1.0, 1.5, 2.0, 4.0]))
+
+
+@pytest.mark.parametrize(("resolution", "step", "max_aspect"), SETTINGS)
+def test_sizes_are_multiples_within_the_area_and_the_aspect(resolution: int, step: int, max_aspect: float) -> None:
+    sizes = bucket_sizes(resolution, step, max_aspect)
+    assert sizes, "every setting has at least one bucket"
+    for width, height in sizes:
+        assert width % step == 0
+        assert height % step == 0
+        assert 0 < width * height <= resolution * resolution
+        assert max(width, height) <= max_aspect * min(width, height)
+
+
+@pytest.mark.parametrize(("resolution", "step", "max_aspect"), SETTINGS)
+def test_sizes_are_symmetric_sorted_and_unique(resolution: int, step: int, max_aspect: float) -> None:
+    sizes = bucket_sizes(resolution, step, max_aspect)
+    assert {(height, width) for width, height in sizes} == set(sizes)
+    assert sizes == sorted(set(sizes))
+
+
+@pytest.mark.parametrize(("resolution", "step", "max_aspect"), SETTINGS)
+def test_no_size_could_grow_in_both_directions(resolution: int, step: int, max_aspect: float) -> None:
+    for width, height in bucket_sizes(resolution, step, max_aspect):
+        assert (width + step) * (height + step) > resolution * resolution
+
+
+def test_the_square_is_a_bucket_where_it_fits() -> None:
+    assert (1024, 1024) in bucket_sizes(1024, 16, 2.0)
+    assert bucket_sizes(512, 16, 1.0) == [(512, 512)]
+
+
+def test_an_edge_that_is_no_multiple_still_has_a_square_bucket_at_aspect_one() -> None:
+    assert bucket_sizes(1000, 16, 1.0) == [(992, 992)]
+
+
+def test_a_wider_limit_only_adds_shapes() -> None:
+    narrow, wide = bucket_sizes(1024, 16, 1.5), bucket_sizes(1024, 16, 3.0)
+    assert max(w / h for w, h in narrow) <= 1.5 < max(w / h for w, h in wide) <= 3.0
+
+
+def _random_images() -> list[tuple[int, int]]:
+    draw = random.Random(0)
+    return [(draw.randint(1, 6000), draw.randint(1, 6000)) for _ in range(500)] + [(1, 1), (1, 6000), (6000, 1)]
+
+
+def test_the_crop_lies_inside_the_resized_image() -> None:
+    sizes = bucket_sizes(512, 16, 2.0)
+    for width, height in _random_images():
+        placement = place(width, height, sizes)
+        assert (placement.bucket_width, placement.bucket_height) in sizes
+        assert placement.crop_x >= 0
+        assert placement.crop_y >= 0
+        assert placement.crop_x + placement.bucket_width <= placement.resize_width
+        assert placement.crop_y + placement.bucket_height <= placement.resize_height
+
+
+def test_the_resize_keeps_the_aspect_and_one_side_fits_exactly() -> None:
+    for width, height in _random_images():
+        placement = place(width, height, bucket_sizes(512, 16, 2.0))
+        exact = (
+            placement.resize_width == placement.bucket_width,
+            placement.resize_height == placement.bucket_height,
+        )
+        assert any(exact)
+        scale = max(placement.bucket_width / width, placement.bucket_height / height)
+        assert abs(placement.resize_width - width * scale) <= 0.5 + 1e-6
+        assert abs(placement.resize_height - height * scale) <= 0.5 + 1e-6
+
+
+def test_the_crop_is_central() -> None:
+    for width, height in _random_images():
+        placement = place(width, height, bucket_sizes(512, 16, 2.0))
+        right = placement.resize_width - placement.bucket_width - placement.crop_x
+        bottom = placement.resize_height - placement.bucket_height - placement.crop_y
+        assert 0 <= right - placement.crop_x <= 1
+        assert 0 <= bottom - placement.crop_y <= 1
+
+
+def test_the_nearest_aspect_is_picked() -> None:
+    sizes = bucket_sizes(1024, 16, 2.0)
+    for width, height in _random_images():
+        placement = place(width, height, sizes)
+        taken = abs(math.log(placement.bucket_width / placement.bucket_height) - math.log(width / height))
+        best = min(abs(math.log(w / h) - math.log(width / height)) for w, h in sizes)
+        assert taken <= best + 1e-9
+
+
+def test_an_image_of_a_buckets_size_is_left_as_it_is() -> None:
+    sizes = bucket_sizes(1024, 16, 2.0)
+    for width, height in sizes:
+        placement = place(width, height, sizes)
+        assert placement.bucket_width / placement.bucket_height == pytest.approx(width / height)
+        assert (placement.crop_x, placement.crop_y) == (0, 0)
+    assert place(1024, 1024, sizes).resize_width == 1024
+
+
+def test_a_turned_image_gets_the_turned_bucket() -> None:
+    sizes = bucket_sizes(1024, 16, 2.0)
+    for width, height in _random_images():
+        one, two = place(width, height, sizes), place(height, width, sizes)
+        assert (one.bucket_width, one.bucket_height) == (two.bucket_height, two.bucket_width)
+
+
+def test_upscaling_is_noticed() -> None:
+    sizes = bucket_sizes(512, 16, 2.0)
+    assert place(511, 511, sizes).upscales(511, 511)
+    assert not place(512, 512, sizes).upscales(512, 512)
+    assert not place(4000, 3000, sizes).upscales(4000, 3000)
+    assert place(300, 2000, sizes).upscales(300, 2000)
