@@ -296,8 +296,7 @@ def _boat(draw: ImageDraw.ImageDraw, width: int, height: int, rng: random.Random
     for row, fill in enumerate(((86, 150, 216), (56, 116, 190), (36, 84, 154))):
         level = water + row * (height - water) / 3
         crests = [
-            (width * step / 80, level + unit * 0.22 * math.sin(step * math.pi * width / unit / 80 + row))
-            for step in range(81)
+            (width * step / 80, level + unit * 0.22 * math.sin(step * math.pi * width / unit / 80 + row)) for step in range(81)
         ]
         draw.polygon([(0, height), *crests, (width, height)], fill=fill)
     return f"{_a(hull)} boat with {sail} sails on a blue sea under {_a(sky)} sky"

@@ -222,9 +222,7 @@ def _commit_view(config: RunConfig, work: _Plan, normalisation: dict[str, Any]) 
 
 
 def _log_reuse(kind: str, total: int, missing: int, num_bytes: int, device: torch.device) -> None:
-    LOGGER.info(
-        "%s: %d to encode on %s (about %s), %d reused", kind, missing, device, human_bytes(num_bytes), total - missing
-    )
+    LOGGER.info("%s: %d to encode on %s (about %s), %d reused", kind, missing, device, human_bytes(num_bytes), total - missing)
 
 
 def free_memory() -> None:

@@ -92,9 +92,7 @@ def read_index(directory: Path, repair: bool = False) -> dict[str, Entry]:
         expected = int((table.schema.metadata or {}).get(b"shard_bytes", b"-1"))
         found = shard.stat().st_size if shard.exists() else None
         if found != expected:
-            message = (
-                f"{shard} is damaged: expected {expected:,} bytes, found {'no file' if found is None else f'{found:,}'}"
-            )
+            message = f"{shard} is damaged: expected {expected:,} bytes, found {'no file' if found is None else f'{found:,}'}"
             if not repair:
                 raise CacheError(f"{message}. Run `ftk cache RUN.yaml`: it encodes that shard's items again.")
             LOGGER.warning("%s. Its items are encoded again.", message)
@@ -126,7 +124,9 @@ def read_manifest(directory: Path) -> CacheManifest | None:
     except FileNotFoundError:
         return None
     except (ValueError, AttributeError) as error:
-        raise CacheError(f"{path} is damaged: {error}. Delete it and run `ftk cache RUN.yaml`: encoded items are kept.") from None
+        raise CacheError(
+            f"{path} is damaged: {error}. Delete it and run `ftk cache RUN.yaml`: encoded items are kept."
+        ) from None
     if version != CACHE_SCHEMA:
         raise CacheError(f"{path} has schema version {version}; this ftk reads version {CACHE_SCHEMA}. Use a new workspace.")
     return CacheManifest(**plain)

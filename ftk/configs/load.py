@@ -29,9 +29,9 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+            event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not allowed", event.start_mark)
-        return super().compose_node(parent, index)  # type: ignore[no-untyped-call, no-any-return]
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -55,7 +55,10 @@ def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML safely; `ConfigError` names the place of a mistake."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise ConfigError(f"{where} is not valid YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
+        # PyYAML lets its own conversions (of dates, of tagged values) fail with all of these.
         raise ConfigError(f"{where} is not valid YAML: {error}") from None
 
 
@@ -131,14 +134,16 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     for name in [*parents, last][:-1]:
         child = _child(node, name, override)
         if child is None:
-            child = node[name] = {}
+            child = {}
+            _put(node, name, child, override)
         node = child
-    if isinstance(node, list):
-        node[_list_index(node, last, override)] = parse_yaml(value, f"--set {override}")
-    elif isinstance(node, dict):
-        node[last] = parse_yaml(value, f"--set {override}")
-    else:
+    if not isinstance(node, (list, dict)):
         raise ConfigError(f"--set {override}: {'.'.join(parents)} is a value, not a section")
+    _put(node, last, parse_yaml(value, f"--set {override}"), override)
+
+
+def _put(node: Any, name: str, value: Any, override: str) -> None:
+    node[_list_index(node, name, override) if isinstance(node, list) else name] = value
 
 
 def _child(node: Any, name: str, override: str) -> Any:
@@ -150,7 +155,7 @@ def _child(node: Any, name: str, override: str) -> Any:
 
 
 def _list_index(node: list[Any], name: str, override: str) -> int:
-    if not name.isdigit() or int(name) >= len(node):
+    if not name.isdecimal() or int(name) >= len(node):
         raise ConfigError(f"--set {override}: {name!r} is not a position in a list of {len(node)} (they count from 0)")
     return int(name)
 

@@ -48,14 +48,24 @@ class DataConfig(Section):
     """How images become samples."""
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
-    resolutions: tuple[int, ...] = Field(default=(1024,), min_length=1, description="square edge (px) whose area a bucket keeps")
+    resolutions: tuple[int, ...] = Field(
+        default=(1024,), min_length=1, description="square edge (px) whose area a bucket keeps"
+    )
     max_aspect: float = Field(default=2.0, ge=1.0, le=16.0, description="longest side over shortest of the widest bucket")
-    bucket_step: int | None = Field(default=None, ge=8, description="bucket sides are multiples of this; the family's pixel multiple by default")
-    image_format: Literal["png", "jpeg", "webp"] = Field(default="png", description="png is lossless; jpeg is quality 95, 4:4:4; webp is lossless")
+    bucket_step: int | None = Field(
+        default=None, ge=8, description="bucket sides are multiples of this; the family's pixel multiple by default"
+    )
+    image_format: Literal["png", "jpeg", "webp"] = Field(
+        default="png", description="png is lossless; jpeg is quality 95, 4:4:4; webp is lossless"
+    )
     background: tuple[int, int, int] = Field(default=(255, 255, 255), description="RGB under transparent pixels")
     max_pixels: int = Field(default=200_000_000, ge=1, description="larger images are rejected on their header")
-    max_input_aspect: float = Field(default=8.0, ge=1.0, description="longer images are rejected rather than cropped to a sliver")
-    max_reject_fraction: float = Field(default=0.1, ge=0.0, le=1.0, description="above this share of rejects `prepare` exits with code 3")
+    max_input_aspect: float = Field(
+        default=8.0, ge=1.0, description="longer images are rejected rather than cropped to a sliver"
+    )
+    max_reject_fraction: float = Field(
+        default=0.1, ge=0.0, le=1.0, description="above this share of rejects `prepare` exits with code 3"
+    )
     shard_samples: int = Field(default=256, ge=1, description="images a tar shard")
     workers: int = Field(default=0, ge=0, le=512, description="processes; 0 means one a core")
 
@@ -75,8 +85,12 @@ class CacheConfig(Section):
 
     device: Device = "auto"
     vae_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="precision the VAE computes in")
-    text_dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="precision the text encoder computes and is stored in")
-    latents_dtype: Literal["float16", "bfloat16", "float32"] = Field(default="float16", description="stored precision of normalised latents")
+    text_dtype: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="precision the text encoder computes and is stored in"
+    )
+    latents_dtype: Literal["float16", "bfloat16", "float32"] = Field(
+        default="float16", description="stored precision of normalised latents"
+    )
     image_batch: int = Field(default=1, ge=1, description="images a VAE call")
     text_batch: int = Field(default=16, ge=1, description="captions a text encoder call")
     shard_bytes: int = Field(default=256 << 20, ge=1 << 10, description="bytes a cache shard")
@@ -128,14 +142,18 @@ class TrainConfig(Section):
     steps: int = Field(default=1000, ge=1)
     global_batch_size: int = Field(default=1, ge=1, description="samples an optimizer step")
     micro_batch_size: int = Field(default=1, ge=1, description="samples a forward pass; they share one bucket")
-    remainder: Literal["smaller", "drop", "fill"] = Field(default="smaller", description="what becomes of a bucket's incomplete micro-batch")
+    remainder: Literal["smaller", "drop", "fill"] = Field(
+        default="smaller", description="what becomes of a bucket's incomplete micro-batch"
+    )
     learning_rate: float = Field(default=1e-4, gt=0)
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: int = Field(default=0, ge=0)
     optimizer: OptimizerConfig = OptimizerConfig()
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     sigma: SigmaConfig = SigmaConfig()
-    posterior: Literal["sample", "mean"] = Field(default="sample", description="draw latents afresh each epoch, or use the mean")
+    posterior: Literal["sample", "mean"] = Field(
+        default="sample", description="draw latents afresh each epoch, or use the mean"
+    )
     caption_dropout: float = Field(default=0.0, ge=0, le=1, description="share of samples that train on the empty caption")
     precision: Literal["bf16", "fp32"] = "bf16"
     gradient_checkpointing: bool = True

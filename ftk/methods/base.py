@@ -41,7 +41,13 @@ class Method(Protocol):
         """Put tensors back into components that `attach` has prepared."""
 
     def export(
-        self, components: Components, family: Family, config: Any, directory: Path, form: str, metadata: Mapping[str, str]
+        self,
+        components: Components,
+        family: Family,
+        config: Any,
+        directory: Path,
+        form: str,
+        metadata: Mapping[str, str],
     ) -> list[Path]:
         """Write the weights in a delivery format, each file atomically; returns the files."""
 

@@ -47,9 +47,7 @@ class Lora:
     EXTRA: tuple[str, ...] = ()
     FORMATS = ("diffusers",)
 
-    def attach(
-        self, components: Components, family: Family, config: LoraConfig, seed: int
-    ) -> "dict[str, torch.nn.Parameter]":
+    def attach(self, components: Components, family: Family, config: LoraConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
         """Inject the adapter through diffusers' `add_adapter`."""
         import torch
 

@@ -156,13 +156,9 @@ class QwenImage:
             return_tensors="pt",
         ).to(encoder.model.device)
         with torch.inference_mode():
-            hidden_BLD = encoder.model.model(
-                input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
-            ).last_hidden_state
+            hidden_BLD = encoder.model.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         kept = tokens.attention_mask.bool()
-        return [
-            {"embeds": row[mask][PREFIX_TOKENS:].contiguous()} for row, mask in zip(hidden_BLD, kept, strict=True)
-        ]
+        return [{"embeds": row[mask][PREFIX_TOKENS:].contiguous()} for row, mask in zip(hidden_BLD, kept, strict=True)]
 
     def load_denoiser(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
         """QwenImageTransformer2DModel, frozen."""
@@ -311,7 +307,10 @@ def _tiny_tokenizer() -> Any:
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=2048, min_frequency=1, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocab_size=2048,
+        min_frequency=1,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     bpe.train_from_iterator([TEMPLATE.replace("<|im_start|>", "").replace("<|im_end|>", "")], trainer)
     trained = json.loads(bpe.to_str())["model"]

@@ -27,7 +27,8 @@ def bucket_sizes(resolution: int, step: int, max_aspect: float) -> list[tuple[in
     size are there, and no side ratio exceeds `max_aspect`.
     """
     area = resolution * resolution
-    sizes: set[tuple[int, int]] = set()
+    edge = resolution // step * step
+    sizes: set[tuple[int, int]] = {(edge, edge)} if edge else set()
     for width in range(step, int(resolution * math.sqrt(max_aspect)) + step, step):
         height = area // width // step * step
         if height and max(width, height) <= max_aspect * min(width, height):

@@ -38,9 +38,7 @@ def read(path: Path, fallback: str | None) -> str | Problem:
 
 def _checked(data: bytes, name: str) -> str | Problem:
     if len(data) > MAX_CAPTION_BYTES:
-        return Problem(
-            reason=RejectReason.CAPTION_NOT_TEXT, detail=f"{name} is longer than {MAX_CAPTION_BYTES >> 10} KiB"
-        )
+        return Problem(reason=RejectReason.CAPTION_NOT_TEXT, detail=f"{name} is longer than {MAX_CAPTION_BYTES >> 10} KiB")
     try:
         text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,13 @@ _ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
 SUFFIXES = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 _SWAPPING_ORIENTATIONS = frozenset({5, 6, 7, 8})
 _RGB_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"})
+
+
+# Pillow's decoders raise all of these on damaged files.
+_DECODER_FAULTS: tuple[type[Exception], ...] = (
+    *(OSError, ValueError, SyntaxError, EOFError, LookupError, MemoryError),
+    *(RuntimeError, TypeError, AttributeError, ArithmeticError, AssertionError, struct.error),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +98,7 @@ def prepare_image(task: ImageTask) -> PreparedImage | ImageProblem:
             return _prepare(data, task)
     except UnidentifiedImageError:
         return ImageProblem(reason=RejectReason.UNREADABLE, detail=_not_an_image(data))
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, MemoryError) as error:
-        # Pillow's decoders raise all of these on damaged files.
+    except _DECODER_FAULTS as error:
         text = str(error) or type(error).__name__
         truncated = "truncated" in text.lower() or isinstance(error, EOFError)
         reason = RejectReason.TRUNCATED if truncated else RejectReason.UNREADABLE
@@ -147,8 +154,9 @@ def header_size(path: Path) -> tuple[int, int] | None:
             Image.MAX_IMAGE_PIXELS = None
             with Image.open(path) as image:
                 width, height = image.size
-                swapped = image.getexif().get(ExifTags.Base.Orientation) in _SWAPPING_ORIENTATIONS
-    except (OSError, ValueError, SyntaxError, EOFError):
+                # Not image.getexif(): for a PNG that decodes all of it, to look for an EXIF chunk behind the pixels.
+                swapped = Image.Image.getexif(image).get(ExifTags.Base.Orientation) in _SWAPPING_ORIENTATIONS
+    except _DECODER_FAULTS:
         return None
     return (height, width) if swapped else (width, height)
 

@@ -1,14 +1,13 @@
 """`ftk prepare`: sources in, tar shards and tables out. Plan, make the shards that are not there, seal."""
 
+import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import json
-import re
-from concurrent.futures import ThreadPoolExecutor
 
 from ftk import storage
 from ftk.configs.load import default_workers, workspace_paths
@@ -161,7 +160,7 @@ def _plan(records: Sequence[Record], recipe: images.ImageRecipe, data: DataConfi
             else:
                 hashed.append((record, content))
     recipe_digest = storage.digest([images.IMAGES_VERSION, asdict(recipe)])
-    units = []
+    units: list[_Unit] = []
     for start in range(0, len(hashed), data.shard_samples):
         members = tuple(hashed[start : start + data.shard_samples])
         inputs = [

@@ -1,6 +1,6 @@
 """Checkpoints: a directory each, atomic, verified before an older one goes.
 
-    checkpoints/00000250/   adapter.safetensors (fp32 masters)   optimizer.safetensors   trainer.json   COMPLETE (hashes)
+checkpoints/00000250/   adapter.safetensors (fp32 masters)   optimizer.safetensors   trainer.json   COMPLETE (hashes)
 """
 
 import logging

@@ -120,7 +120,7 @@ def steps(order: Order, build: Callable[[MicroBatch], Batch], first: int, last: 
                 put([build(micro_batch) for micro_batch in order.step(step)])
                 if stopped.is_set():
                     return
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
+        except BaseException as error:
             put(error)
 
     thread = threading.Thread(target=work, name="ftk-batches", daemon=True)

@@ -17,7 +17,11 @@ Weighting = Literal["none", "sigma_sqrt", "cosmap"]
 
 
 def draw_u(
-    sampling: Sampling, generator: torch.Generator, logit_mean: float = 0.0, logit_std: float = 1.0, mode_scale: float = 1.29
+    sampling: Sampling,
+    generator: torch.Generator,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+    mode_scale: float = 1.29,
 ) -> torch.Tensor:
     """One position u in [0, 1] of the training table, fp32 scalar; u = 0 is pure noise."""
     if sampling == "logit_normal":

@@ -87,9 +87,7 @@ class Trainer:
         grad_norm = self.optimizer.step(learning_rate, config.max_grad_norm)
         self.step += 1
         self.num_samples_seen += num_samples
-        return StepResult(
-            step=self.step, loss=loss, grad_norm=grad_norm, learning_rate=learning_rate, num_samples=num_samples
-        )
+        return StepResult(step=self.step, loss=loss, grad_norm=grad_norm, learning_rate=learning_rate, num_samples=num_samples)
 
     def losses(self, batch: Batch) -> torch.Tensor:
         """[B] fp32 loss of each sample: noise it to its sigma, predict, compare with the velocity."""

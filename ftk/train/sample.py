@@ -53,7 +53,7 @@ def run(config: RunConfig) -> SampleReport:
     pipeline = family.pipeline(models.locate(config.model, components), dtype, device)
     with track("sample", 2 * len(config.sample.prompts), "image") as progress:
 
-        def draw_all() -> list[Image.Image]:
+        def draw_all(pipeline: Any) -> list[Image.Image]:
             images = []
             for position, prompt in enumerate(config.sample.prompts):
                 texts = {"prompt": prompt}
@@ -63,9 +63,9 @@ def run(config: RunConfig) -> SampleReport:
                 progress.advance(1)
             return images
 
-        base = draw_all()
+        base = draw_all(pipeline)
         method.load_into(pipeline, adapter)
-        adapted = draw_all()
+        adapted = draw_all(pipeline)
     del pipeline
     gc.collect()
     path = directory / "samples" / "base-and-adapter.png"
@@ -135,9 +135,7 @@ def grid(rows: Sequence[Sequence[Image.Image]], prompts: Sequence[str], titles: 
         top += len(lines) * line_px + _MARGIN_PX // 2
         for column, image in enumerate(row):
             size = (image.width * scale, image.height * scale)
-            sheet.paste(
-                image.resize(size, Image.Resampling.NEAREST), (_MARGIN_PX + column * (cell_width + _MARGIN_PX), top)
-            )
+            sheet.paste(image.resize(size, Image.Resampling.NEAREST), (_MARGIN_PX + column * (cell_width + _MARGIN_PX), top))
         top += cell_height + _MARGIN_PX + _MARGIN_PX // 2
     return sheet
 
@@ -152,5 +150,3 @@ def png_bytes(image: Image.Image) -> bytes:
 def _difference(first: Image.Image, second: Image.Image) -> float:
     pixels = [torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8) for image in (first, second)]
     return float((pixels[0].float() - pixels[1].float()).abs().mean())
-
-

@@ -40,7 +40,10 @@ def _record(config: SourceConfig, root: Path, path: Path) -> Record | Reject:
     caption = captions.read(path.with_suffix(".txt"), fallback=config.caption)
     if isinstance(caption, captions.Problem):
         return Reject(
-            source=config.source_name, path=_printable(identity), reason=caption.reason, detail=caption.detail
+            source=config.source_name,
+            path=_printable(identity),
+            reason=caption.reason,
+            detail=_printable(caption.detail),
         )
     return Record(
         source=config.source_name,
@@ -55,11 +58,13 @@ def _record(config: SourceConfig, root: Path, path: Path) -> Record | Reject:
 def _images(root: Path) -> Iterator[Path]:
     files: list[Path] = []
     for directory, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        here = Path(directory).resolve()
+        # A link to a folder that it lies in would be followed round and round.
+        folders[:] = [
+            name for name in folders if not name.startswith(".") and not here.is_relative_to(Path(directory, name).resolve())
+        ]
         files.extend(
-            Path(directory, name)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
+            Path(directory, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
         )
     yield from sorted(files, key=lambda path: os.fsencode(path.relative_to(root).as_posix()))
 
@@ -81,4 +86,3 @@ def _nearest_folder(root: Path) -> str:
 
 
 SOURCE = Folder()
-

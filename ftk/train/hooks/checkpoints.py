@@ -42,9 +42,7 @@ class Checkpoints:
     def _save(self, trainer: Trainer) -> None:
         self._recorder.flush(trainer)
         self._recorder.commit()
-        checkpoint.save_checkpoint(
-            self._directory, trainer.step, trainer.num_samples_seen, trainer.optimizer, self._settings
-        )
+        checkpoint.save_checkpoint(self._directory, trainer.step, trainer.num_samples_seen, trainer.optimizer, self._settings)
         self._export(trainer.step)
         checkpoint.prune(self._directory, trainer.config.keep_last)
         self._saved_step = trainer.step

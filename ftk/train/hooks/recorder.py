@@ -53,9 +53,7 @@ class Recorder:
 
             self._writer = SummaryWriter(str(self.directory / "logs"), purge_step=trainer.step + 1)
             self._stack.callback(self._writer.close)
-        self._progress = self._stack.enter_context(
-            track("train", trainer.config.steps, "step", done=trainer.step)
-        )
+        self._progress = self._stack.enter_context(track("train", trainer.config.steps, "step", done=trainer.step))
         self._window_started = time.perf_counter()
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:

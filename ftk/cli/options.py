@@ -1,0 +1,80 @@
+"""Options that several commands share, each spelled once, and how a report is shown."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="section.key=value", help="Change one setting; repeatable.")
+]
+Workspace = Annotated[str | None, typer.Option("--workspace", help="Where outputs go, instead of the file's `workspace`.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Validate and print the plan and its cost; write nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object on stdout.")]
+
+
+def load_config(run_file: Path, overrides: list[str] | None, workspace: str | None) -> Any:
+    """The validated run file, its family and method checked too: a typo anywhere fails before any work."""
+    from ftk.configs.load import load
+    from ftk.methods import base as methods
+    from ftk.models import base as models
+
+    config = load(run_file, overrides or (), workspace)
+    family = models.get(config.model.family)
+    _, settings = methods.parse(config.method)
+    targets = getattr(settings, "targets", None)
+    if targets is not None:
+        methods.target_modules(family, targets)
+    return config
+
+
+def show(title: str, report: Any, as_json: bool) -> None:
+    """Render a report: a table for people on stderr's terminal, or one JSON object on stdout."""
+    plain = asdict(report) if is_dataclass(report) and not isinstance(report, type) else report
+    if as_json:
+        typer.echo(json.dumps(json_safe(plain), ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in plain.items():
+        for label, text in _lines(name, value):
+            table.add_row(label, text)
+    Console().print(table)
+
+
+def json_safe(value: Any) -> Any:
+    """NaN and infinity, which JSON does not know, become null."""
+    if isinstance(value, Mapping):
+        return {key: json_safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _lines(name: str, value: Any) -> list[tuple[str, str]]:
+    label = name.removeprefix("num_").replace("_", " ")
+    if name.endswith("_bytes") or name == "num_bytes":
+        from ftk.progress import human_bytes
+
+        return [(label, human_bytes(value))]
+    if isinstance(value, Mapping):
+        shown = ", ".join(f"{key}: {item}" for key, item in value.items())
+        return [(label, shown)] if value else []
+    if isinstance(value, list):
+        rows = [", ".join(str(part) for part in item.values()) if isinstance(item, Mapping) else str(item) for item in value]
+        more = [f"and {len(rows) - 10} more"] if len(rows) > 10 else []
+        return [(label if not position else "", row) for position, row in enumerate([*rows[:10], *more])]
+    if isinstance(value, bool) or value is None:
+        return [(label, {True: "yes", False: "no", None: "-"}[value])]
+    if isinstance(value, float):
+        return [(label, f"{value:,.4g}")]
+    return [(label, f"{value:,}" if isinstance(value, int) else str(value))]

@@ -1,0 +1,17 @@
+"""`ftk sample`."""
+
+from ftk.cli.options import DryRun, Json, Overrides, RunFile, Workspace, load_config, show
+
+
+def sample(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    workspace: Workspace = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Draw the prompts with the base model and with what was trained, side by side in one PNG."""
+    config = load_config(run_file, overrides, workspace)
+    from ftk.train import sample as stage
+
+    show("sample", stage.dry_run(config) if dry_run else stage.run(config), json)
