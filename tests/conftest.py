@@ -13,6 +13,8 @@ from PIL import Image
 from ftk.models import base as families
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tiny tensors: on a busy machine OpenMP threads wait for each other a thousand times longer than they work.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

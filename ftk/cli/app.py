@@ -37,7 +37,7 @@ def common(
     log_level: Annotated[LogLevel, typer.Option("--log-level", help="How much to say; debug shows tracebacks.")] = "info",
 ) -> None:
     """Fine-tune flow-matching image models: encode once, train anywhere, lose nothing."""
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
     LOGGER.setLevel(log_level.upper())
     if log_level != "debug":
         _quiet_libraries()

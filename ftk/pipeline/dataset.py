@@ -81,9 +81,10 @@ class PreparedDataset:
             path = directory / "shards" / f"{shard.name}.tar"
             found = path.stat().st_size if path.exists() else None
             if found != shard.bytes:
+                size = "no file" if found is None else f"{found:,}"
                 raise DatasetError(
-                    f"{path} is damaged: expected {shard.bytes:,} bytes, found "
-                    f"{'no file' if found is None else f'{found:,}'}. Run `ftk prepare RUN.yaml` again: it makes this shard anew."
+                    f"{path} is damaged: expected {shard.bytes:,} bytes, found {size}. "
+                    f"Run `ftk prepare RUN.yaml` again: it makes this shard anew."
                 )
         return cls(directory, manifest)
 

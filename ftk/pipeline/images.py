@@ -27,6 +27,8 @@ _SWAPPING_ORIENTATIONS = frozenset({5, 6, 7, 8})
 _RGB_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"})
 
 
+# The pixel format that an embedded profile describes, where the image's own has alpha or a palette on top of it.
+_PROFILED_AS = {"RGB": "RGB", "RGBA": "RGB", "P": "RGB", "CMYK": "CMYK", "L": "L", "LA": "L"}
 # Pillow's decoders raise all of these on damaged files.
 _DECODER_FAULTS: tuple[type[Exception], ...] = (
     *(OSError, ValueError, SyntaxError, EOFError, LookupError, MemoryError),
@@ -154,22 +156,23 @@ def header_size(path: Path) -> tuple[int, int] | None:
             Image.MAX_IMAGE_PIXELS = None
             with Image.open(path) as image:
                 width, height = image.size
+                is_upright = image.format == "TIFF"  # Pillow gives a TIFF's size, alone of all, as it will be turned
                 # Not image.getexif(): for a PNG that decodes all of it, to look for an EXIF chunk behind the pixels.
                 swapped = Image.Image.getexif(image).get(ExifTags.Base.Orientation) in _SWAPPING_ORIENTATIONS
     except _DECODER_FAULTS:
         return None
-    return (height, width) if swapped else (width, height)
+    return (height, width) if swapped and not is_upright else (width, height)
 
 
 def to_srgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """8-bit sRGB: the embedded ICC profile is applied, transparency is laid over `background`; of animations, frame one."""
     profile = image.info.get("icc_profile")
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    if profile and image.mode in ("RGB", "RGBA", "CMYK", "L"):
+    if profile and image.mode in _PROFILED_AS:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            opaque = image.convert("RGB") if image.mode == "RGBA" else image
-            converted = ImageCms.profileToProfile(opaque, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            plain = image.convert(_PROFILED_AS[image.mode])
+            converted = ImageCms.profileToProfile(plain, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
         except (ImageCms.PyCMSError, OSError):
             converted = None  # a damaged profile: the pixels are read as sRGB, as every viewer does
         image = converted if converted is not None else image

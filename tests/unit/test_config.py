@@ -17,6 +17,7 @@ RUN: dict[str, Any] = {
     "run": "test",
     "model": {"family": "qwen-image", "path": "model"},
     "data": {"sources": [{"path": "photos"}, {"path": "others", "repeats": 2}]},
+    "method": {"name": "lora"},
 }
 
 
@@ -97,6 +98,11 @@ def test_every_mistake_is_listed_at_once(tmp_path: Path) -> None:
     assert "`cache.image_batch`" in message
 
 
+def test_the_method_is_lora_when_none_is_named(tmp_path: Path) -> None:
+    run = {key: value for key, value in RUN.items() if key != "method"}
+    assert load.load(_write(tmp_path, yaml.safe_dump(run))).method.name == "lora"
+
+
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
     assert "`model.path` is missing" in _message(tmp_path, model={"family": "qwen-image"})
 
@@ -131,7 +137,7 @@ def test_a_beta_of_one_is_refused(tmp_path: Path) -> None:
     ("override", "read"),
     [
         ("train.steps=500", lambda config: config.train.steps == 500),
-        ("train.learning_rate=1e-4", lambda config: config.train.learning_rate == 1e-4),
+        ("train.learning_rate=3e-4", lambda config: config.train.learning_rate == 3e-4),
         ("train.optimizer.weight_decay=0", lambda config: config.train.optimizer.weight_decay == 0),
         ("data.sources.1.repeats=7", lambda config: [s.repeats for s in config.data.sources] == [1, 7]),
         ("data.resolutions=[512, 768]", lambda config: config.data.resolutions == (512, 768)),
@@ -141,7 +147,7 @@ def test_a_beta_of_one_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_set_overrides_one_setting(tmp_path: Path, override: str, read: Any) -> None:
-    assert not read(_load(tmp_path)) or override == "train.learning_rate=1e-4"
+    assert not read(_load(tmp_path))
     assert read(_load(tmp_path, override))
 
 
