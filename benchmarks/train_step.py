@@ -406,33 +406,35 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def show(results: Sequence[dict[str, Any]]) -> None:
     """One row a measurement."""
-    table = Table(title="ftk's training step against a raw torch loop", title_justify="left")
-    full = any(result["tflop_a_step"] for result in results)
-    columns = ["size", "parameters", "ftk ms a step", "raw ms a step", "ftk / raw"]
-    for column in [*columns, *(["TFLOP/s"] if full else []), *(["peak GiB"] if full else [])]:
-        table.add_column(column, justify="left" if column == "size" else "right", no_wrap=True)
+    table = Table(title="ftk's training step against a raw torch loop", title_justify="left", show_lines=True)
+    table.add_column("size", no_wrap=True)
+    for column in ("parameters", "ftk ms a step", "raw ms a step", "ftk / raw"):
+        table.add_column(column, justify="right", no_wrap=True)
     for result in results:
-        sides = [result["ftk"], result["raw"]]
-        what = f"{result['size']}, {result['dtype']}\n{result['mode']}"
-        row = [
-            f"{what}\ncheckpointing" if result["gradient_checkpointing"] else what,
+        what = [f"{result['size']}, {result['dtype']}", result["mode"]]
+        table.add_row(
+            "\n".join([*what, "checkpointing"] if result["gradient_checkpointing"] else what),
             f"{result['num_base_parameters'] / 1e6:,.2f} M",
-            *(shown(side["seconds_a_step"], 1e3, 2) for side in sides),
-            shown(result["ratio"], 1, 3),
-        ]
-        for key, scale in (("tflop_a_second", 1), ("peak_bytes", 2**30)):
-            values = [side[key] for side in sides]
-            row += [" / ".join(f"{value / scale:,.2f}" for value in values) if all(values) else "-"] if full else []
-        table.add_row(*row)
+            *(_side(result[side]) for side in ("ftk", "raw")),
+            _spread_text(result["ratio"], 1, 3),
+        )
     console = Console()
     console.print(table)
-    console.print("Medians, and below them least and greatest, of the blocks; a ratio is of a pair of neighbouring blocks.")
+    console.print("Median, and below it least and greatest, of the blocks; a ratio is of two neighbouring blocks.")
 
 
-def shown(values: dict[str, float], scale: float, digits: int) -> str:
-    """Median above, range below."""
+def _side(side: dict[str, Any]) -> str:
+    lines = [_spread_text(side["seconds_a_step"], 1e3, 2)]
+    if side["tflop_a_second"]:
+        lines.append(f"{side['tflop_a_second']:,.2f} TFLOP/s")
+    if side["peak_bytes"]:
+        lines.append(f"peak {side['peak_bytes'] / 2**30:,.1f} GiB")
+    return "\n".join(lines)
+
+
+def _spread_text(values: dict[str, float], scale: float, digits: int) -> str:
     median, low, high = (f"{values[key] * scale:,.{digits}f}" for key in ("median", "min", "max"))
-    return f"{median}\n{low} - {high}"
+    return f"{median}\n{low}-{high}"
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -101,7 +101,7 @@ class MethodConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: str
+    name: str = "lora"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -195,6 +195,6 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     cache: CacheConfig = CacheConfig()
-    method: MethodConfig = MethodConfig(name="lora")
+    method: MethodConfig = MethodConfig()
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()

@@ -128,7 +128,7 @@ def build_trainer(config: RunConfig) -> Build:
     def export(step: int) -> None:
         metadata = {"ftk_version": ftk.__version__, "ftk_base_model": redact(config.model.path), "ftk_step": str(step)}
         method.export(components, family, method_config, directory / "adapter", method.FORMATS[0], metadata)
-        storage.commit_bytes(directory / "adapter" / "README.md", _model_card(config, step).encode())
+        storage.commit_bytes(directory / "adapter" / "README.md", redact(_model_card(config, step)).encode())
 
     recorder = Recorder(directory, config.train.log_every, config.train.checkpoint_every, config.train.tensorboard)
     hooks: list[Hook] = [recorder, Checkpoints(directory / "checkpoints", settings, recorder, export)]
@@ -284,7 +284,7 @@ def _model_card(config: RunConfig, step: int) -> str:
     trigger = sorted({source.trigger for source in config.data.sources if source.trigger})
     lines = [
         "---",
-        f"base_model: {redact(config.model.path)}",
+        f"base_model: {config.model.path}",
         "tags: [ftk, diffusers, text-to-image]",
         "---",
         f"# {config.run}",
@@ -293,7 +293,7 @@ def _model_card(config: RunConfig, step: int) -> str:
         *([f"Trigger: {', '.join(trigger)}", ""] if trigger else []),
         "```python",
         "from diffusers import DiffusionPipeline",
-        f'pipeline = DiffusionPipeline.from_pretrained("{redact(config.model.path)}")',
+        f'pipeline = DiffusionPipeline.from_pretrained("{config.model.path}")',
         'pipeline.load_lora_weights("path/to/this/folder")',
         "```",
         "",

@@ -1,0 +1,160 @@
+"""Killed, stopped, or changed: what a run does when it is started again."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ftk.configs.load import load
+from ftk.train import data
+from ftk.train import stage as train
+
+STEPS = 40
+TRAIN = {
+    "steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3, "precision": "fp32",
+    "schedule": "cosine", "warmup_steps": 3, "checkpoint_every": 5, "gradient_checkpointing": False,
+    "caption_dropout": 0.2, "seed": 5, "log_every": 4,
+}  # fmt: skip
+
+
+def adapter_hash(directory: Path) -> str:
+    return hashlib.sha256((directory / "adapter/pytorch_lora_weights.safetensors").read_bytes()).hexdigest()
+
+
+def kill_once_it_trains(start, run_file, checkpoints: Path, delay: float) -> bool:
+    """SIGKILL `delay` seconds after a new checkpoint appears; False if the run had ended by itself."""
+    before = set(checkpoints.glob("0*")) if checkpoints.exists() else set()
+    process = start("train", run_file)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if set(checkpoints.glob("0*")) - before:
+            time.sleep(delay)
+            process.kill()
+            break
+        time.sleep(0.002)
+    process.communicate(timeout=60)
+    return process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_run_killed_three_times_ends_with_the_bytes_of_one_left_alone(ftk, start, workspace, tmp_path, dropout):
+    run_file = workspace(train=TRAIN, method={"name": "lora", "rank": 4, "dropout": dropout})
+    assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
+    shutil.copytree(tmp_path / "work", tmp_path / "alone")
+    assert ftk("train", run_file, "--workspace", tmp_path / "alone").code == 0
+
+    run = tmp_path / "work/runs/test"
+    rng = random.Random(dropout)
+    kills = sum(kill_once_it_trains(start, run_file, run / "checkpoints", rng.uniform(0, 0.12)) for _ in range(3))
+    assert kills == 3
+    process = start("train", run_file, "--json")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert json.loads(out)["step"] == STEPS
+    assert json.loads(out)["num_steps_now"] < STEPS
+    assert adapter_hash(run) == adapter_hash(tmp_path / "alone/runs/test")
+    both = [train.read_metrics(place) for place in (run, tmp_path / "alone/runs/test")]
+    assert [row["step"] for row in both[0]] == list(range(1, STEPS + 1))
+    assert [row["loss"] for row in both[0]] == [row["loss"] for row in both[1]]
+    assert not list(run.rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resuming_in_every_step_is_exact(ftk, workspace, precision):
+    run_file = workspace(train={**TRAIN, "precision": precision, "checkpoint_every": 1})
+    assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
+    whole = train.build_trainer(load(run_file, ["run=whole"]))
+    whole.trainer.fit(data.steps(whole.order, whole.batches.build, 0, STEPS))
+    for step in range(6):
+        part = train.build_trainer(load(run_file, ["run=part"]))
+        assert part.trainer.step == step
+        part.trainer.stop_requested = True
+        with pytest.raises(train.Preempted):
+            part.trainer.fit(data.steps(part.order, part.batches.build, step, STEPS))
+    rest = train.build_trainer(load(run_file, ["run=part"]))
+    rest.trainer.fit(data.steps(rest.order, rest.batches.build, 6, STEPS))
+    for name, tensor in whole.trainer.optimizer.weights().items():
+        assert torch.equal(tensor, rest.trainer.optimizer.weights()[name])
+    assert adapter_hash(whole.directory) == adapter_hash(rest.directory)
+
+
+def test_prepare_and_cache_killed_at_any_moment_end_with_the_same_bytes(ftk, start, workspace, tmp_path):
+    from test_path import hashes
+
+    run_file = workspace(data={"sources": [{"path": str(tmp_path / "pictures")}], "resolutions": [64], "shard_samples": 3})
+    settings = ["--set", "cache.shard_bytes=60000"]
+    for stage in ("prepare", "cache"):
+        assert ftk(stage, run_file, *settings, "--workspace", tmp_path / "alone").code == 0
+    rng = random.Random(1)
+    for stage, target in (("prepare", "work/prepared/shards"), ("cache", "work/cache")):
+        for _ in range(3):
+            process = start(stage, run_file, *settings)
+            began = time.monotonic()
+            while process.poll() is None and time.monotonic() - began < 60 and not list((tmp_path / target).rglob("0*")):
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.05))
+            process.kill()
+            process.communicate()
+        assert ftk(stage, run_file, *settings).code == 0
+    for part in ("prepared", "cache"):
+        assert hashes(tmp_path / "work" / part) == hashes(tmp_path / "alone" / part)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_at_the_step_and_exits_75(ftk, start, workspace, tmp_path, number):
+    run_file = workspace(train={**TRAIN, "steps": 5000, "checkpoint_every": 1000, "log_every": 1000, "schedule": "constant"})
+    assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
+    process = start("train", run_file)
+    while not list((tmp_path / "work/runs/test").glob("logs/*")) and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "Traceback" not in err
+    (saved,) = (tmp_path / "work/runs/test/checkpoints").glob("0*")
+    assert 0 < int(saved.name) < 5000
+    assert f"step {int(saved.name)}, which is saved" in err
+
+
+def test_a_changed_setting_is_refused_by_name_and_fresh_sets_the_old_run_aside(ftk, workspace, tmp_path):
+    run_file = workspace()
+    assert ftk("run", run_file).code == 0
+    refused = ftk("train", run_file, "--set", "train.learning_rate=0.5", "--set", "train.steps=9")
+    assert refused.code == 2
+    assert "train.learning_rate: checkpoint 0.001, now 0.5" in refused.err
+    assert "--fresh" in refused.err
+    longer = ftk("train", run_file, "--set", "train.steps=9", "--json")
+    assert (json.loads(longer.out)["step"], json.loads(longer.out)["num_steps_now"]) == (9, 3)
+    fresh = ftk("train", run_file, "--set", "train.learning_rate=0.5", "--fresh", "--json")
+    assert json.loads(fresh.out)["num_steps_now"] == 6
+    assert (tmp_path / "work/runs/test.old-1/checkpoints/00000009").is_dir()
+
+
+def test_a_second_writer_is_told_who_holds_the_run(ftk, workspace, tmp_path):
+    run_file = workspace()
+    assert ftk("run", run_file).code == 0
+    script = (
+        "import sys, time; from pathlib import Path; from ftk import storage\n"
+        "with storage.lock(Path(sys.argv[1])):\n print(1, flush=True); time.sleep(60)"
+    )
+    for directory, command in (("runs/test", "train"), ("cache", "cache"), ("prepared", "prepare")):
+        holder = subprocess.Popen(
+            [sys.executable, "-c", script, tmp_path / "work" / directory], stdout=subprocess.PIPE
+        )
+        holder.stdout.readline()
+        refused = ftk(command, run_file)
+        assert refused.code == 4
+        assert f"process {holder.pid}" in refused.err
+        holder.kill()
+        holder.communicate()
+        assert ftk(command, run_file).code == 0

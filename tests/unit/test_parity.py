@@ -1,0 +1,171 @@
+"""Our training step against the reference: a straight re-implementation of diffusers' Qwen-Image LoRA script.
+
+Source: diffusers 0.42, `examples/dreambooth/train_dreambooth_lora_qwen_image.py`, with diffusers' own helpers; x, noise and u
+are given, so that the step alone is compared.
+"""
+
+import copy
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+from diffusers.training_utils import compute_loss_weighting_for_sd3
+from peft import LoraConfig
+
+from ftk.configs.schema import OptimizerConfig, SigmaConfig, TrainConfig
+from ftk.methods import base as methods
+from ftk.models import base as models
+from ftk.train import flow
+from ftk.train.data import Batch
+from ftk.train.loop import Trainer
+from ftk.train.optim import MasterOptimizer
+
+TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+CPU = torch.device("cpu")
+
+
+def make_inputs(seed, lengths):
+    generator = torch.Generator().manual_seed(seed)
+    size = (len(lengths), 16, 8, 12)
+    texts = [{"embeds": torch.randn(length, 16, generator=generator)} for length in lengths]
+    u = torch.rand(len(lengths), generator=generator)
+    return torch.randn(size, generator=generator), torch.randn(size, generator=generator), u, texts
+
+
+class Reference:
+    """The script's loop body, in its own words."""
+
+    def __init__(self, model, state, weighting):
+        self.transformer = QwenImageTransformer2DModel.from_pretrained(model / "transformer").requires_grad_(False)
+        config = LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=TARGETS)
+        self.transformer.add_adapter(config)
+        own = dict(self.transformer.named_parameters())
+        for name, tensor in state.items():
+            own[name].data.copy_(tensor)
+        self.parameters = [own[name] for name in state]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model / "scheduler", shift=3.0)
+        self.scheduler = copy.deepcopy(scheduler)
+        self.weighting = weighting
+
+    def sigmas(self, timesteps):
+        steps = [(self.scheduler.timesteps == t).nonzero().item() for t in timesteps]
+        return self.scheduler.sigmas[steps].flatten().view(-1, 1, 1, 1, 1)
+
+    def step(self, clean, noise, u, texts):
+        # the script's latents are [B, C, 1, H, W]; its packing permutes frames in front of channels
+        model_input, noise = clean.unsqueeze(2), noise.unsqueeze(2)
+        indices = (u * self.scheduler.config.num_train_timesteps).long()
+        timesteps = self.scheduler.timesteps[indices]
+        sigmas = self.sigmas(timesteps)
+        noisy = (1.0 - sigmas) * model_input + sigmas * noise
+        batch, channels, _, height, width = model_input.shape
+        packed = QwenImagePipeline._pack_latents(noisy.permute(0, 2, 1, 3, 4), batch, channels, height, width)
+        longest = max(len(text["embeds"]) for text in texts)
+        embeds = torch.zeros(batch, longest, 16)
+        mask = torch.zeros(batch, longest, dtype=torch.long)
+        for row, text in enumerate(texts):
+            embeds[row, : len(text["embeds"])] = text["embeds"]
+            mask[row, : len(text["embeds"])] = 1
+        prediction = self.transformer(
+            hidden_states=packed,
+            encoder_hidden_states=embeds,
+            encoder_hidden_states_mask=None if mask.all() else mask,
+            timestep=timesteps / 1000,
+            img_shapes=[(1, height // 2, width // 2)] * batch,
+            return_dict=False,
+        )[0]
+        prediction = QwenImagePipeline._unpack_latents(prediction, height * 8, width * 8, 8)
+        weighting = compute_loss_weighting_for_sd3(self.weighting, sigmas)
+        target = noise - model_input
+        loss = torch.mean((weighting.float() * (prediction.float() - target.float()) ** 2).reshape(batch, -1), 1).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+def make_trainer(model, weighting):
+    family, method = models.get("qwen-image"), methods.get("lora")
+    denoiser = family.load_denoiser(model, torch.float32, CPU)
+    settings = method.Config(rank=4, targets=tuple(TARGETS))
+    parameters = method.attach({"denoiser": denoiser}, family, settings, seed=3)
+    config = TrainConfig(
+        learning_rate=1e-3,
+        precision="fp32",
+        sigma=SigmaConfig(weighting=weighting),
+        optimizer=OptimizerConfig(weight_decay=1e-4),
+    )
+    optimizer = MasterOptimizer(parameters, config.optimizer)
+    trainer = Trainer(family=family, denoiser=denoiser, predict=family.predict, optimizer=optimizer, config=config, device=CPU)
+    return trainer, {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+def make_batch(family, table, clean, noise, u, texts):
+    return Batch(latents_BCHW=clean, noise_BCHW=noise, sigma_B=flow.sigma_at(u, table), texts=family.collate_texts(texts))
+
+
+@pytest.mark.parametrize("weighting", ["none", "sigma_sqrt", "cosmap"])
+@pytest.mark.parametrize("lengths", [[7], [5, 5], [3, 9]])
+def test_three_optimizer_steps_give_the_reference_losses(tiny_model, weighting, lengths):
+    trainer, state = make_trainer(tiny_model, weighting)
+    reference = Reference(tiny_model, state, weighting)
+    table = trainer.family.load_schedule(tiny_model).sigmas
+    ours, theirs = [], []
+    for step in range(3):
+        inputs = make_inputs(step, lengths)
+        ours.append(trainer.update([make_batch(trainer.family, table, *inputs)]).loss.item())
+        theirs.append(reference.step(*inputs))
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert len({round(loss, 4) for loss in ours}) == 3
+    for ours_now, theirs_now in zip(trainer.optimizer.weights().values(), reference.parameters, strict=True):
+        assert torch.allclose(ours_now, theirs_now, rtol=1e-4, atol=1e-6)
+
+
+def test_the_schedulers_table_is_plain_although_a_shift_is_asked_for(tiny_model):
+    table = models.get("qwen-image").load_schedule(tiny_model).sigmas
+    assert torch.allclose(table, torch.arange(1000, 0, -1) / 1000)
+
+
+def test_a_padded_batch_equals_its_samples_alone(tiny_model):
+    trainer, _ = make_trainer(tiny_model, "none")
+    table = trainer.family.load_schedule(tiny_model).sigmas
+    clean, noise, u, texts = make_inputs(0, [4, 11, 7])
+    together = trainer.losses(make_batch(trainer.family, table, clean, noise, u, texts))
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = trainer.losses(make_batch(trainer.family, table, clean[one], noise[one], u[one], texts[one]))
+        assert together[row].item() == pytest.approx(alone.item(), rel=1e-6)
+
+
+def test_padding_without_its_mask_would_be_noticed(tiny_model):
+    trainer, _ = make_trainer(tiny_model, "none")
+    table = trainer.family.load_schedule(tiny_model).sigmas
+    batch = make_batch(trainer.family, table, *make_inputs(0, [4, 11]))
+    unmasked = Batch(
+        latents_BCHW=batch.latents_BCHW,
+        noise_BCHW=batch.noise_BCHW,
+        sigma_B=batch.sigma_B,
+        texts={**batch.texts, "mask": None},
+    )
+    difference = (trainer.losses(batch) - trainer.losses(unmasked)).abs()
+    assert difference[0] > 1e-4
+    assert difference[1] < 1e-6
+
+
+def test_uneven_micro_batches_weigh_each_sample_alike(tiny_model):
+    whole, _ = make_trainer(tiny_model, "none")
+    parts, _ = make_trainer(tiny_model, "none")
+    table = whole.family.load_schedule(tiny_model).sigmas
+    clean, noise, u, texts = make_inputs(0, [6, 6, 6])
+    one = whole.update([make_batch(whole.family, table, clean, noise, u, texts)])
+    two = parts.update(
+        [
+            make_batch(parts.family, table, clean[:2], noise[:2], u[:2], texts[:2]),
+            make_batch(parts.family, table, clean[2:], noise[2:], u[2:], texts[2:]),
+        ]
+    )
+    assert one.loss.item() == pytest.approx(two.loss.item(), rel=1e-6)
+    assert one.grad_norm.item() == pytest.approx(two.grad_norm.item(), rel=1e-5)
+    assert (one.num_samples, two.num_samples) == (3, 3)
