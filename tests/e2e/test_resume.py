@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ftk.configs.load import load
+from ftk.errors import Preempted
 from ftk.train import data
 from ftk.train import stage as train
 
@@ -78,7 +79,7 @@ def test_resuming_in_every_step_is_exact(ftk, workspace, precision):
         part = train.build_trainer(load(run_file, ["run=part"]))
         assert part.trainer.step == step
         part.trainer.stop_requested = True
-        with pytest.raises(train.Preempted):
+        with pytest.raises(Preempted):
             part.trainer.fit(data.steps(part.order, part.batches.build, step, STEPS))
     rest = train.build_trainer(load(run_file, ["run=part"]))
     rest.trainer.fit(data.steps(rest.order, rest.batches.build, 6, STEPS))
@@ -148,9 +149,7 @@ def test_a_second_writer_is_told_who_holds_the_run(ftk, workspace, tmp_path):
         "with storage.lock(Path(sys.argv[1])):\n print(1, flush=True); time.sleep(60)"
     )
     for directory, command in (("runs/test", "train"), ("cache", "cache"), ("prepared", "prepare")):
-        holder = subprocess.Popen(
-            [sys.executable, "-c", script, tmp_path / "work" / directory], stdout=subprocess.PIPE
-        )
+        holder = subprocess.Popen([sys.executable, "-c", script, tmp_path / "work" / directory], stdout=subprocess.PIPE)
         holder.stdout.readline()
         refused = ftk(command, run_file)
         assert refused.code == 4
