@@ -109,6 +109,7 @@ class CacheManifest:
     encoders: dict[str, dict[str, Any]]
     normalisation: dict[str, Any]
     prepared_fingerprint: str
+    prepared_recipe: dict[str, Any]
     num_samples: int
     samples_blake3: str
     empty_text: str

@@ -65,18 +65,21 @@ def weights_digest(directory: Path) -> str:
     return hasher.hexdigest()[:32]
 
 
-def differences(expected: Mapping[str, Any], found: Mapping[str, Any], skip: Sequence[str] = ()) -> list[tuple[str, str, str]]:
+def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(part, expected, found) for every part of `expected` that `found` does not share."""
     rows = []
     for part, value in expected.items():
-        if part in skip:
-            continue
         other = found.get(part)
         if isinstance(value, Mapping) and isinstance(other, Mapping):
             rows += [(f"{part}.{name}", e, f) for name, e, f in differences(value, other)]
         elif value != other:
             rows.append((part, _short(value), _short(other)))
     return rows
+
+
+def table(rows: Sequence[tuple[str, str, str]], prefix: str = "") -> str:
+    """Differences as indented lines for a message."""
+    return "\n".join(f"  {prefix}{part}: expected {expected}, found {found}" for part, expected, found in rows)
 
 
 def _short(value: Any) -> str:

@@ -14,10 +14,10 @@ from ftk.cache import encode, fingerprint, plan, store
 from ftk.configs.load import workspace_paths
 from ftk.configs.schema import RunConfig
 from ftk.contracts import CachedSample, SampleRow
-from ftk.errors import CacheError
+from ftk.errors import CacheError, DatasetError
 from ftk.models import base as models
 from ftk.models.base import Family
-from ftk.pipeline.dataset import PreparedDataset
+from ftk.pipeline.dataset import PreparedDataset, recipe
 from ftk.progress import human_bytes, track
 
 LOGGER = logging.getLogger("ftk")
@@ -105,6 +105,12 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
 def _plan(config: RunConfig, directory: Path) -> _Plan:
     family = models.get(config.model.family)
     dataset = PreparedDataset.open(workspace_paths(config)[0])
+    differs = fingerprint.differences(recipe(config), dataset.manifest.recipe)
+    if differs:
+        raise DatasetError(
+            f"{dataset.directory} was prepared with other settings:\n{fingerprint.table(differs, 'data.')}\n"
+            f"Run `ftk prepare RUN.yaml`: it makes anew what changed."
+        )
     rows = dataset.rows()
     if not rows:
         raise CacheError(f"{dataset.directory} holds no samples. Run `ftk prepare RUN.yaml` with images that can be used.")
@@ -215,6 +221,7 @@ def _commit_view(config: RunConfig, work: _Plan, normalisation: dict[str, Any]) 
             "encoders": work.parts,
             "normalisation": normalisation,
             "prepared_fingerprint": work.dataset.manifest.fingerprint,
+            "prepared_recipe": work.dataset.manifest.recipe,
             "empty_text": plan.text_id(""),
             "prompts": {prompt: plan.text_id(prompt) for prompt in prompts},
         },

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from ftk import storage
+from ftk.configs.schema import RunConfig
 from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, RejectReason, SampleRow, ShardRecord
 from ftk.errors import DatasetError
 
@@ -32,6 +33,22 @@ SAMPLE_SCHEMA = pa.schema(
 )
 REJECT_SCHEMA = pa.schema([pa.field(name, pa.string()) for name in ("source", "path", "reason", "detail")])
 MANIFEST = "dataset.json"
+
+
+def recipe(config: RunConfig) -> dict[str, Any]:
+    """What the configuration says about the samples, without where the images are: later stages compare it."""
+    data = config.data
+    return {
+        "resolutions": list(data.resolutions),
+        "max_aspect": data.max_aspect,
+        "bucket_step": data.bucket_step,
+        "image_format": data.image_format,
+        "background": list(data.background),
+        "sources": {
+            source.source_name: source.model_dump(mode="json", include={"repeats", "trigger", "caption", "role"})
+            for source in data.sources
+        },
+    }
 
 
 def sample_table(rows: Sequence[SampleRow]) -> pa.Table:

@@ -68,7 +68,7 @@ def run(config: RunConfig) -> PrepareReport:
             shards = [
                 done.get(unit.name) or _make_shard(directory, unit, recipe, config.data, progress.advance) for unit in units
             ]
-        manifest = _seal(directory, config, recipe, shards, [*rejects, *unreadable])
+        manifest = _seal(directory, config, shards, [*rejects, *unreadable])
     report = report_of(directory, manifest, len(done))
     check_rejects(report, config.data)
     return report
@@ -281,9 +281,7 @@ def _reject(record: Record, reason: RejectReason, detail: str) -> Reject:
     return Reject(source=record.source, path=path, reason=reason, detail=detail)
 
 
-def _seal(
-    directory: Path, config: RunConfig, recipe: images.ImageRecipe, shards: list[ShardRecord], rejects: list[Reject]
-) -> PreparedManifest:
+def _seal(directory: Path, config: RunConfig, shards: list[ShardRecord], rejects: list[Reject]) -> PreparedManifest:
     """Commit the rejects and the manifest, then remove shards that it does not name."""
     all_rejects = [*rejects, *(reject for shard in shards for reject in shard.rejects)]
     buckets: Counter[str] = Counter()
@@ -295,14 +293,7 @@ def _seal(
     manifest = PreparedManifest(
         schema_version=PREPARED_SCHEMA,
         fingerprint=storage.digest([[shard.unit_fingerprint for shard in shards], plain_rejects]),
-        recipe={
-            "images_version": images.IMAGES_VERSION,
-            "resolutions": list(config.data.resolutions),
-            "max_aspect": config.data.max_aspect,
-            "image_format": recipe.image_format,
-            "background": list(recipe.background),
-            "family": config.model.family,
-        },
+        recipe=dataset.recipe(config),
         num_samples=sum(shard.num_samples for shard in shards),
         num_rejects=len(all_rejects),
         num_upscaled=sum(shard.num_upscaled for shard in shards),

@@ -173,11 +173,13 @@ def open_cache(config: RunConfig, family: Family) -> CacheStore:
     there = prepared.read_manifest(prepared_directory)
     if there is not None and there.fingerprint != manifest.prepared_fingerprint:
         rows.append(("prepared dataset", there.fingerprint, manifest.prepared_fingerprint))
+    recipe = fingerprint.differences(prepared.recipe(config), manifest.prepared_recipe)
+    rows += [(f"data.{part}", expected, found) for part, expected, found in recipe]
     if rows:
-        table = "\n".join(f"  {part}: expected {expected}, found {found}" for part, expected, found in rows)
         raise CacheError(
-            f"{directory} was not made from what this run names:\n{table}\n"
-            f"Run `ftk cache RUN.yaml`: it encodes what changed and keeps the rest."
+            f"{directory} was not made from what this run names:\n{fingerprint.table(rows)}\n"
+            f"Run {'`ftk prepare RUN.yaml`, then ' if recipe else ''}`ftk cache RUN.yaml`: it encodes what changed and "
+            f"keeps the rest."
         )
     return store
 

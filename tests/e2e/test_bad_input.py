@@ -181,6 +181,25 @@ def test_a_cache_older_than_the_prepared_dataset_is_refused(ftk, workspace, tmp_
     assert "prepared dataset: expected" in refused.err
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("data.resolutions=[80]", "data.resolutions: expected [80], found [64]"),
+        ("data.sources.0.repeats=3", "data.sources.pictures.repeats: expected 3, found 1"),
+        ("data.sources.0.trigger=sks", "data.sources.pictures.trigger: expected sks, found nothing"),
+    ],
+)
+def test_changed_data_settings_are_refused_until_prepare_has_run(ftk, workspace, setting, said):
+    run_file = workspace()
+    assert ftk("run", run_file).code == 0
+    for command in ("cache", "train"):
+        refused = ftk(command, run_file, "--set", setting)
+        assert refused.code == 2
+        assert said in refused.err
+        assert "ftk prepare" in refused.err
+    assert ftk("run", run_file, "--set", setting, "--set", "run=other").code == 0
+
+
 def test_training_needs_neither_pictures_nor_encoders(ftk, workspace, tmp_path):
     run_file = workspace()
     assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
