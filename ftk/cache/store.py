@@ -121,15 +121,14 @@ def read_manifest(directory: Path) -> CacheManifest | None:
     try:
         plain = storage.read_json(path)
         version = plain.get("schema_version")
+        if version == CACHE_SCHEMA:
+            return CacheManifest(**plain)
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError) as error:
-        raise CacheError(
-            f"{path} is damaged: {error}. Delete it and run `ftk cache RUN.yaml`: encoded items are kept."
-        ) from None
-    if version != CACHE_SCHEMA:
-        raise CacheError(f"{path} has schema version {version}; this ftk reads version {CACHE_SCHEMA}. Use a new workspace.")
-    return CacheManifest(**plain)
+    except (ValueError, AttributeError, TypeError) as error:
+        advice = "Delete it and run `ftk cache RUN.yaml`: encoded items are kept."
+        raise CacheError(f"{path} is damaged: {error}. {advice}") from None
+    raise CacheError(f"{path} has schema version {version}; this ftk reads version {CACHE_SCHEMA}. Use a new workspace.")
 
 
 def commit_samples(directory: Path, samples: list[CachedSample], manifest: Mapping[str, Any]) -> CacheManifest:

@@ -139,15 +139,15 @@ def read_manifest(directory: Path) -> PreparedManifest | None:
     try:
         plain = storage.read_json(path)
         version = plain.get("schema_version")
+        if version == PREPARED_SCHEMA:
+            return PreparedManifest(**{**plain, "shards": [shard_record(shard) for shard in plain["shards"]]})
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise DatasetError(f"{path} is damaged: {error}. Delete it and run `ftk prepare RUN.yaml` again.") from None
-    if version != PREPARED_SCHEMA:
-        raise DatasetError(
-            f"{path} has schema version {version}; this ftk reads version {PREPARED_SCHEMA}. Prepare into a new workspace."
-        )
-    return PreparedManifest(**{**plain, "shards": [shard_record(shard) for shard in plain["shards"]]})
+    raise DatasetError(
+        f"{path} has schema version {version}; this ftk reads version {PREPARED_SCHEMA}. Prepare into a new workspace."
+    )
 
 
 def shard_record(plain: dict[str, Any]) -> ShardRecord:

@@ -200,6 +200,18 @@ def test_changed_data_settings_are_refused_until_prepare_has_run(ftk, workspace,
     assert ftk("run", run_file, "--set", setting, "--set", "run=other").code == 0
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"schema_version": 1}', '{"schema_version": 99}', "null"])
+def test_a_damaged_manifest_is_named(ftk, workspace, tmp_path, content):
+    run_file = workspace()
+    assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
+    for name, command in (("cache/cache.json", "train"), ("prepared/dataset.json", "cache")):
+        path = tmp_path / "work" / name
+        path.write_text(content)
+        refused = ftk(command, run_file)
+        assert refused.code == 2
+        assert str(path) in refused.err
+
+
 def test_training_needs_neither_pictures_nor_encoders(ftk, workspace, tmp_path):
     run_file = workspace()
     assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
