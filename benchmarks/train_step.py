@@ -208,8 +208,7 @@ def measure_workspace(name: str, size: Size, plan: Plan, checkpointing: bool) ->
         batches = data.steps(build.order, build.batches.build, 0, plan.steps)
         interleaved = Interleaved(batches, raw.step, plan)
         build.trainer.fit(interleaved)
-        shapes = sorted({(*s.clean_BCHW.shape, s.text_BLD.shape[1]) for s in samples})
-        return summary(name, "workspace", checkpointing, build.trainer, interleaved, plan, shapes)
+        return summary(name, "workspace", checkpointing, build.trainer, interleaved, plan, samples)
 
 
 def make_workspace(root: Path, name: str, size: Size, plan: Plan, checkpointing: bool) -> RunConfig:
@@ -285,9 +284,8 @@ def measure_synthetic(name: str, size: Size, plan: Plan, checkpointing: bool) ->
     raw = RawLoop(denoiser, list(parameters.values()), [sample])
     interleaved = Interleaved(([batch] for _ in range(plan.steps)), raw.step, plan)
     trainer.fit(interleaved)
-    shapes = [(*latents, size.text_tokens)]
     tflop = step_tflop(denoiser.config, (side // 2) ** 2, size.text_tokens, checkpointing)
-    return summary(name, "synthetic", checkpointing, trainer, interleaved, plan, shapes, tflop)
+    return summary(name, "synthetic", checkpointing, trainer, interleaved, plan, [sample], tflop)
 
 
 def train_settings(plan: Plan, checkpointing: bool) -> dict[str, Any]:
@@ -344,7 +342,7 @@ def step_tflop(config: Any, image_tokens: int, text_tokens: int, checkpointing: 
     linear, attention = 24 * d**2 * layers * tokens, 4 * tokens**2 * d * layers
     adapter = 4 * 2 * 2 * d * RANK * layers * image_tokens
     forward = linear + attention + adapter
-    return (forward * (2 if checkpointing else 1) + linear + 2.5 * attention + 2 * adapter) / 1e12
+    return float(forward * (2 if checkpointing else 1) + linear + 2.5 * attention + 2 * adapter) / 1e12
 
 
 def summary(
@@ -354,7 +352,7 @@ def summary(
     trainer: Trainer,
     interleaved: Interleaved,
     plan: Plan,
-    shapes: list[tuple[int, ...]],
+    samples: Sequence[Sample],
     tflop: float | None = None,
 ) -> dict[str, Any]:
     """The numbers of one measurement, as they go into the JSON file."""
@@ -376,7 +374,8 @@ def summary(
         "dtype": str(next(trainer.denoiser.parameters()).dtype).removeprefix("torch."),
         "num_base_parameters": sum(p.numel() for p in trainer.denoiser.parameters()) - trained,
         "num_trained_parameters": trained,
-        "shapes_BCHWL": shapes,
+        "latents_CHW": sorted({"x".join(map(str, sample.clean_BCHW.shape[1:])) for sample in samples}),
+        "text_tokens": spread([sample.text_BLD.shape[1] for sample in samples]),
         "pairs": plan.pairs,
         "steps_a_block": plan.block,
         "tflop_a_step": tflop,

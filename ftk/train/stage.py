@@ -7,7 +7,7 @@ import platform
 import signal
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def run(config: RunConfig, fresh: bool = False) -> TrainReport:
         first = build.trainer.step
         if first < config.train.steps:
             _write_environment(config, build)
-            with _stopping_on_signals(build.trainer):
+            with closing(build.recorder), _stopping_on_signals(build.trainer):
                 build.trainer.fit(data.steps(build.order, build.batches.build, first, config.train.steps))
         else:
             LOGGER.info("%s is at step %d already: nothing to do. Raise train.steps to go on.", directory, first)

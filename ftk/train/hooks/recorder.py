@@ -3,11 +3,12 @@
 import contextlib
 import logging
 import math
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import torch
 
@@ -69,6 +70,10 @@ class Recorder:
         """Write what is left."""
         self.flush(trainer)
         self.commit()
+        self.close()
+
+    def close(self) -> None:
+        """End the progress line and TensorBoard's file, also after an error; may be called twice."""
         self._stack.close()
 
     def flush(self, trainer: Trainer) -> str:
@@ -83,7 +88,6 @@ class Recorder:
         memory = memory_bytes(trainer.device)
         for result, loss, norm in zip(self._pending, losses, norms, strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                self._stack.close()
                 raise TrainingError(
                     f"Step {result.step} gave a loss of {loss} and a gradient norm of {norm}. Nothing after the last "
                     f"checkpoint was saved. Lower train.learning_rate, or set train.max_grad_norm, and run again."
@@ -93,9 +97,11 @@ class Recorder:
                 "num_samples": result.num_samples, "seconds": seconds, "memory_bytes": memory,
             }  # fmt: skip
             self.rows.append(row)
-            if self._writer is not None:
-                for name in ("loss", "learning_rate", "grad_norm"):
-                    self._writer.add_scalar(f"train/{name}", row[name], result.step)
+        if self._writer is not None:
+            # One point a log interval: the loss is its mean. Every step's own values are in metrics.parquet.
+            self._writer.add_scalar("train/loss", sum(losses) / len(losses), row["step"])
+            for name in ("learning_rate", "grad_norm"):
+                self._writer.add_scalar(f"train/{name}", row[name], row["step"])
         self._pending = []
         return f"loss {recent_loss(self.rows):.4f}  {human_bytes(memory)}"
 
@@ -118,7 +124,8 @@ def recent_loss(rows: list[dict[str, Any]], window: int = 20) -> float:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Peak memory on a CUDA device; elsewhere what this process holds now."""
+    """Peak memory: what torch allocated on a CUDA device, elsewhere this process's resident set."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return int(psutil.Process().memory_info().rss)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
