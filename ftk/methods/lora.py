@@ -57,7 +57,8 @@ class Lora:
         for target in targets:
             if not any(name == target or name.endswith("." + target) for name in names):
                 raise ConfigError(f"method.targets: {target!r} is the name of no linear layer of {family.name}.")
-        with torch.random.fork_rng():
+        device = next(denoiser.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             denoiser.add_adapter(_peft_config(config, targets, config.alpha or config.rank), adapter_name=ADAPTER)
         return {name: parameter for name, parameter in denoiser.named_parameters() if parameter.requires_grad}

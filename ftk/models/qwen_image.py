@@ -7,6 +7,7 @@ Shape legend: B batch, C latent channels (16), H W latent cells, N = H W / 4 ima
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,13 @@ from typing import TYPE_CHECKING, Any
 from ftk import storage
 from ftk.errors import ModelError
 from ftk.models.base import LatentGeometry, NoiseSchedule
+from ftk.progress import human_bytes
 
 if TYPE_CHECKING:
     import torch
+
+LOGGER = logging.getLogger("ftk")
+_WORTH_SAYING_BYTES = 1 << 30
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
@@ -227,6 +232,7 @@ class QwenImage:
         """diffusers' QwenImagePipeline."""
         from diffusers import QwenImagePipeline
 
+        _no_progress_bars()
         try:
             pipeline = QwenImagePipeline.from_pretrained(directory, dtype=dtype, **components)
         except (OSError, ValueError) as error:
@@ -256,6 +262,7 @@ class QwenImage:
         )
         from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+        _no_progress_bars()
         tokenizer = _tiny_tokenizer()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -277,10 +284,23 @@ class QwenImage:
 
 
 def _load(component: Any, directory: Path, name: str, dtype: "torch.dtype") -> Any:
+    num_bytes = sum(path.stat().st_size for path in (directory / name).glob("*.safetensors"))
+    if num_bytes > _WORTH_SAYING_BYTES:
+        LOGGER.info("loading %s, %s", directory / name, human_bytes(num_bytes))
+    _no_progress_bars()
     try:
         return component.from_pretrained(directory / name, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{directory / name} cannot be loaded as {component.__name__}: {_first_line(error)}") from error
+
+
+def _no_progress_bars() -> None:
+    """Loading is said in one line of ours; downloads keep the Hub client's bar."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

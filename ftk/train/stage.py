@@ -108,6 +108,7 @@ def build_trainer(config: RunConfig) -> Build:
     schedule = family.load_schedule(model)
     if schedule.objective != "flow":
         raise ConfigError(f"model: {model} is trained to predict {schedule.objective}; this ftk trains flow matching only.")
+    _check_needs(method)
     denoiser: Any = family.load_denoiser(model, dtype, device)
     components = {"denoiser": denoiser}
     parameters = method.attach(components, family, method_config, keyed_seed(config.train.seed, "adapter"))
@@ -154,6 +155,13 @@ def build_trainer(config: RunConfig) -> Build:
         recorder=recorder,
         directory=directory,
     )
+
+
+def _check_needs(method: methods.Method) -> None:
+    """What this stage can give a method: the denoiser in memory, and latents and texts from the cache."""
+    missing = [*(set(method.NEEDS) - {"denoiser"}), *method.EXTRA]
+    if missing:
+        raise ConfigError(f"method {method.name} needs {', '.join(sorted(missing))}, which this ftk cannot give it yet.")
 
 
 def open_cache(config: RunConfig, family: Family) -> CacheStore:
