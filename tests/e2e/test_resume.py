@@ -19,7 +19,7 @@ from ftk.errors import Preempted
 from ftk.train import data
 from ftk.train import stage as train
 
-STEPS = 40
+STEPS = 120
 TRAIN = {
     "steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3, "precision": "fp32",
     "schedule": "cosine", "warmup_steps": 3, "checkpoint_every": 5, "gradient_checkpointing": False,
