@@ -1,6 +1,8 @@
 """`ftk demo`: the whole path on a tiny model and pictures of the program's own drawing."""
 
 import time
+from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +11,7 @@ import typer
 from ftk.cli.options import Json, show
 
 _NUM_PICTURES = 24
+_PLACES = {"model.path": "model", "data.sources.0.path": "pictures"}
 
 
 def demo(
@@ -45,14 +48,13 @@ def _run(root: Path) -> dict[str, Any]:
     root.mkdir(parents=True, exist_ok=True)
     run_file = root / "demo.yaml"
     storage.commit_bytes(run_file, (RECIPES / "demo.yaml").read_bytes())
-    places = [f"model.path={root / 'model'}", f"data.sources.0.path={root / 'pictures'}"]
+    # JSON strings are YAML strings: any folder name survives --set
+    places = [f"{key}={dumps(str(root / name))}" for key, name in _PLACES.items()]
     config = load(run_file, places, workspace=str(root))
     if not (root / "model" / "model_index.json").exists():
         models.get(config.model.family).tiny(root / "model")
     draw_pictures(root / "pictures", _NUM_PICTURES)
     reports: dict[str, Any] = run_all(config)
-    from dataclasses import asdict
-
     reports["sample"] = asdict(sample.run(config))
     return reports
 

@@ -56,10 +56,10 @@ def run(config: RunConfig) -> PrepareReport:
     """
     directory = workspace_paths(config)[0]
     recipe = image_recipe(config)
+    records, rejects = _scan(config.data)
     with storage.lock(directory):
         storage.sweep(directory)
         storage.sweep(directory / "shards")
-        records, rejects = _scan(config.data)
         units, unreadable = _plan(records, recipe, config.data)
         done = {unit.name: record for unit in units if (record := _committed(directory, unit)) is not None}
         num_images = sum(len(unit.records) for unit in units)

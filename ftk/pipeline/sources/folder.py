@@ -23,7 +23,7 @@ class Folder:
         root = storage.local_path(config.path)
         if not root.is_dir():
             what = "is a file, not a folder" if root.exists() else "does not exist"
-            raise SourceError(f"data.sources: {root} {what}.{_nearest_folder(root)}")
+            raise SourceError(f"data.sources: {root} {what}.{_nearest_folder(root)} Name the folder that holds your images.")
         found = 0
         for path in _images(root):
             found += 1
