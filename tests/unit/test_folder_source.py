@@ -119,7 +119,7 @@ def test_a_missing_folder_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     with pytest.raises(SourceError, match=r"fotos does not exist\. Did you mean .*photos\?"):
         _records(tmp_path / "fotos")
-    with pytest.raises(SourceError, match=r"does not exist\.$"):
+    with pytest.raises(SourceError, match=r"does not exist\. Name the folder"):
         _records(tmp_path / "no" / "such")
 
 
