@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -65,7 +65,7 @@ def run(config: RunConfig) -> CacheReport:
     """
     directory = workspace_paths(config)[1]
     with storage.lock(directory):
-        work = _plan(config, directory)
+        work = _plan(config, directory, damaged="drop")
         for kind in fingerprint.KINDS:
             storage.sweep(work.folder(kind))
         storage.sweep(directory)
@@ -89,7 +89,7 @@ def run(config: RunConfig) -> CacheReport:
 
 def dry_run(config: RunConfig) -> dict[str, Any]:
     """Counts and bytes of what `run` would encode and reuse."""
-    work = _plan(config, workspace_paths(config)[1])
+    work = _plan(config, workspace_paths(config)[1], damaged="skip")
     latents, texts = _sizes(config, work)
     return {
         "num_samples": len(work.rows),
@@ -102,7 +102,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _plan(config: RunConfig, directory: Path) -> _Plan:
+def _plan(config: RunConfig, directory: Path, damaged: Literal["skip", "drop"]) -> _Plan:
     family = models.get(config.model.family)
     dataset = PreparedDataset.open(workspace_paths(config)[0])
     differs = fingerprint.differences(recipe(config), dataset.manifest.recipe)
@@ -120,7 +120,7 @@ def _plan(config: RunConfig, directory: Path) -> _Plan:
         for kind in fingerprint.KINDS
     }
     folders = {kind: directory / kind / fingerprint.of_parts(parts[kind]) for kind in fingerprint.KINDS}
-    there = {kind: store.read_index(folder, repair=True) for kind, folder in folders.items()}
+    there = {kind: store.read_index(folder, damaged) for kind, folder in folders.items()}
     captions = plan.needed_captions(rows, config.sample)
     images = plan.needed_images(rows)
     return _Plan(

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import blake3
 import pyarrow as pa
@@ -79,34 +79,48 @@ def write_shard(directory: Path, number: int, items: list[tuple[str, dict[str, t
     return len(payload)
 
 
-def read_index(directory: Path, repair: bool = False) -> dict[str, Entry]:
+def read_index(directory: Path, damaged: Literal["raise", "skip", "drop"] = "raise") -> dict[str, Entry]:
     """Every item of one fingerprint's folder.
 
-    With `repair`, a shard whose size is not the recorded one loses its index, so that its items are encoded again;
-    without, it raises `CacheError`.
+    Args:
+        damaged: what becomes of a shard that is not the one its index was written for, or of an index that cannot be read:
+            raise `CacheError`, skip its items, or drop its index as well, so that its items are encoded again.
     """
     entries: dict[str, Entry] = {}
     for index in sorted(directory.glob("[0-9]*.parquet")):
-        shard = index.with_suffix(".safetensors")
-        table = storage.read_table(index)
-        expected = int((table.schema.metadata or {}).get(b"shard_bytes", b"-1"))
-        found = shard.stat().st_size if shard.exists() else None
-        if found != expected:
-            message = f"{shard} is damaged: expected {expected:,} bytes, found {'no file' if found is None else f'{found:,}'}"
-            if not repair:
-                raise CacheError(f"{message}. Run `ftk cache RUN.yaml`: it encodes that shard's items again.")
-            LOGGER.warning("%s. Its items are encoded again.", message)
-            index.unlink()
-            continue
-        for row in table.to_pylist():
-            entries[row["id"]] = Entry(
-                shard=shard,
-                tensors=tuple(row["tensors"]),
-                length=row["length"],
-                bytes=row["bytes"],
-                checksum=row["checksum"],
-            )
+        try:
+            entries |= _read_one_index(index)
+        except CacheError as error:
+            if damaged == "raise":
+                raise
+            LOGGER.warning("%s", error)
+            if damaged == "drop":
+                index.unlink()
     return entries
+
+
+def _read_one_index(index: Path) -> dict[str, Entry]:
+    shard = index.with_suffix(".safetensors")
+    advice = "`ftk cache RUN.yaml` encodes that shard's items again."
+    try:
+        table = storage.read_table(index)
+    except (pa.ArrowException, OSError) as error:
+        raise CacheError(f"{index} is damaged: {error}. {advice}") from None
+    expected = int((table.schema.metadata or {}).get(b"shard_bytes", b"-1"))
+    found = shard.stat().st_size if shard.exists() else None
+    if found != expected:
+        size = "no file" if found is None else f"{found:,}"
+        raise CacheError(f"{shard} is damaged: expected {expected:,} bytes, found {size}. {advice}")
+    return {
+        row["id"]: Entry(
+            shard=shard,
+            tensors=tuple(row["tensors"]),
+            length=row["length"],
+            bytes=row["bytes"],
+            checksum=row["checksum"],
+        )
+        for row in table.to_pylist()
+    }
 
 
 def next_number(directory: Path) -> int:

@@ -54,7 +54,7 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML safely; `ConfigError` names the place of a mistake."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return _Loader(text).get_single_data()
     except RecursionError:
         raise ConfigError(f"{where} is not valid YAML: it is nested too deeply") from None
     except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:

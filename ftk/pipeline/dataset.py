@@ -107,8 +107,15 @@ class PreparedDataset:
 
     def rows(self) -> list[SampleRow]:
         """Every sample, in order of the shards."""
-        tables = [storage.read_table(self.directory / "shards" / f"{shard.name}.parquet") for shard in self.manifest.shards]
-        return [SampleRow(**row) for table in tables for row in table.to_pylist()]
+        return [SampleRow(**row) for shard in self.manifest.shards for row in self._table(shard).to_pylist()]
+
+    def _table(self, shard: ShardRecord) -> pa.Table:
+        path = self.directory / "shards" / f"{shard.name}.parquet"
+        if not path.exists() or storage.sha256_file(path) != shard.table_sha256:
+            raise DatasetError(
+                f"{path} is damaged: it does not have its checksum. Run `ftk prepare RUN.yaml` again: it makes this shard anew."
+            )
+        return storage.read_table(path)
 
     def rejects(self) -> list[Reject]:
         """Every input that did not become a sample."""

@@ -212,6 +212,43 @@ def test_a_damaged_manifest_is_named(ftk, workspace, tmp_path, content):
         assert str(path) in refused.err
 
 
+@pytest.mark.parametrize("kind", ["latents", "texts"])
+def test_a_cut_index_is_named_left_alone_by_a_dry_run_and_made_again(ftk, workspace, tmp_path, kind):
+    run_file = workspace()
+    assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
+    index = next((tmp_path / "work/cache" / kind).rglob("*.parquet"))
+    index.write_bytes(index.read_bytes()[: index.stat().st_size // 2])
+    refused = ftk("train", run_file)
+    assert refused.code == 2
+    assert f"{index} is damaged" in refused.err
+    plan = json.loads(ftk("cache", run_file, "--dry-run", "--json").out)
+    assert plan[f"num_{kind}_to_encode"] >= 12
+    assert index.exists()
+    assert json.loads(ftk("cache", run_file, "--json").out)[f"num_{kind}_encoded"] >= 12
+    assert ftk("train", run_file).code == 0
+
+
+def test_a_cut_table_of_the_prepared_dataset_is_named_and_made_again(ftk, workspace, tmp_path):
+    run_file = workspace()
+    assert ftk("prepare", run_file).code == 0
+    table = tmp_path / "work/prepared/shards/00000.parquet"
+    table.write_bytes(table.read_bytes()[:100])
+    refused = ftk("cache", run_file)
+    assert refused.code == 2
+    assert f"{table} is damaged" in refused.err
+    assert ftk("run", run_file).code == 0
+
+
+def test_cut_metrics_are_said_and_do_not_stop_the_run(ftk, workspace, tmp_path):
+    run_file = workspace()
+    assert ftk("run", run_file).code == 0
+    metrics = tmp_path / "work/runs/test/metrics.parquet"
+    metrics.write_bytes(metrics.read_bytes()[:100])
+    again = ftk("train", run_file, "--set", "train.steps=8")
+    assert again.code == 0
+    assert f"{metrics} is damaged" in again.err
+
+
 def test_training_needs_neither_pictures_nor_encoders(ftk, workspace, tmp_path):
     run_file = workspace()
     assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0

@@ -111,9 +111,15 @@ class Recorder:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The rows of a run so far; none when there is no file."""
+    """The rows of a run so far; none when there is no file. A damaged file is only history: it is said, and begun anew."""
     path = directory / METRICS
-    rows: list[dict[str, Any]] = storage.read_table(path).to_pylist() if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        rows: list[dict[str, Any]] = storage.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        LOGGER.warning("%s is damaged (%s): its rows are lost, the run itself is not", path, error)
+        return []
     return rows
 
 
