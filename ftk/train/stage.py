@@ -60,7 +60,6 @@ class Build:
     store: CacheStore
     order: Order
     batches: data.BatchBuilder
-    settings: dict[str, Any]
     recorder: Recorder
     directory: Path
 
@@ -115,16 +114,14 @@ def build_trainer(config: RunConfig) -> Build:
     if config.train.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     optimizer = MasterOptimizer(parameters, config.train.optimizer)
-    settings = exact_settings(
-        config.train,
-        {
-            "method": {"name": config.method.name, **method_config.model_dump(mode="json")},
-            "order": order.fingerprint,
-            "latents": store.manifest.latents_fingerprint,
-            "texts": store.manifest.texts_fingerprint,
-            "denoiser": fingerprint.weights_digest(model / family.denoiser_components[0]),
-        },
-    )
+    others = {
+        "method": {"name": config.method.name, **method_config.model_dump(mode="json")},
+        "order": order.fingerprint,
+        "latents": store.manifest.latents_fingerprint,
+        "texts": store.manifest.texts_fingerprint,
+        "denoiser": fingerprint.weights_digest(model / family.denoiser_components[0]),
+    }
+    settings = exact_settings(config.train, others)
 
     def export(step: int) -> None:
         metadata = {"ftk_version": ftk.__version__, "ftk_base_model": redact(config.model.path), "ftk_step": str(step)}
@@ -146,15 +143,7 @@ def build_trainer(config: RunConfig) -> Build:
     )
     _restore(trainer, checkpoint.latest(directory / "checkpoints"), settings)
     batches = data.BatchBuilder(store=store, family=family, table=schedule.sigmas, config=config.train, dtype=dtype)
-    return Build(
-        trainer=trainer,
-        store=store,
-        order=order,
-        batches=batches,
-        settings=settings,
-        recorder=recorder,
-        directory=directory,
-    )
+    return Build(trainer=trainer, store=store, order=order, batches=batches, recorder=recorder, directory=directory)
 
 
 def _check_needs(method: methods.Method) -> None:
