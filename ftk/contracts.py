@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
-PREPARED_SCHEMA = 1
+PREPARED_SCHEMA = 2
 CACHE_SCHEMA = 1
 RUN_SCHEMA = 1
 
@@ -20,12 +20,23 @@ class RejectReason(StrEnum):
     CAPTION_MISSING = "caption_missing"
     CAPTION_EMPTY = "caption_empty"
     CAPTION_NOT_TEXT = "caption_not_text"
+    FILE_MISSING = "file_missing"
+    NOT_A_FILE = "not_a_file"
+    NAME_TAKEN = "name_taken"
+    DUPLICATE = "duplicate"
     UNREADABLE = "unreadable"
     TRUNCATED = "truncated"
-    UNSUPPORTED_MODE = "unsupported_mode"
+    ANIMATED = "animated"
+    TOO_SMALL = "too_small"
     TOO_MANY_PIXELS = "too_many_pixels"
     TOO_EXTREME_ASPECT = "too_extreme_aspect"
-    CHANGED_WHILE_READING = "changed_while_reading"
+    MASK_MISSING = "mask_missing"
+    MASK_UNREADABLE = "mask_unreadable"
+    CONTROL_MISSING = "control_missing"
+    CONTROL_UNREADABLE = "control_unreadable"
+    WORKER_CRASHED = "worker_crashed"
+    WORKER_TIMED_OUT = "worker_timed_out"
+    WORKER_OUT_OF_MEMORY = "worker_out_of_memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +53,9 @@ class Reject:
 class SampleRow:
     """One prepared sample; sizes in pixels, `width` and `height` those of the original after its EXIF orientation.
 
-    `content_sha256` is of the file's bytes; `image_id` names the pixels that the sample holds (content and geometry).
+    `content_sha256` is of the file's bytes; `image_id` names the pixels that the sample holds (content and geometry), and so
+    do `mask_id` (empty when there is no mask) and `control_ids`. `perceptual_hash` is 64 bits as 16 hex digits, of the whole
+    image: images that look alike differ in few bits. `flipped`: mirrored after the crop. `copied`: the source's own bytes.
     """
 
     key: str
@@ -58,22 +71,37 @@ class SampleRow:
     crop_x: int
     crop_y: int
     flipped: bool
+    copied: bool
+    perceptual_hash: str
     captions: list[str]
     repeats: int
     role: Role
     num_controls: int
+    control_ids: list[str]
     has_mask: bool
+    mask_id: str
     shard: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRecord:
-    """A committed shard of a prepared dataset, and what it was made from."""
+    """A committed shard of a prepared dataset, and what it was made from.
+
+    A unit of work gives one shard, or several when its partition holds more records than a shard takes: `is_last` says
+    which one ends it. `recipe_fingerprint` stands for every setting that shaped it, `contents_fingerprint` for every input
+    byte that went into it. `buckets` maps WIDTHxHEIGHT to samples.
+    """
 
     name: str
-    unit_fingerprint: str
+    is_last: bool
+    recipe_fingerprint: str
+    contents_fingerprint: str
+    num_inputs: int
     num_samples: int
     num_upscaled: int
+    num_copied: int
+    num_long_captions: int
+    buckets: dict[str, int]
     bytes: int
     sha256: str
     table_sha256: str
@@ -87,9 +115,14 @@ class PreparedManifest:
     schema_version: int
     fingerprint: str
     recipe: dict[str, Any]
+    num_inputs: int
     num_samples: int
     num_rejects: int
     num_upscaled: int
+    num_copied: int
+    num_long_captions: int
+    num_duplicates: int
+    num_near_duplicates: int
     rejects_by_reason: dict[str, int]
     buckets: dict[str, int]
     shards: list[ShardRecord]

@@ -23,7 +23,7 @@ class Tracker(Protocol):
 
 
 class _Rate:
-    def __init__(self, label: str, total: int, unit: str, done: int) -> None:
+    def __init__(self, label: str, total: int | None, unit: str, done: int) -> None:
         self.label, self.total, self.unit, self.first, self.done = label, total, unit, done, done
         self.started = self.printed = time.monotonic()
         self.note = ""
@@ -34,13 +34,16 @@ class _Rate:
         shown = f"{rate:,.1f} {self.unit}/s" if rate >= 1 or rate == 0 else f"{1 / rate:,.2f} s/{self.unit}"
         return f"{shown}  {self.note}".rstrip()
 
-    def seconds_left(self) -> float:
+    def time_left(self) -> str:
         done = self.done - self.first
-        return (time.monotonic() - self.started) / done * (self.total - self.done) if done else float("inf")
+        if self.total is None or not done:
+            return "unknown time"
+        seconds = (time.monotonic() - self.started) / done * (self.total - self.done)
+        return time.strftime("%H:%M:%S", time.gmtime(seconds))
 
 
 class _Bar(_Rate):
-    def __init__(self, label: str, total: int, unit: str, done: int, bar: Progress) -> None:
+    def __init__(self, label: str, total: int | None, unit: str, done: int, bar: Progress) -> None:
         super().__init__(label, total, unit, done)
         self.bar, self.task = bar, bar.add_task(label, total=total, completed=done, rate="")
 
@@ -57,13 +60,16 @@ class _Lines(_Rate):
         now = time.monotonic()
         if now - self.printed >= _SECONDS_BETWEEN_LINES:
             self.printed = now
-            left = time.strftime("%H:%M:%S", time.gmtime(self.seconds_left()))
-            LOGGER.info("%s: %d of %d, %s, %s left", self.label, self.done, self.total, self.text(), left)
+            total = "an unknown number" if self.total is None else f"{self.total:,}"
+            LOGGER.info("%s: %s of %s, %s, %s left", self.label, f"{self.done:,}", total, self.text(), self.time_left())
 
 
 @contextlib.contextmanager
-def track(label: str, total: int, unit: str, done: int = 0) -> Iterator[Tracker]:
-    """Show the progress of `total` pieces of work, of which `done` were there before: rate, count and time left."""
+def track(label: str, total: int | None, unit: str, done: int = 0) -> Iterator[Tracker]:
+    """Show the progress of `total` pieces of work, of which `done` were there before: rate, count and time left.
+
+    `total` is None when only the end will tell.
+    """
     if not console.is_terminal:
         yield _Lines(label, total, unit, done)
         return

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ftk.cli import cache, demo, init, prepare, run, sample, tiny, train
+from ftk.cli import cache, demo, init, inspect, prepare, run, sample, tiny, train
 from ftk.errors import FtkError
 
 LOGGER = logging.getLogger("ftk")
@@ -29,6 +29,7 @@ app.command("sample")(sample.sample)
 app.command("run")(run.run)
 app.command("demo")(demo.demo)
 app.command("init")(init.init)
+app.command("inspect")(inspect.inspect)
 app.command("tiny")(tiny.tiny)
 
 

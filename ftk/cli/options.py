@@ -23,8 +23,11 @@ def load_config(run_file: Path, overrides: list[str] | None, workspace: str | No
     from ftk.configs.load import load
     from ftk.methods import base as methods
     from ftk.models import base as models
+    from ftk.pipeline.sources import base as sources
 
     config = load(run_file, overrides or (), workspace)
+    for position, source in enumerate(config.data.sources):
+        sources.parse(source, f"data.sources.{position}")
     family = models.get(config.model.family)
     _, settings = methods.parse(config.method)
     targets = getattr(settings, "targets", None)

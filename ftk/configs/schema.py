@@ -28,20 +28,42 @@ class ModelConfig(Section):
     revision: str | None = None
 
 
-class SourceConfig(Section):
-    """A folder of images, searched recursively, with a `.txt` caption beside each image."""
+class SourceConfig(BaseModel):
+    """Where images come from. Settings of one kind of source (`format`) are kept, and validated by that kind itself."""
 
-    path: str = Field(min_length=1)
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    path: str = Field(min_length=1, description="a folder, a table, tars, or a Hub dataset; a local path or an fsspec URL")
+    format: str = Field(default="auto", description="kind of source; by the path's suffix when auto")
     name: str | None = Field(default=None, description="part of each sample's key; the folder's name by default")
     repeats: int = Field(default=1, ge=1, description="times an epoch that each image is seen")
-    trigger: str | None = Field(default=None, description="put before each caption that does not contain it")
-    caption: str | None = Field(default=None, description="used for images that have no .txt file")
     role: Role = "instance"
+    caption: str | None = Field(default=None, description="used for images that have no caption of their own")
+    trigger: str | None = Field(default=None, description="put before each caption that does not contain it")
+    prefix: str | None = Field(default=None, description="put before each caption")
+    suffix: str | None = Field(default=None, description="put after each caption")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What only this kind of source knows."""
+        return dict(self.model_extra or {})
 
     @property
     def source_name(self) -> str:
         """The name under which this source's samples and rejects are listed."""
-        return self.name or PurePath(self.path).name or "images"
+        path = PurePath(self.path)
+        # A file is called after the folder that it lies in: all tables are called metadata.
+        is_folder = not path.suffix or path.name.startswith(".")
+        return self.name or (path.name if is_folder else path.parent.name) or path.stem or "images"
+
+
+class CaptionsConfig(Section):
+    """What is done to captions, whatever source they come from."""
+
+    tag_shuffles: int = Field(default=0, ge=0, le=64, description="shuffled variants of each caption's tags, beside itself")
+    tag_separator: str = Field(default=",", min_length=1)
+    keep_tags: int = Field(default=1, ge=0, description="leading tags that a shuffle leaves in place")
+    long_chars: int = Field(default=2000, ge=1, description="longer captions are kept, and counted in the report")
 
 
 class DataConfig(Section):
@@ -55,10 +77,34 @@ class DataConfig(Section):
     bucket_step: int | None = Field(
         default=None, ge=8, description="bucket sides are multiples of this; the family's pixel multiple by default"
     )
-    image_format: Literal["png", "jpeg", "webp"] = Field(
-        default="png", description="png is lossless; jpeg is quality 95, 4:4:4; webp is lossless"
+    upscale: Literal["always", "limit", "never"] = Field(
+        default="always", description="whether an image may be enlarged to reach its bucket; else it gets no sample there"
+    )
+    upscale_limit: float = Field(default=1.5, gt=1.0, description="largest enlargement of a side under `upscale: limit`")
+    min_size: int = Field(default=1, ge=1, description="px; an image with a shorter side is rejected")
+    crop: Literal["center", "random", "focus"] = Field(
+        default="center", description="random: anywhere, fixed by the image's content; focus: libvips' attention crop"
+    )
+    crops: int = Field(default=1, ge=1, le=64, description="crops of each image under `crop: random`, each a sample")
+    flip: bool = Field(default=False, description="a mirrored sample beside each")
+    resize: Literal["gamma", "linear"] = Field(
+        default="gamma", description="whether pixels are averaged as stored, as viewers and trainers do, or as light"
+    )
+    captions: CaptionsConfig = CaptionsConfig()
+    duplicates: Literal["keep", "first", "error"] = Field(
+        default="keep", description="what becomes of images whose files are equal, byte for byte"
+    )
+    near_duplicate_bits: int = Field(
+        default=4, ge=0, le=16, description="images whose perceptual hashes differ in at most so many bits of 64 are reported"
+    )
+    image_format: Literal["auto", "png", "jpeg", "webp"] = Field(
+        default="auto", description="auto: JPEG for images that were lossy, PNG for the rest"
+    )
+    quality: int | None = Field(
+        default=None, ge=1, le=100, description="of JPEG (95 by default, 4:4:4) and WebP (lossless by default)"
     )
     background: tuple[int, int, int] = Field(default=(255, 255, 255), description="RGB under transparent pixels")
+    animated: Literal["first", "reject"] = Field(default="first", description="what becomes of images of several frames")
     max_pixels: int = Field(default=200_000_000, ge=1, description="larger images are rejected on their header")
     max_input_aspect: float = Field(
         default=8.0, ge=1.0, description="longer images are rejected rather than cropped to a sliver"
@@ -67,7 +113,17 @@ class DataConfig(Section):
         default=0.1, ge=0.0, le=1.0, description="above this share of rejects `prepare` exits with code 3"
     )
     shard_samples: int = Field(default=256, ge=1, description="images a tar shard")
-    workers: int = Field(default=0, ge=0, le=512, description="processes; 0 means one a core")
+    engine: Literal["local", "ray"] = Field(default="local", description="where shards are made: processes here, or Ray")
+    workers: int = Field(default=0, ge=0, le=512, description="processes (on Ray: of each shard); 0 means one a core")
+    worker_seconds: float = Field(default=120.0, gt=0, description="an image that takes longer is rejected")
+    worker_memory_gib: float = Field(default=4.0, gt=0, description="an image that makes a worker take more is rejected")
+
+    @field_validator("background")
+    @classmethod
+    def _background_in_range(cls, value: tuple[int, int, int]) -> tuple[int, int, int]:
+        if not all(0 <= channel <= 255 for channel in value):
+            raise ValueError("each of red, green and blue lies in 0 to 255")
+        return value
 
     @model_validator(mode="after")
     def _source_names_are_unique(self) -> Self:
@@ -77,6 +133,14 @@ class DataConfig(Section):
             raise ValueError(f"two sources are called {', '.join(doubled)}: give each a `name:` of its own")
         if len(set(self.resolutions)) != len(self.resolutions):
             raise ValueError("`resolutions` names the same edge twice")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_take_effect(self) -> Self:
+        if self.crops > 1 and self.crop != "random":
+            raise ValueError(f"`crops: {self.crops}` needs `crop: random`: every {self.crop} crop of an image is the same")
+        if self.quality is not None and self.image_format == "png":
+            raise ValueError("`quality` has no effect on PNG: leave it out, or choose `image_format: jpeg`")
         return self
 
 

@@ -1,7 +1,8 @@
 """Aspect-ratio buckets: sizes that images are resized and cropped to, so that a batch has one shape. All sides in pixels."""
 
+import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +18,21 @@ class Placement:
 
     def upscales(self, width: int, height: int) -> bool:
         """Whether the image is smaller than what its bucket needs."""
-        return self.resize_width > width or self.resize_height > height
+        return self.enlargement(width, height) > 1
+
+    def enlargement(self, width: int, height: int) -> float:
+        """Times that the image's sides grow to cover the bucket; less than 1 when they shrink."""
+        return max(self.bucket_width / width, self.bucket_height / height)
+
+    @property
+    def slack(self) -> tuple[int, int]:
+        """Pixels of the resized image that the crop leaves out: (across, down). One of them is 0."""
+        return self.resize_width - self.bucket_width, self.resize_height - self.bucket_height
+
+    def at(self, crop_x: int, crop_y: int) -> "Placement":
+        """The same size, cropped as near to (crop_x, crop_y) as the resized image allows."""
+        across, down = self.slack
+        return replace(self, crop_x=min(max(crop_x, 0), across), crop_y=min(max(crop_y, 0), down))
 
 
 def bucket_sizes(resolution: int, step: int, max_aspect: float) -> list[tuple[int, int]]:
@@ -42,9 +57,13 @@ def bucket_sizes(resolution: int, step: int, max_aspect: float) -> list[tuple[in
 def place(width: int, height: int, sizes: list[tuple[int, int]]) -> Placement:
     """The bucket nearest by aspect ratio, which is the one that loses least to the crop; the crop is central."""
     aspect = width / height
-    bucket_width, bucket_height = min(
-        sizes, key=lambda size: (abs(math.log(size[0] / size[1] / aspect)), -size[0] * size[1], size)
-    )
+    nearest = min(sizes, key=lambda size: (abs(math.log(size[0] / size[1] / aspect)), -size[0] * size[1], size))
+    return cover(width, height, nearest)
+
+
+def cover(width: int, height: int, bucket: tuple[int, int]) -> Placement:
+    """The smallest resize that covers the bucket, cropped at its centre."""
+    bucket_width, bucket_height = bucket
     scale = max(bucket_width / width, bucket_height / height)
     resize_width = max(bucket_width, round(width * scale))
     resize_height = max(bucket_height, round(height * scale))
@@ -56,3 +75,35 @@ def place(width: int, height: int, sizes: list[tuple[int, int]]) -> Placement:
         crop_x=(resize_width - bucket_width) // 2,
         crop_y=(resize_height - bucket_height) // 2,
     )
+
+
+def follow(leader: Placement, width: int, height: int) -> Placement:
+    """Where a mask or control of its own size goes: it covers the leader's bucket, cropped at the same relative place.
+
+    A companion of the leader's own size gets the leader's placement.
+    """
+    own = cover(width, height, (leader.bucket_width, leader.bucket_height))
+
+    def same_place(slack: int, leader_slack: int, leader_crop: int) -> int:
+        return round(slack * leader_crop / leader_slack) if leader_slack else slack // 2
+
+    return own.at(
+        same_place(own.slack[0], leader.slack[0], leader.crop_x),
+        same_place(own.slack[1], leader.slack[1], leader.crop_y),
+    )
+
+
+def random_crops(placement: Placement, content_sha256: str, crops: int) -> tuple[Placement, ...]:
+    """Crops anywhere in the resized image, equal ones once; drawn from the content's hash and the crop's index alone.
+
+    No library's generator takes part, so that a crop stays where it is whatever is upgraded, and an image keeps its crops
+    when others come or go.
+    """
+    across, down = placement.slack
+    drawn: list[Placement] = []
+    for index in range(crops):
+        digest = hashlib.sha256(f"ftk crop {content_sha256} {index}".encode()).digest()
+        x, y = (int.from_bytes(digest[start : start + 8], "big") for start in (0, 8))
+        # 64-bit fractions of the places that there are.
+        drawn.append(placement.at(x * (across + 1) >> 64, y * (down + 1) >> 64))
+    return tuple(dict.fromkeys(drawn))

@@ -23,30 +23,37 @@ SAMPLE_SCHEMA = pa.schema(
         *(pa.field(name, pa.int32()) for name in ("width", "height", "bucket_width", "bucket_height")),
         *(pa.field(name, pa.int32()) for name in ("resize_width", "resize_height", "crop_x", "crop_y")),
         pa.field("flipped", pa.bool_()),
+        pa.field("copied", pa.bool_()),
+        pa.field("perceptual_hash", pa.string()),
         pa.field("captions", pa.list_(pa.string())),
         pa.field("repeats", pa.int32()),
         pa.field("role", pa.string()),
         pa.field("num_controls", pa.int32()),
+        pa.field("control_ids", pa.list_(pa.string())),
         pa.field("has_mask", pa.bool_()),
+        pa.field("mask_id", pa.string()),
         pa.field("shard", pa.string()),
     ]
 )
 REJECT_SCHEMA = pa.schema([pa.field(name, pa.string()) for name in ("source", "path", "reason", "detail")])
+DUPLICATE_SCHEMA = pa.schema([pa.field("key", pa.string()), pa.field("like", pa.string()), pa.field("bits", pa.int32())])
+"""Of each image that looks like an earlier one: its key, the earlier one's, and how many bits of their hashes differ;
+-1 for images whose files are equal."""
 MANIFEST = "dataset.json"
+IMAGE_SUFFIXES = ("png", "jpg", "webp")
+_FROM_DATA = (
+    *("resolutions", "max_aspect", "bucket_step", "upscale", "upscale_limit", "min_size", "crop", "crops", "flip", "resize"),
+    *("captions", "duplicates", "image_format", "quality", "background", "animated"),
+)
+_NOT_THE_SAMPLES = {"path", "format", "name"}
 
 
 def recipe(config: RunConfig) -> dict[str, Any]:
     """What the configuration says about the samples, without where the images are: later stages compare it."""
-    data = config.data
     return {
-        "resolutions": list(data.resolutions),
-        "max_aspect": data.max_aspect,
-        "bucket_step": data.bucket_step,
-        "image_format": data.image_format,
-        "background": list(data.background),
+        **config.data.model_dump(mode="json", include=set(_FROM_DATA)),
         "sources": {
-            source.source_name: source.model_dump(mode="json", include={"repeats", "trigger", "caption", "role"})
-            for source in data.sources
+            source.source_name: source.model_dump(mode="json", exclude=_NOT_THE_SAMPLES) for source in config.data.sources
         },
     }
 
@@ -86,7 +93,8 @@ class PreparedDataset:
     def __init__(self, directory: Path, manifest: PreparedManifest) -> None:
         self.directory = directory
         self.manifest = manifest
-        self._offsets: dict[str, dict[str, tuple[int, int]]] = {}
+        self._shards = {shard.name: shard for shard in manifest.shards}
+        self._members: dict[str, dict[str, tuple[int, int]]] = {}
 
     @classmethod
     def open(cls, directory: Path) -> "PreparedDataset":
@@ -122,22 +130,43 @@ class PreparedDataset:
         table = storage.read_table(self.directory / "rejects.parquet")
         return [Reject(**{**row, "reason": RejectReason(row["reason"])}) for row in table.to_pylist()]
 
+    def duplicates(self) -> list[dict[str, Any]]:
+        """Samples that are equal or alike: see `DUPLICATE_SCHEMA`."""
+        rows: list[dict[str, Any]] = storage.read_table(self.directory / "duplicates.parquet").to_pylist()
+        return rows
+
     def image_bytes(self, row: SampleRow) -> bytes:
         """The encoded image of one sample, read from its shard by offset."""
-        offset, size = self._index(row.shard)[row.key]
-        with (self.directory / "shards" / f"{row.shard}.tar").open("rb") as file:
+        index = self._index(row.shard)
+        name = next(name for suffix in IMAGE_SUFFIXES if (name := f"{row.key}.{suffix}") in index)
+        return self._read(row.shard, name)
+
+    def mask_bytes(self, row: SampleRow) -> bytes | None:
+        """The sample's mask as an 8-bit grey PNG of the bucket's size; None when it has none."""
+        return self._read(row.shard, f"{row.key}.mask.png") if row.has_mask else None
+
+    def control_bytes(self, row: SampleRow) -> list[bytes]:
+        """The sample's control images as PNG files of the bucket's size."""
+        return [self._read(row.shard, f"{row.key}.control{number}.png") for number in range(row.num_controls)]
+
+    def _read(self, shard: str, name: str) -> bytes:
+        offset, size = self._index(shard)[name]
+        with (self.directory / "shards" / f"{shard}.tar").open("rb") as file:
             file.seek(offset)
             return file.read(size)
 
     def _index(self, shard: str) -> dict[str, tuple[int, int]]:
-        if shard not in self._offsets:
-            with tarfile.open(self.directory / "shards" / f"{shard}.tar", mode="r:") as tar:
-                self._offsets[shard] = {
-                    member.name.split(".")[0]: (member.offset_data, member.size)
-                    for member in tar
-                    if member.isreg() and not member.name.endswith(".json")
-                }
-        return self._offsets[shard]
+        """Where each member of a shard lies; the shard's checksum is verified before its first use."""
+        if shard not in self._members:
+            path = self.directory / "shards" / f"{shard}.tar"
+            if storage.sha256_file(path) != self._shards[shard].sha256:
+                raise DatasetError(
+                    f"{path} is damaged: it does not have its checksum. "
+                    f"Run `ftk prepare RUN.yaml` again: it makes this shard anew."
+                )
+            with tarfile.open(path, mode="r:") as tar:
+                self._members[shard] = {member.name: (member.offset_data, member.size) for member in tar}
+        return self._members[shard]
 
 
 def read_manifest(directory: Path) -> PreparedManifest | None:

@@ -1,210 +1,346 @@
-"""From the bytes of an image file to the encoded pixels of its buckets. Runs in worker processes; never imports torch."""
+"""From an image file, with its mask and controls, to the encoded samples of its buckets. Runs in worker processes.
 
+    read → header checks → placements → decode, orient, sRGB, resize → crop, flip → encode
+
+Whatever is wrong with a file becomes an `ImageProblem`. Equal files and recipes give equal bytes in whatever process.
+Never imports torch.
+"""
+
+import contextlib
 import hashlib
-import io
-import struct
-import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from ftk import storage
 from ftk.contracts import RejectReason
-from ftk.pipeline.buckets import Placement, place
+from ftk.pipeline import decode, resize
+from ftk.pipeline.buckets import Placement, follow, place, random_crops
+from ftk.pipeline.decode import Opened, Unfit
+from ftk.pipeline.encode import PNG, copied_suffix, encode, encoding_of
+from ftk.pipeline.perceptual import perceptual_hash
+from ftk.pipeline.render import Picture
+from ftk.pipeline.sources.base import Blob
 
-IMAGES_VERSION = 1
+IMAGES_VERSION = 2
 """Raised whenever equal inputs and recipe would give other pixels; part of every fingerprint."""
-
-_ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "png": ("PNG", {"compress_level": 1}),
-    "jpeg": ("JPEG", {"quality": 95, "subsampling": "4:4:4"}),
-    "webp": ("WEBP", {"lossless": True, "method": 2}),
-}
-SUFFIXES = {"png": "png", "jpeg": "jpg", "webp": "webp"}
-_SWAPPING_ORIENTATIONS = frozenset({5, 6, 7, 8})
-_RGB_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"})
-
-
-# The pixel format that an embedded profile describes, where the image's own has alpha or a palette on top of it.
-_PROFILED_AS = {"RGB": "RGB", "RGBA": "RGB", "P": "RGB", "CMYK": "CMYK", "L": "L", "LA": "L"}
-# Pillow's decoders raise all of these on damaged files.
-_DECODER_FAULTS: tuple[type[Exception], ...] = (
-    *(OSError, ValueError, SyntaxError, EOFError, LookupError, MemoryError),
-    *(RuntimeError, TypeError, AttributeError, ArithmeticError, AssertionError, struct.error),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRecipe:
-    """What decides the pixels, apart from the image: the part of the configuration that workers need."""
+    """What decides the pixels, apart from the image: the part of the configuration that workers need.
+
+    `sizes` are the buckets (width, height) of each resolution; the rest is as in `DataConfig`.
+    """
 
     sizes: tuple[tuple[tuple[int, int], ...], ...]
+    upscale: str
+    upscale_limit: float
+    min_size: int
+    crop: str
+    crops: int
+    flip: bool
+    resize: str
     image_format: str
+    quality: int | None
     background: tuple[int, int, int]
+    animated: str
     max_pixels: int
     max_input_aspect: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImageTask:
+    """One image for a worker, with the mask and controls that belong to it."""
+
+    image: Blob
+    mask: Blob | None
+    controls: tuple[Blob, ...]
+    recipe: ImageRecipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """One size of one image, encoded."""
+    """One sample of an image, encoded: `data` is a file of the kind that `suffix` (png, jpg, webp) says.
+
+    `flipped`: mirrored after the crop. `copied`: the source's own bytes. Mask (8-bit gray) and controls (RGB) have the same
+    size and are PNG files; `mask_id` is empty when there is no mask.
+    """
 
     placement: Placement
+    flipped: bool
     image_id: str
+    suffix: str
     data: bytes
+    copied: bool
+    mask: bytes | None
+    mask_id: str
+    controls: tuple[bytes, ...]
+    control_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedImage:
-    """All variants of one image, one a resolution; `width` and `height` are the original's after its EXIF orientation."""
+    """All samples of one image; `width` and `height` are the original's after its EXIF orientation.
+
+    `contents` are the SHA-256 of the image's file, of its mask's where there is one, and of each control's.
+    """
 
     width: int
     height: int
+    contents: tuple[str, ...]
+    perceptual_hash: str
     variants: tuple[Variant, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageProblem:
-    """Why an image gave no sample."""
+    """Why an image gave no sample; `contents` as in `PreparedImage`, empty for a file that could not be read."""
 
     reason: RejectReason
     detail: str
+    contents: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ImageTask:
-    """One image for a worker; `content_sha256` is what the plan was made with."""
+class Probe:
+    """What a header tells: the upright size, and a placement for each sample that the image would give."""
 
-    path: Path
-    content_sha256: str
-    recipe: ImageRecipe
+    width: int
+    height: int
+    placements: tuple[Placement, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _File:
+    """A file of a task, whose bytes were read or not. `kind` is image, mask or control."""
+
+    kind: str
+    location: str
+    data: bytes
+    sha256: str
+    problem: Unfit | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """An image, mask or control at the size that one placement asks for, before the crop; `width` and `height` as opened."""
+
+    file: _File
+    width: int
+    height: int
+    resized: Image.Image
+
+
+_MISSING = {
+    "image": RejectReason.FILE_MISSING,
+    "mask": RejectReason.MASK_MISSING,
+    "control": RejectReason.CONTROL_MISSING,
+}
+_UNREADABLE = {"mask": RejectReason.MASK_UNREADABLE, "control": RejectReason.CONTROL_UNREADABLE}
 
 
 def prepare_image(task: ImageTask) -> PreparedImage | ImageProblem:
-    """Read, check the header, decode, orient, convert to sRGB, resize, crop and encode; any fault becomes a reason."""
+    """All samples of an image, or the reason why there are none.
+
+    Raises:
+        EnvironmentFault: the network failed; nothing was wrong with the image.
+    """
+    files = _read(task)
+    contents = tuple(file.sha256 for file in files)
     try:
-        data = task.path.read_bytes()
+        return _prepare(files, contents, task.recipe)
+    except Unfit as unfit:
+        return ImageProblem(reason=unfit.reason, detail=unfit.detail, contents=contents)
+
+
+def probe_image(task: ImageTask) -> Probe | ImageProblem:
+    """What `prepare_image` would give as far as headers tell: the files are read, and no pixel is decoded.
+
+    Where a focus crop will lie only the pixels tell: it is given as central.
+    """
+    files = _read(task)
+    contents = tuple(file.sha256 for file in files)
+    try:
+        opened = _open_all(files, task.recipe)[0]
+        placements: list[Placement] = []
+        for placement in _placements(opened, task.recipe):
+            placements += _crops(placement, None, contents[0], task.recipe)
+    except Unfit as unfit:
+        return ImageProblem(reason=unfit.reason, detail=unfit.detail, contents=contents)
+    copies = 2 if task.recipe.flip else 1
+    return Probe(
+        width=opened.width,
+        height=opened.height,
+        placements=tuple(placement for placement in placements for _ in range(copies)),
+    )
+
+
+def _read(task: ImageTask) -> list[_File]:
+    files = [("image", task.image)]
+    if task.mask is not None:
+        files.append(("mask", task.mask))
+    files += [("control", control) for control in task.controls]
+    return [_read_file(kind, blob) for kind, blob in files]
+
+
+def _read_file(kind: str, blob: Blob) -> _File:
+    try:
+        data = blob.read()
+    except FileNotFoundError as error:
+        unfit = Unfit(_MISSING[kind], error.strerror or "the file is missing")
     except OSError as error:
-        return ImageProblem(reason=RejectReason.UNREADABLE, detail=error.strerror or str(error))
-    if hashlib.sha256(data).hexdigest() != task.content_sha256:
-        return ImageProblem(
-            reason=RejectReason.CHANGED_WHILE_READING, detail="the file changed while prepare was running: run it again"
-        )
-    # Pillow's own bomb check warns from 89 megapixels on; `max_pixels` decides here, and it is a reject.
-    Image.MAX_IMAGE_PIXELS = None
+        unfit = Unfit(RejectReason.UNREADABLE, error.strerror or str(error) or type(error).__name__)
+    else:
+        sha256 = hashlib.sha256(data).hexdigest()
+        return _File(kind=kind, location=blob.location, data=data, sha256=sha256, problem=None)
+    return _File(kind=kind, location=blob.location, data=b"", sha256="", problem=unfit)
+
+
+def _open_all(files: list[_File], recipe: ImageRecipe) -> list[Opened]:
+    """The headers of all files of a task, checked; the image comes first."""
+    opened: list[Opened] = []
+    for file in files:
+        with _blaming(file):
+            if file.problem is not None:
+                raise file.problem
+            opened.append(decode.open_image(file.data))
+            _check_header(opened[-1], recipe)
+    shortest = min(opened[0].width, opened[0].height)
+    if shortest < recipe.min_size:
+        raise Unfit(RejectReason.TOO_SMALL, f"its shorter side, {shortest} px, is below data.min_size {recipe.min_size}")
+    return opened
+
+
+@contextlib.contextmanager
+def _blaming(file: _File) -> Iterator[None]:
+    """Let a fault of a mask or control say whose it is: the row of rejects names the image."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _prepare(data, task)
-    except UnidentifiedImageError:
-        return ImageProblem(reason=RejectReason.UNREADABLE, detail=_not_an_image(data))
-    except _DECODER_FAULTS as error:
-        text = str(error) or type(error).__name__
-        truncated = "truncated" in text.lower() or isinstance(error, EOFError)
-        reason = RejectReason.TRUNCATED if truncated else RejectReason.UNREADABLE
-        return ImageProblem(reason=reason, detail=text)
+        yield
+    except Unfit as unfit:
+        if file.kind == "image":
+            raise
+        reason = unfit.reason if unfit.reason == _MISSING[file.kind] else _UNREADABLE[file.kind]
+        raise Unfit(reason, f"{file.location}: {unfit.detail}") from None
 
 
-def _prepare(data: bytes, task: ImageTask) -> PreparedImage | ImageProblem:
-    recipe = task.recipe
-    with Image.open(io.BytesIO(data)) as image:
-        problem = _check_header(image, recipe)
-        if problem is not None:
-            return problem
-        image.load()
-        pixels = to_srgb(ImageOps.exif_transpose(image), recipe.background)
-    variants: list[Variant] = []
-    # Two resolutions close to each other can share a bucket: one sample, not two equal ones.
-    for placement in dict.fromkeys(place(pixels.width, pixels.height, list(sizes)) for sizes in recipe.sizes):
-        variants.append(
-            Variant(
-                placement=placement,
-                image_id=image_id(task.content_sha256, placement, recipe),
-                data=encode(render(pixels, placement), recipe.image_format),
-            )
-        )
-    return PreparedImage(width=pixels.width, height=pixels.height, variants=tuple(variants))
-
-
-def _check_header(image: Image.Image, recipe: ImageRecipe) -> ImageProblem | None:
-    width, height = image.size
+def _check_header(opened: Opened, recipe: ImageRecipe) -> None:
+    width, height = opened.width, opened.height
     if width * height > recipe.max_pixels:
-        return ImageProblem(
-            reason=RejectReason.TOO_MANY_PIXELS,
-            detail=f"{width} x {height} is more than data.max_pixels {recipe.max_pixels:,}",
-        )
+        raise Unfit(RejectReason.TOO_MANY_PIXELS, f"{width} x {height} is more than data.max_pixels {recipe.max_pixels:,}")
     if max(width, height) > recipe.max_input_aspect * min(width, height):
-        return ImageProblem(
-            reason=RejectReason.TOO_EXTREME_ASPECT,
-            detail=f"{width} x {height} is longer than data.max_input_aspect {recipe.max_input_aspect:g}",
+        raise Unfit(
+            RejectReason.TOO_EXTREME_ASPECT,
+            f"{width} x {height} is longer than data.max_input_aspect {recipe.max_input_aspect:g}",
         )
-    if image.mode not in _RGB_MODES:
-        return ImageProblem(
-            reason=RejectReason.UNSUPPORTED_MODE,
-            detail=f"pixel format {image.mode} has no defined 8-bit RGB: convert the image",
+    if recipe.animated == "reject" and decode.is_animated(opened):
+        raise Unfit(RejectReason.ANIMATED, "it has several frames, and data.animated says reject")
+
+
+def _placements(opened: Opened, recipe: ImageRecipe) -> list[Placement]:
+    """Where the image goes in each resolution that it may reach; two resolutions can share a bucket: one placement."""
+    width, height = opened.width, opened.height
+    limit = {"always": float("inf"), "limit": recipe.upscale_limit, "never": 1.0}[recipe.upscale]
+    nearest = [place(width, height, list(sizes)) for sizes in recipe.sizes]
+    reached = [placement for placement in nearest if placement.enlargement(width, height) <= limit]
+    if not reached:
+        least = min(nearest, key=lambda placement: placement.enlargement(width, height))
+        setting = "data.upscale: never" if recipe.upscale == "never" else f"data.upscale_limit {limit:g}"
+        raise Unfit(
+            RejectReason.TOO_SMALL,
+            f"{width} x {height} would be enlarged {least.enlargement(width, height):.2f} times to reach "
+            f"{least.bucket_width} x {least.bucket_height}, against {setting}",
         )
-    return None
+    return list(dict.fromkeys(reached))
 
 
-def header_size(path: Path) -> tuple[int, int] | None:
-    """(width, height) after the EXIF orientation, from the header alone; None when there is no readable header."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            Image.MAX_IMAGE_PIXELS = None
-            with Image.open(path) as image:
-                width, height = image.size
-                is_upright = image.format == "TIFF"  # Pillow gives a TIFF's size, alone of all, as it will be turned
-                # Not image.getexif(): for a PNG that decodes all of it, to look for an EXIF chunk behind the pixels.
-                swapped = Image.Image.getexif(image).get(ExifTags.Base.Orientation) in _SWAPPING_ORIENTATIONS
-    except _DECODER_FAULTS:
-        return None
-    return (height, width) if swapped and not is_upright else (width, height)
+def _crops(placement: Placement, resized: Image.Image | None, sha256: str, recipe: ImageRecipe) -> tuple[Placement, ...]:
+    if recipe.crop == "random":
+        return random_crops(placement, sha256, recipe.crops)
+    if recipe.crop == "focus" and resized is not None and placement.slack != (0, 0):
+        return (placement.at(*resize.attention(resized, placement.bucket_width, placement.bucket_height)),)
+    return (placement,)
 
 
-def to_srgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """8-bit sRGB: the embedded ICC profile is applied, transparency is laid over `background`; of animations, frame one."""
-    profile = image.info.get("icc_profile")
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    if profile and image.mode in _PROFILED_AS:
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            plain = image.convert(_PROFILED_AS[image.mode])
-            converted = ImageCms.profileToProfile(plain, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError):
-            converted = None  # a damaged profile: the pixels are read as sRGB, as every viewer does
-        image = converted if converted is not None else image
-    if alpha is None:
-        return image.convert("RGB")
-    canvas = Image.new("RGB", image.size, background)
-    canvas.paste(image.convert("RGB"), mask=alpha)
-    return canvas
+def _prepare(files: list[_File], contents: tuple[str, ...], recipe: ImageRecipe) -> PreparedImage:
+    opened = _open_all(files, recipe)
+    image = opened[0]
+    placements = _placements(image, recipe)
+    pictures = [_picture(file, one, recipe) for file, one in zip(files, opened, strict=True)]
+    variants: list[Variant] = []
+    hashed = ""
+    for placement in placements:
+        parts = [_part(file, picture, placement) for file, picture in zip(files, pictures, strict=True)]
+        hashed = hashed or perceptual_hash(parts[0].resized)
+        for cropped in _crops(placement, parts[0].resized, contents[0], recipe):
+            variants += [_variant(parts, image, cropped, flipped, recipe) for flipped in (False, True)[: 1 + recipe.flip]]
+    return PreparedImage(
+        width=image.width, height=image.height, contents=contents, perceptual_hash=hashed, variants=tuple(variants)
+    )
 
 
-def render(pixels: Image.Image, placement: Placement) -> Image.Image:
-    """Resize with the antialiased Lanczos filter, in gamma space as viewers do, then crop."""
-    size = (placement.resize_width, placement.resize_height)
-    resized = pixels if size == pixels.size else pixels.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-    left, top = placement.crop_x, placement.crop_y
-    return resized.crop((left, top, left + placement.bucket_width, top + placement.bucket_height))
+def _picture(file: _File, opened: Opened, recipe: ImageRecipe) -> Picture:
+    return Picture(
+        opened,
+        is_mask=file.kind == "mask",
+        background=recipe.background,
+        linear=recipe.resize == "linear" and file.kind != "mask",
+        max_pixels=recipe.max_pixels,
+    )
 
 
-def encode(pixels: Image.Image, image_format: str) -> bytes:
-    """The bytes of an image file; equal pixels give equal bytes."""
-    pillow_format, options = _ENCODERS[image_format]
-    buffer = io.BytesIO()
-    Image.frombytes("RGB", pixels.size, pixels.tobytes()).save(buffer, pillow_format, **options)
-    return buffer.getvalue()
+def _part(file: _File, picture: Picture, leader: Placement) -> _Part:
+    width, height = picture.opened.width, picture.opened.height
+    own = follow(leader, width, height)
+    with _blaming(file):
+        resized = picture.at(own.resize_width, own.resize_height)
+    return _Part(file=file, width=width, height=height, resized=resized)
 
 
-def image_id(content_sha256: str, placement: Placement, recipe: ImageRecipe) -> str:
-    """Names pixels: the file's content and everything that was done to it."""
+def _variant(parts: list[_Part], image: Opened, placement: Placement, flipped: bool, recipe: ImageRecipe) -> Variant:
+    encoding = encoding_of(image, recipe.image_format, recipe.quality)
+    suffix = None if flipped else _copied_suffix(image, placement, recipe)
+    data = parts[0].file.data if suffix else encode(_cut(parts[0], placement, flipped), encoding)
+    stored = "copy" if suffix else f"{encoding.image_format} {encoding.quality}"
+    masks, controls = ([part for part in parts if part.file.kind == kind] for kind in ("mask", "control"))
+    return Variant(
+        placement=placement,
+        flipped=flipped,
+        image_id=_part_id(parts[0], placement, flipped, stored, recipe),
+        suffix=suffix or encoding.suffix,
+        data=data,
+        copied=suffix is not None,
+        mask=encode(_cut(masks[0], placement, flipped), PNG) if masks else None,
+        mask_id=_part_id(masks[0], placement, flipped, "png", recipe) if masks else "",
+        controls=tuple(encode(_cut(part, placement, flipped), PNG) for part in controls),
+        control_ids=tuple(_part_id(part, placement, flipped, "png", recipe) for part in controls),
+    )
+
+
+def _copied_suffix(image: Opened, placement: Placement, recipe: ImageRecipe) -> str | None:
+    is_whole = (placement.resize_width, placement.resize_height) == (image.width, image.height)
+    return copied_suffix(image, recipe.image_format) if is_whole and placement.slack == (0, 0) else None
+
+
+def _cut(part: _Part, placement: Placement, flipped: bool) -> Image.Image:
+    own = follow(placement, part.width, part.height)
+    left, top = own.crop_x, own.crop_y
+    cropped = part.resized.crop((left, top, left + own.bucket_width, top + own.bucket_height))
+    return ImageOps.mirror(cropped) if flipped else cropped
+
+
+def _part_id(part: _Part, placement: Placement, flipped: bool, stored: str, recipe: ImageRecipe) -> str:
+    own = follow(placement, part.width, part.height)
+    return image_id(part.file.kind, part.file.sha256, own, flipped=flipped, stored=stored, recipe=recipe)
+
+
+def image_id(kind: str, content_sha256: str, placement: Placement, *, flipped: bool, stored: str, recipe: ImageRecipe) -> str:
+    """Names the pixels of a sample's image, mask or control (`kind`): the file's content and everything done to it.
+
+    `stored` says how they are encoded, so that equal names mean equal bytes too.
+    """
     geometry = [getattr(placement, name) for name in Placement.__slots__]
-    background = list(recipe.background)
-    return storage.digest([IMAGES_VERSION, content_sha256, geometry, recipe.image_format, background])
-
-
-def _not_an_image(data: bytes) -> str:
-    return "the file is empty" if not data else f"no known image format (starts with {data[:8]!r})"
+    # Nothing is laid under a mask, and it is always averaged as stored.
+    colours = [] if kind == "mask" else [list(recipe.background), recipe.resize]
+    return storage.digest([IMAGES_VERSION, kind, content_sha256, geometry, flipped, stored, colours])

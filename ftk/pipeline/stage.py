@@ -1,75 +1,108 @@
 """`ftk prepare`: sources in, tar shards and tables out. Plan, make the shards that are not there, seal."""
 
-import json
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from ftk import storage
 from ftk.configs.load import default_workers, workspace_paths
 from ftk.configs.schema import DataConfig, RunConfig
-from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, RejectReason, SampleRow, ShardRecord
-from ftk.errors import SourceError, TooManyRejects
+from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, ShardRecord
+from ftk.errors import ConfigError, SourceError, TooManyRejects
 from ftk.models import base as models
-from ftk.pipeline import dataset, images
-from ftk.pipeline.buckets import bucket_sizes, place
-from ftk.pipeline.engine import ordered_map
-from ftk.pipeline.sources import folder
-from ftk.pipeline.sources.base import Record
-from ftk.progress import track
+from ftk.pipeline import dataset, duplicates, images, plan, shards
+from ftk.pipeline.buckets import bucket_sizes
+from ftk.pipeline.engine import WorkerPool, map_units
+from ftk.pipeline.shards import Job, Made
+from ftk.progress import Tracker, track
+
+_GIB = 1 << 30
+_UNITS_AT_ONCE = 64
+# Measured on photographs of one megapixel; only for the estimate of a dry run.
+_BYTES_A_PIXEL = {"auto": 0.6, "jpeg": 0.6, "png": 2.0, "webp": 1.3}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareReport:
-    """What `ftk prepare` did; `buckets` maps WIDTHxHEIGHT to samples."""
+    """What `ftk prepare` did; `buckets` maps WIDTHxHEIGHT to samples.
 
+    `num_shards_missing` is of a part of a job array that ended before the others: the dataset is sealed by the last.
+    """
+
+    num_inputs: int
     num_samples: int
     num_rejects: int
     rejects_by_reason: dict[str, int]
     num_shards: int
     num_shards_reused: int
+    num_shards_missing: int
     num_upscaled: int
+    num_copied: int
+    num_long_captions: int
+    num_duplicates: int
+    num_near_duplicates: int
     buckets: dict[str, int]
     directory: str
     rejects: list[dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Unit:
-    """One shard to be: consecutive records, with the hash of each file."""
+class Part:
+    """One machine's share of a job array: the units whose number leaves `index` (from 0) when divided by `count`."""
 
-    name: str
-    fingerprint: str
-    records: tuple[tuple[Record, str], ...]
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """From I/N, where I counts from 1."""
+        first, _, last = text.partition("/")
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            raise ConfigError(f"--part {text}: expected I/N with I from 1 to N, for example --part 3/8")
+        return cls(index=int(first) - 1, count=int(last))
+
+    def has(self, unit: int) -> bool:
+        """Whether a unit is this part's to make."""
+        return unit % self.count == self.index
+
+    @property
+    def label(self) -> str:
+        """The name of this part's lock; empty for the whole."""
+        return f"{self.index + 1}-of-{self.count}" if self.count > 1 else ""
 
 
-def run(config: RunConfig) -> PrepareReport:
-    """Prepare the dataset; shards whose inputs and recipe are unchanged are kept as they are.
+WHOLE = Part(index=0, count=1)
+
+
+def run(config: RunConfig, part: Part = WHOLE) -> PrepareReport:
+    """Prepare the dataset, or one part of it; shards whose inputs and recipe are unchanged are kept as they are.
 
     Raises:
         SourceError: nothing usable was found.
         TooManyRejects: more rejects than `data.max_reject_fraction`; the dataset is committed before this is raised.
+        EnvironmentFault: disk, memory, network, or another writer.
     """
-    directory = workspace_paths(config)[0]
-    recipe = image_recipe(config)
-    records, rejects = _scan(config.data)
-    with storage.lock(directory):
-        storage.sweep(directory)
-        storage.sweep(directory / "shards")
-        units, unreadable = _plan(records, recipe, config.data)
-        done = {unit.name: record for unit in units if (record := _committed(directory, unit)) is not None}
-        num_images = sum(len(unit.records) for unit in units)
-        num_done = sum(len(unit.records) for unit in units if unit.name in done)
-        with track("prepare", num_images, "image", num_done) as progress:
-            shards = [
-                done.get(unit.name) or _make_shard(directory, unit, recipe, config.data, progress.advance) for unit in units
-            ]
-        manifest = _seal(directory, config, shards, [*rejects, *unreadable])
-    report = report_of(directory, manifest, len(done))
+    job = Job(directory=workspace_paths(config)[0], recipe=image_recipe(config), data=config.data)
+    with storage.lock(job.directory, part.label):
+        if part == WHOLE:
+            storage.sweep(job.directory)
+            storage.sweep(job.directory / "shards")
+        equal = plan.find_duplicates(config.data)
+        planned = _planned(job, equal, part)
+        _make_missing(job, equal, part, planned)
+        made = [unit for unit in planned.made if unit is not None]
+        if len(made) < len(planned.made):
+            return _report_of_part(job.directory, made, len(planned.made) - len(made))
+        manifest = _seal(job, config, [shard for unit in made for shard in unit.shards])
+    report = report_of(job.directory, manifest, sum(unit.num_reused for unit in made))
     check_rejects(report, config.data)
     return report
 
@@ -84,243 +117,216 @@ def image_recipe(config: RunConfig) -> images.ImageRecipe:
     small = [edge for edge in data.resolutions if edge < step]
     if small:
         raise SourceError(f"data.resolutions {small[0]} is smaller than one bucket step of {step} px.")
-    sizes = tuple(tuple(bucket_sizes(resolution, step, data.max_aspect)) for resolution in data.resolutions)
     return images.ImageRecipe(
-        sizes=sizes,
-        image_format=data.image_format,
-        background=data.background,
-        max_pixels=data.max_pixels,
-        max_input_aspect=data.max_input_aspect,
+        sizes=tuple(tuple(bucket_sizes(resolution, step, data.max_aspect)) for resolution in data.resolutions),
+        **data.model_dump(include={name for name in images.ImageRecipe.__slots__ if name != "sizes"}),
     )
 
 
-def dry_run(config: RunConfig) -> dict[str, Any]:
-    """What `run` would make, from directory listings and image headers alone."""
+def dry_run(config: RunConfig, part: Part = WHOLE) -> dict[str, Any]:
+    """What `run` would make, from listings, captions and image headers alone; writes nothing."""
+    data = config.data
     recipe = image_recipe(config)
-    records, rejects = _scan(config.data)
+    counts: Counter[str] = Counter()
     buckets: Counter[str] = Counter()
-    unreadable = 0
-    for record in records:
-        size = images.header_size(record.location)
-        if size is None:
-            unreadable += 1
-            continue
-        for sizes in recipe.sizes:
-            placement = place(*size, list(sizes))
-            buckets[f"{placement.bucket_width}x{placement.bucket_height}"] += 1
-    rejected = Counter(reject.reason.value for reject in rejects)
-    if unreadable:
-        rejected[RejectReason.UNREADABLE.value] += unreadable
+    rejected: Counter[str] = Counter()
+    with _pool(data) as pool, track("plan", None, "image") as progress:
+        for unit in plan.units(data, plan.find_duplicates(data)):
+            if not part.has(unit.number):
+                continue
+            num_inputs = 0
+            for item, probe in shards.worked(plan.records(unit), recipe, images.probe_image, pool):
+                num_inputs += 1
+                progress.advance(1)
+                if isinstance(probe, images.Probe):
+                    buckets.update(f"{place.bucket_width}x{place.bucket_height}" for place in probe.placements)
+                    counts["num_upscaled"] += sum(place.upscales(probe.width, probe.height) for place in probe.placements)
+                    counts["num_pixels"] += sum(place.bucket_width * place.bucket_height for place in probe.placements)
+                else:
+                    problem = item if isinstance(item, Reject) else probe
+                    assert problem is not None
+                    rejected[problem.reason.value] += 1
+            counts["num_inputs"] += num_inputs
+            counts["num_shards"] += max(1, -(-num_inputs // data.shard_samples))
     return {
-        "num_images": len(records) + len(rejects),
-        "num_samples": sum(buckets.values()),
-        "num_shards": -(-len(records) // config.data.shard_samples),
-        "rejects_by_reason": dict(rejected),
+        "num_inputs": counts["num_inputs"],
+        "num_samples": buckets.total(),
+        "num_rejects": rejected.total(),
+        "rejects_by_reason": dict(sorted(rejected.items())),
+        "num_shards": counts["num_shards"],
+        "num_upscaled": counts["num_upscaled"],
+        "estimated_bytes": round(counts["num_pixels"] * _BYTES_A_PIXEL[data.image_format]),
         "buckets": dict(sorted(buckets.items())),
     }
+
+
+@dataclass(slots=True)
+class _Planned:
+    """By unit: its shards when they are there, what identifies its records, and how many they are when that is known."""
+
+    made: list[Made | None]
+    listings: list[str]
+    num_records: list[int | None]
+
+    def totals(self, part: Part) -> tuple[int | None, int]:
+        """(all records of the part, or None when only reading can tell; those that are done)."""
+        mine = [number for number in range(len(self.made)) if part.has(number)]
+        done = sum(shard.num_inputs for number in mine if (made := self.made[number]) for shard in made.shards)
+        open_counts = [self.num_records[number] for number in mine if self.made[number] is None]
+        known = [count for count in open_counts if count is not None]
+        return (done + sum(known) if len(known) == len(open_counts) else None), done
+
+
+def _planned(job: Job, equal: dict[int, plan.Duplicates], part: Part) -> _Planned:
+    """List the sources once, and see which shards are there."""
+    planned = _Planned(made=[], listings=[], num_records=[])
+    # Hashing a shard frees the interpreter; some units at a time keep the memory constant.
+    with ThreadPoolExecutor(default_workers(job.data.workers)) as pool, track("plan", None, "image") as progress:
+        units = plan.units(job.data, equal)
+        while batch := list(islice(units, _UNITS_AT_ONCE)):
+            planned.listings.extend(unit.listing for unit in batch)
+            planned.num_records.extend(unit.partition.num_records for unit in batch)
+            planned.made.extend(pool.map(lambda unit: shards.committed(job, unit, part.has(unit.number)), batch))
+            progress.advance(sum(unit.partition.num_records or 0 for unit in batch))
+    return planned
+
+
+def _make_missing(job: Job, equal: dict[int, plan.Duplicates], part: Part, planned: _Planned) -> None:
+    """Make the part's shards that are not there; lists the sources a second time, so that no listing is held in memory."""
+
+    def missing() -> Iterator[plan.Unit]:
+        for unit in plan.units(job.data, equal):
+            if unit.number >= len(planned.made) or unit.listing != planned.listings[unit.number]:
+                raise SourceError(
+                    f"{unit.source.path} changed while prepare was listing it. Finished shards are kept: run the command again."
+                )
+            if planned.made[unit.number] is None and part.has(unit.number):
+                yield unit
+
+    total, done = planned.totals(part)
+    if total == done:
+        return
+    with track("prepare", total, "image", done) as progress:
+        for made in _make_units(job, missing(), progress):
+            planned.made[made.unit] = made
+
+
+def _make_units(job: Job, units: Iterable[plan.Unit], progress: Tracker) -> Iterator[Made]:
+    if job.data.engine == "local":
+        with _pool(job.data) as pool:
+            yield from map_units("local", partial(shards.make_unit, job, pool=pool, advance=progress.advance), units, workers=1)
+        return
+    workers = job.data.workers or 1
+    for made in map_units("ray", partial(_make_unit_there, job, workers), units, workers=workers):
+        progress.advance(sum(shard.num_inputs for shard in made.shards))
+        yield made
+
+
+def _make_unit_there(job: Job, workers: int, unit: plan.Unit) -> Made:
+    """On another machine: with workers of its own."""
+    with _pool(job.data, workers) as pool:
+        return shards.make_unit(job, unit, pool, lambda _: None)
+
+
+def _pool(data: DataConfig, workers: int = 0) -> WorkerPool:
+    return WorkerPool(workers or default_workers(data.workers), data.worker_seconds, round(data.worker_memory_gib * _GIB))
+
+
+def _seal(job: Job, config: RunConfig, made: list[ShardRecord]) -> PreparedManifest:
+    """Commit the rejects, the duplicates and the manifest, then remove shards that it does not name."""
+    rejects = [reject for shard in made for reject in shard.rejects]
+    buckets: Counter[str] = Counter()
+    for shard in made:
+        buckets.update(shard.buckets)
+    equal = duplicates.find(_columns(job.directory, made), config.data.near_duplicate_bits)
+    manifest = PreparedManifest(
+        schema_version=PREPARED_SCHEMA,
+        fingerprint=storage.digest([[shard.recipe_fingerprint, shard.contents_fingerprint] for shard in made]),
+        recipe=dataset.recipe(config),
+        num_inputs=sum(shard.num_inputs for shard in made),
+        num_samples=sum(shard.num_samples for shard in made),
+        num_rejects=len(rejects),
+        num_upscaled=sum(shard.num_upscaled for shard in made),
+        num_copied=sum(shard.num_copied for shard in made),
+        num_long_captions=sum(shard.num_long_captions for shard in made),
+        num_duplicates=int(pc.sum(pc.less(equal["bits"], 0)).as_py() or 0),
+        num_near_duplicates=int(pc.sum(pc.greater_equal(equal["bits"], 0)).as_py() or 0),
+        rejects_by_reason=dict(sorted(Counter(reject.reason.value for reject in rejects).items())),
+        buckets=dict(sorted(buckets.items())),
+        shards=made,
+    )
+    storage.commit_table(job.directory / "rejects.parquet", dataset.reject_table(rejects))
+    storage.commit_table(job.directory / "duplicates.parquet", equal)
+    storage.commit_json(job.directory / dataset.MANIFEST, manifest)
+    named = {shard.name for shard in made}
+    for path in (job.directory / "shards").glob("[0-9]*"):
+        if path.stem not in named:
+            path.unlink(missing_ok=True)
+    return manifest
+
+
+def _columns(directory: Path, made: Sequence[ShardRecord]) -> pa.Table:
+    """What the search for duplicates needs of all samples."""
+    columns = ["key", "image_id", "content_sha256", "perceptual_hash"]
+    schema = pa.schema([dataset.SAMPLE_SCHEMA.field(name) for name in columns])
+    tables = [storage.read_table(shards.shard_files(directory, shard.name)[1], columns) for shard in made]
+    return pa.concat_tables([schema.empty_table(), *tables])
 
 
 def check_rejects(report: PrepareReport, data: DataConfig) -> None:
     """Raise when nothing, or too little, was good."""
     listed = "".join(f"\n  {row['path']}: {row['reason']} ({row['detail']})" for row in report.rejects[:10])
-    more = f"\n  and {report.num_rejects - 10} more" if report.num_rejects > 10 else ""
+    more = f"\n  and {report.num_rejects - 10:,} more" if report.num_rejects > 10 else ""
     table = f"{report.directory}/rejects.parquet"
     if not report.num_samples:
         raise SourceError(f"No image could be used; {table} says why for each:{listed}{more}")
-    num_inputs = report.num_rejects + report.num_samples // len(data.resolutions)
-    if report.num_rejects > data.max_reject_fraction * num_inputs:
+    if report.num_rejects > data.max_reject_fraction * report.num_inputs:
         raise TooManyRejects(
-            f"{report.num_rejects} of {num_inputs} images were rejected, more than data.max_reject_fraction "
-            f"{data.max_reject_fraction:g} allows:{listed}{more}\nThe {report.num_samples} good samples are kept in "
+            f"{report.num_rejects:,} of {report.num_inputs:,} images were rejected, more than data.max_reject_fraction "
+            f"{data.max_reject_fraction:g} allows:{listed}{more}\nThe {report.num_samples:,} good samples are kept in "
             f"{report.directory}. Mend the inputs and run the command again, or raise data.max_reject_fraction."
         )
 
 
-def _scan(data: DataConfig) -> tuple[list[Record], list[Reject]]:
-    records: list[Record] = []
-    rejects: list[Reject] = []
-    for source in data.sources:
-        for item in folder.SOURCE.records(source):
-            if isinstance(item, Record):
-                records.append(item)
-            else:
-                rejects.append(item)
-    return records, rejects
-
-
-def _plan(records: Sequence[Record], recipe: images.ImageRecipe, data: DataConfig) -> tuple[list[_Unit], list[Reject]]:
-    """Cut the records into shards: a pure function of the input files' bytes, the captions and the recipe."""
-    hashed: list[tuple[Record, str]] = []
-    rejects: list[Reject] = []
-    with ThreadPoolExecutor(default_workers(data.workers)) as pool:
-        for record, content in zip(records, pool.map(_hash, records), strict=True):
-            if isinstance(content, OSError):
-                detail = content.strerror or str(content)
-                rejects.append(_reject(record, RejectReason.UNREADABLE, detail))
-            else:
-                hashed.append((record, content))
-    recipe_digest = storage.digest([images.IMAGES_VERSION, asdict(recipe)])
-    units: list[_Unit] = []
-    for start in range(0, len(hashed), data.shard_samples):
-        members = tuple(hashed[start : start + data.shard_samples])
-        inputs = [
-            [record.source, _bytes_of(record.identity), record.captions, record.repeats, record.role, content]
-            for record, content in members
-        ]
-        fingerprint = storage.digest([PREPARED_SCHEMA, recipe_digest, inputs])
-        units.append(_Unit(name=f"{len(units):05d}", fingerprint=fingerprint, records=members))
-    return units, rejects
-
-
-def _hash(record: Record) -> str | OSError:
-    try:
-        return storage.sha256_file(record.location)
-    except OSError as error:
-        return error
-
-
-def _committed(directory: Path, unit: _Unit) -> ShardRecord | None:
-    """The record of this unit's shard if it is there, whole, and made of the same inputs."""
-    try:
-        record = dataset.shard_record(storage.read_json(directory / "shards" / f"{unit.name}.json"))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    tar, table = _shard_files(directory, unit.name)
-    if record.unit_fingerprint != unit.fingerprint or not (tar.exists() and table.exists()):
-        return None
-    whole = storage.sha256_file(tar) == record.sha256 and storage.sha256_file(table) == record.table_sha256
-    return record if whole else None
-
-
-def _shard_files(directory: Path, name: str) -> tuple[Path, Path]:
-    return directory / "shards" / f"{name}.tar", directory / "shards" / f"{name}.parquet"
-
-
-def _make_shard(directory: Path, unit: _Unit, recipe: images.ImageRecipe, data: DataConfig, advance: Any) -> ShardRecord:
-    """Tar, table, then the receipt that names their hashes: only the receipt makes the shard count."""
-    tar_path, table_path = _shard_files(directory, unit.name)
-    workers = min(default_workers(data.workers), len(unit.records))
-    tasks = (images.ImageTask(path=record.location, content_sha256=sha, recipe=recipe) for record, sha in unit.records)
-    rows: list[SampleRow] = []
-    rejects: list[Reject] = []
-    num_upscaled = 0
-    with storage.committing(tar_path) as file:
-        tar = dataset.TarWriter(file)
-        for (record, content), result in zip(unit.records, ordered_map(images.prepare_image, tasks, workers), strict=True):
-            advance(1)
-            if isinstance(result, images.ImageProblem):
-                rejects.append(_reject(record, result.reason, result.detail))
-                continue
-            for row, variant in _rows(unit.name, record, content, result):
-                _add_to_tar(tar, row, variant, images.SUFFIXES[recipe.image_format])
-                rows.append(row)
-                num_upscaled += variant.placement.upscales(result.width, result.height)
-        tar.close()
-    storage.commit_table(table_path, dataset.sample_table(rows))
-    shard = ShardRecord(
-        name=unit.name,
-        unit_fingerprint=unit.fingerprint,
-        num_samples=len(rows),
-        num_upscaled=num_upscaled,
-        bytes=tar_path.stat().st_size,
-        sha256=storage.sha256_file(tar_path),
-        table_sha256=storage.sha256_file(table_path),
-        rejects=rejects,
-    )
-    storage.commit_json(directory / "shards" / f"{unit.name}.json", shard)
-    return shard
-
-
-def _rows(
-    shard: str, record: Record, content: str, prepared: images.PreparedImage
-) -> Iterator[tuple[SampleRow, images.Variant]]:
-    for variant in prepared.variants:
-        geometry = asdict(variant.placement)
-        yield (
-            SampleRow(
-                key=sample_key(record, variant.placement.bucket_width, variant.placement.bucket_height),
-                source=record.source,
-                content_sha256=content,
-                image_id=variant.image_id,
-                width=prepared.width,
-                height=prepared.height,
-                flipped=False,
-                captions=list(record.captions),
-                repeats=record.repeats,
-                role=record.role,
-                num_controls=0,
-                has_mask=False,
-                shard=shard,
-                **geometry,
-            ),
-            variant,
-        )
-
-
-def sample_key(record: Record, bucket_width: int, bucket_height: int) -> str:
-    """A stable key from source, path and size: readable, distinct, and without dots, as WebDataset wants it.
-
-    The hash is of the path's bytes, so names that differ in case, normal form or extension stay apart.
-    """
-    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(record.identity).with_suffix("").as_posix()).strip("-")[-40:]
-    unique = storage.digest([record.source, _bytes_of(record.identity), bucket_width, bucket_height], 12)
-    return f"{readable}-{unique}" if readable else unique
-
-
-def _bytes_of(identity: str) -> str:
-    return identity.encode("utf-8", "surrogateescape").hex()
-
-
-def _add_to_tar(tar: dataset.TarWriter, row: SampleRow, variant: images.Variant, suffix: str) -> None:
-    tar.add(f"{row.key}.{suffix}", variant.data)
-    tar.add(f"{row.key}.json", json.dumps(asdict(row), sort_keys=True, ensure_ascii=False).encode())
-
-
-def _reject(record: Record, reason: RejectReason, detail: str) -> Reject:
-    path = record.identity.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return Reject(source=record.source, path=path, reason=reason, detail=detail)
-
-
-def _seal(directory: Path, config: RunConfig, shards: list[ShardRecord], rejects: list[Reject]) -> PreparedManifest:
-    """Commit the rejects and the manifest, then remove shards that it does not name."""
-    all_rejects = [*rejects, *(reject for shard in shards for reject in shard.rejects)]
-    buckets: Counter[str] = Counter()
-    for shard in shards:
-        table = storage.read_table(_shard_files(directory, shard.name)[1])
-        pairs = zip(table["bucket_width"].to_pylist(), table["bucket_height"].to_pylist(), strict=True)
-        buckets.update(f"{width}x{height}" for width, height in pairs)
-    plain_rejects = [[reject.source, reject.path, reject.reason.value] for reject in all_rejects]
-    manifest = PreparedManifest(
-        schema_version=PREPARED_SCHEMA,
-        fingerprint=storage.digest([[shard.unit_fingerprint for shard in shards], plain_rejects]),
-        recipe=dataset.recipe(config),
-        num_samples=sum(shard.num_samples for shard in shards),
-        num_rejects=len(all_rejects),
-        num_upscaled=sum(shard.num_upscaled for shard in shards),
-        rejects_by_reason=dict(sorted(Counter(reject.reason.value for reject in all_rejects).items())),
-        buckets=dict(sorted(buckets.items())),
-        shards=shards,
-    )
-    storage.commit_table(directory / "rejects.parquet", dataset.reject_table(all_rejects))
-    storage.commit_json(directory / dataset.MANIFEST, manifest)
-    named = {shard.name for shard in shards}
-    for path in (directory / "shards").glob("[0-9]*"):
-        if path.stem not in named:
-            path.unlink()
-    return manifest
-
-
 def report_of(directory: Path, manifest: PreparedManifest, num_reused: int) -> PrepareReport:
     """The report on a committed dataset."""
-    rejects = dataset.PreparedDataset(directory, manifest).rejects()
+    rejects = [reject for shard in manifest.shards for reject in shard.rejects]
+    same = {field.name for field in fields(PrepareReport)} & {field.name for field in fields(PreparedManifest)}
     return PrepareReport(
-        num_samples=manifest.num_samples,
-        num_rejects=manifest.num_rejects,
-        rejects_by_reason=manifest.rejects_by_reason,
+        **{name: getattr(manifest, name) for name in same},
         num_shards=len(manifest.shards),
         num_shards_reused=num_reused,
-        num_upscaled=manifest.num_upscaled,
-        buckets=manifest.buckets,
+        num_shards_missing=0,
         directory=str(directory),
-        rejects=[{name: str(value) for name, value in asdict(reject).items()} for reject in rejects],
+        rejects=[_plain(reject) for reject in rejects],
     )
+
+
+def _report_of_part(directory: Path, made: Sequence[Made], num_missing: int) -> PrepareReport:
+    """The report on the shards that are there while other parts are still at work; duplicates are found at the end."""
+    there = [shard for unit in made for shard in unit.shards]
+    rejects = [reject for shard in there for reject in shard.rejects]
+    buckets: Counter[str] = Counter()
+    for shard in there:
+        buckets.update(shard.buckets)
+    return PrepareReport(
+        num_inputs=sum(shard.num_inputs for shard in there),
+        num_samples=sum(shard.num_samples for shard in there),
+        num_rejects=len(rejects),
+        rejects_by_reason=dict(sorted(Counter(reject.reason.value for reject in rejects).items())),
+        num_shards=len(there),
+        num_shards_reused=sum(unit.num_reused for unit in made),
+        num_shards_missing=num_missing,
+        num_upscaled=sum(shard.num_upscaled for shard in there),
+        num_copied=sum(shard.num_copied for shard in there),
+        num_long_captions=sum(shard.num_long_captions for shard in there),
+        num_duplicates=0,
+        num_near_duplicates=0,
+        buckets=dict(sorted(buckets.items())),
+        directory=str(directory),
+        rejects=[_plain(reject) for reject in rejects],
+    )
+
+
+def _plain(reject: Reject) -> dict[str, str]:
+    return {name: str(value) for name, value in asdict(reject).items()}

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from ftk.pipeline.buckets import bucket_sizes, place
+from ftk.pipeline.buckets import Placement, bucket_sizes, cover, follow, place, random_crops
 
 SETTINGS = list(itertools.product([64, 500, 512, 1000, 1024], [8, 16, 32], [1.0, 1.5, 2.0, 4.0]))
 
@@ -118,3 +118,70 @@ def test_upscaling_is_noticed() -> None:
     assert not place(512, 512, sizes).upscales(512, 512)
     assert not place(4000, 3000, sizes).upscales(4000, 3000)
     assert place(300, 2000, sizes).upscales(300, 2000)
+
+
+def test_the_enlargement_is_that_of_the_side_that_decides() -> None:
+    assert cover(500, 1000, (1000, 1000)).enlargement(500, 1000) == 2
+    assert cover(2000, 4000, (1000, 1000)).enlargement(2000, 4000) == 0.5
+    assert cover(1000, 1000, (1000, 1000)).enlargement(1000, 1000) == 1
+
+
+def _inside(placement: Placement) -> bool:
+    across, down = placement.slack
+    return 0 <= placement.crop_x <= across and 0 <= placement.crop_y <= down
+
+
+def test_a_crop_is_moved_no_further_than_the_image_reaches() -> None:
+    placement = cover(300, 100, (100, 100))
+    assert placement.slack == (200, 0)
+    assert (placement.at(-5, -5).crop_x, placement.at(-5, -5).crop_y) == (0, 0)
+    assert (placement.at(17, 3).crop_x, placement.at(17, 3).crop_y) == (17, 0)
+    assert placement.at(999, 999).crop_x == 200
+
+
+CONTENT = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"
+
+
+def test_random_crops_are_fixed_by_the_content_for_ever() -> None:
+    # Golden: a prepared dataset is resumed by later versions too, whose crops must be these.
+    crops = random_crops(cover(3000, 1000, (1000, 1000)), CONTENT, 4)
+    assert [crop.crop_x for crop in crops] == [1155, 289, 596, 1519]
+    assert {crop.crop_y for crop in crops} == {0}
+    assert random_crops(cover(3000, 1000, (1000, 1000)), CONTENT, 2) == crops[:2]
+    assert random_crops(cover(3000, 1000, (1000, 1000)), CONTENT[::-1], 4) != crops
+
+
+def test_random_crops_lie_inside_and_reach_both_ends() -> None:
+    placement = cover(1100, 1000, (1000, 1000))
+    crops = random_crops(placement, CONTENT, 3000)
+    assert all(_inside(crop) for crop in crops)
+    assert {crop.crop_x for crop in crops} == set(range(101))
+    assert len(set(crops)) == len(crops) == 101, "equal crops are one"
+
+
+def test_an_image_of_its_buckets_shape_has_one_crop() -> None:
+    placement = cover(2000, 2000, (1000, 1000))
+    assert random_crops(placement, CONTENT, 64) == (placement,)
+
+
+def test_a_mask_of_the_images_size_goes_exactly_where_the_image_goes() -> None:
+    sizes = bucket_sizes(512, 16, 2.0)
+    for width, height in _random_images()[:100]:
+        for crop in random_crops(place(width, height, sizes), CONTENT, 5):
+            assert follow(crop, width, height) == crop
+
+
+@pytest.mark.parametrize("size", [(750, 250), (6000, 2000), (301, 100)])
+def test_a_mask_of_its_own_size_is_cropped_at_the_same_relative_place(size: tuple[int, int]) -> None:
+    for crop in random_crops(cover(3000, 1000, (1000, 1000)), CONTENT, 20):
+        own = follow(crop, *size)
+        assert (own.bucket_width, own.bucket_height) == (1000, 1000)
+        assert _inside(own)
+        assert own.crop_x / own.slack[0] == pytest.approx(crop.crop_x / crop.slack[0], abs=1e-3)
+
+
+def test_a_mask_of_another_shape_is_central_where_the_image_says_nothing() -> None:
+    leader = cover(3000, 1000, (1000, 1000)).at(0, 0)
+    own = follow(leader, 1000, 1500)
+    assert own.slack == (0, 500)
+    assert (own.crop_x, own.crop_y) == (0, 250)

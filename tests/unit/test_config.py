@@ -12,6 +12,7 @@ from ftk.configs import load
 from ftk.configs.schema import MethodConfig, RunConfig
 from ftk.errors import ConfigError
 from ftk.methods import base as methods
+from ftk.pipeline.sources import base as sources
 
 RUN: dict[str, Any] = {
     "run": "test",
@@ -80,8 +81,9 @@ def test_a_typo_two_sections_deep_names_the_nearest_key(tmp_path: Path) -> None:
 
 
 def test_a_typo_in_the_list_of_sources_names_its_position_and_the_nearest_key(tmp_path: Path) -> None:
-    message = _message(tmp_path, data={"sources": [{"path": "photos"}, {"path": "others", "repeat": 2}]})
-    assert "`data.sources.1.repeat` is not a setting. Did you mean `repeats`?" in message
+    config = _load(tmp_path, data={"sources": [{"path": "photos"}, {"path": "others", "repeat": 2}]})
+    with pytest.raises(ConfigError, match=r"`data\.sources\.1\.repeat` is not a setting\. Did you mean `repeats`\?"):
+        sources.parse(config.data.sources[1], "data.sources.1")
 
 
 def test_a_key_like_no_other_lists_the_valid_ones(tmp_path: Path) -> None:

@@ -1,16 +1,23 @@
-"""The folder source: what is found, in which order, and what is said when nothing is."""
+"""The folder source: what is found, in which order, with which captions and masks, and what is said when nothing is."""
 
+import errno
+import json
 import os
+import pickle
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
+from pydantic import ValidationError
 
 from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject, RejectReason
 from ftk.errors import ConfigError, SourceError
-from ftk.pipeline.sources.base import Record
-from ftk.pipeline.sources.folder import SOURCE
+from ftk.pipeline.sources.base import Partition, Record
+from ftk.pipeline.sources.folder import SOURCE, FolderSettings
 
 
 def _put(root: Path, name: str, caption: bytes | None = b"a cat") -> None:
@@ -21,12 +28,37 @@ def _put(root: Path, name: str, caption: bytes | None = b"a cat") -> None:
         path.with_suffix(".txt").write_bytes(caption)
 
 
-def _records(root: Path, **settings: Any) -> list[Record | Reject]:
-    return list(SOURCE.records(SourceConfig(path=str(root), **settings)))
+def _config(root: Path | str, **settings: Any) -> tuple[SourceConfig, FolderSettings]:
+    config = SourceConfig(path=str(root), **settings)
+    return config, FolderSettings(**config.settings)
 
 
-def _one(root: Path, **settings: Any) -> Record | Reject:
+def _partitions(root: Path | str, shard_samples: int = 2, **settings: Any) -> list[Partition]:
+    return list(SOURCE.partitions(*_config(root, **settings), shard_samples))
+
+
+def _records(root: Path | str, **settings: Any) -> list[Record | Reject]:
+    config, parsed = _config(root, **settings)
+    partitions = pickle.loads(pickle.dumps(_partitions(root, **settings)))
+    items = [list(SOURCE.read(config, parsed, partition)) for partition in partitions]
+    assert [len(each) for each in items] == [partition.num_records for partition in partitions]
+    return [item for each in items for item in each]
+
+
+def _one(root: Path | str, **settings: Any) -> Record | Reject:
     (item,) = _records(root, **settings)
+    return item
+
+
+def _good(root: Path | str, **settings: Any) -> Record:
+    item = _one(root, **settings)
+    assert isinstance(item, Record)
+    return item
+
+
+def _bad(root: Path | str, **settings: Any) -> Reject:
+    item = _one(root, **settings)
+    assert isinstance(item, Reject)
     return item
 
 
@@ -34,13 +66,32 @@ def _identities(items: list[Record | Reject]) -> list[str]:
     return [item.identity if isinstance(item, Record) else item.path for item in items]
 
 
-def test_subfolders_are_searched_in_a_stable_order(tmp_path: Path) -> None:
-    names = ["b.jpg", "a.PNG", "sub/deep/c.webp", "sub/a.jpeg", "Z.gif", "é.png", "sub-a.bmp"]
-    for name in names:
+def test_a_folders_images_come_before_those_of_its_subfolders(tmp_path: Path) -> None:
+    names = ["Z.gif", "b.jpg", "é.png", "a/z.webp", "sub/c.JPEG", "sub/deep/a.avif", "sub/deep/b.heic", "sub-a/a.bmp"]
+    for name in reversed(names):
         _put(tmp_path, name)
-    found = _identities(_records(tmp_path))
-    assert found == sorted(names, key=os.fsencode)
-    assert found == _identities(_records(tmp_path))
+    assert _identities(_records(tmp_path)) == names
+
+
+def test_the_order_is_not_the_file_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ["b.jpg", "a.jpg", "s/d.jpg", "s/c.jpg", "r/e.jpg"]:
+        _put(tmp_path, name)
+    expected = [partition.payload for partition in _partitions(tmp_path)]
+    scandir = os.scandir
+
+    class _Backwards:
+        def __init__(self, path: Any) -> None:
+            with scandir(path) as scan:
+                self.entries = list(scan)[::-1]
+
+        def __enter__(self) -> Iterator["os.DirEntry[str]"]:
+            return iter(self.entries)
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(os, "scandir", _Backwards)
+    assert [partition.payload for partition in _partitions(tmp_path)] == expected
 
 
 def test_hidden_and_other_files_are_left_out(tmp_path: Path) -> None:
@@ -49,62 +100,223 @@ def test_hidden_and_other_files_are_left_out(tmp_path: Path) -> None:
     assert _identities(_records(tmp_path, caption="a cat")) == ["a.jpg"]
 
 
-def test_a_record_carries_the_sources_settings(tmp_path: Path) -> None:
+def test_a_record_names_its_file(tmp_path: Path) -> None:
     _put(tmp_path, "sub/a.jpg")
-    record = _one(tmp_path, name="cats", repeats=3, role="class")
-    assert record == Record(
-        source="cats", identity="sub/a.jpg", location=tmp_path / "sub/a.jpg", captions=("a cat",), repeats=3, role="class"
-    )
+    record = _good(tmp_path, name="cats", trigger="ohwx")
+    assert (record.identity, record.captions, record.mask, record.controls) == ("sub/a.jpg", ("a cat",), None, ())
+    assert record.image.read() == b"never decoded here"
+
+
+def test_partitions_are_runs_of_images(tmp_path: Path) -> None:
+    for index in range(5):
+        _put(tmp_path, f"{index}.jpg")
+    assert [partition.num_records for partition in _partitions(tmp_path)] == [2, 2, 1]
+    assert [partition.num_records for partition in _partitions(tmp_path, shard_samples=9)] == [5]
+
+
+def test_relative_and_absolute_paths_give_equal_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _put(tmp_path / "photos", "~odd.jpg")
+    absolute = _partitions(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _partitions("photos") == _partitions("photos/") == _partitions("~/photos") == absolute
+    assert _partitions((tmp_path / "photos").as_uri()) == absolute
+    monkeypatch.chdir(tmp_path / "photos")
+    assert _partitions(".") == absolute
+    assert _good(".").image.read() == b"never decoded here"
+
+
+def test_the_signature_changes_with_every_file_of_its_partition(tmp_path: Path) -> None:
+    root, masks, edges = tmp_path / "photos", tmp_path / "masks", tmp_path / "edges"
+    for name in ["a.jpg", "b.jpg", "c.jpg"]:
+        _put(root, name)
+        _put(masks, name, caption=None)
+        _put(edges, name, caption=None)
+    settings = {"masks": str(masks), "controls": (str(edges),)}
+    seen = [[partition.signature for partition in _partitions(root, **settings)]]
+    for path in [root / "a.jpg", root / "b.txt", masks / "a.jpg", edges / "b.jpg"]:
+        path.write_bytes(b"changed")
+        seen.append([partition.signature for partition in _partitions(root, **settings)])
+    (root / "a.txt").rename(root / "a.caption")
+    seen.append([partition.signature for partition in _partitions(root, **settings)])
+    assert len({first for first, _ in seen}) == 6
+    assert len({second for _, second in seen}) == 1
+    (root / "unused.md").write_bytes(b"")
+    assert [partition.signature for partition in _partitions(root, **settings)] == seen[-1]
+
+
+# Captions.
 
 
 def test_an_image_without_caption_is_rejected_or_takes_the_sources(tmp_path: Path) -> None:
     _put(tmp_path, "a.jpg", caption=None)
-    reject = _one(tmp_path)
-    assert isinstance(reject, Reject)
+    reject = _bad(tmp_path)
     assert (reject.source, reject.path, reject.reason) == (tmp_path.name, "a.jpg", RejectReason.CAPTION_MISSING)
     assert "a.txt" in reject.detail
-    record = _one(tmp_path, caption="a photo")
-    assert isinstance(record, Record)
-    assert record.captions == ("a photo",)
+    assert _good(tmp_path, caption="a photo").captions == ("a photo",)
 
 
+@pytest.mark.parametrize("caption", [None, "a photo"], ids=["alone", "fallback"])
 @pytest.mark.parametrize(
-    ("caption", "reason"),
+    ("data", "reason"),
     [
         (b"", RejectReason.CAPTION_EMPTY),
         (b"caf\xe9", RejectReason.CAPTION_NOT_TEXT),
         (b"a\0b", RejectReason.CAPTION_NOT_TEXT),
+        (b"x" * (1 << 20), RejectReason.CAPTION_NOT_TEXT),
     ],
-    ids=["empty", "not-utf-8", "nul"],
+    ids=["empty", "not-utf-8", "nul", "a-megabyte"],
 )
-def test_a_broken_caption_rejects_its_image_alone(tmp_path: Path, caption: bytes, reason: RejectReason) -> None:
-    _put(tmp_path, "a.jpg", caption)
+def test_a_broken_caption_rejects_its_image_alone(
+    tmp_path: Path, data: bytes, reason: RejectReason, caption: str | None
+) -> None:
+    _put(tmp_path, "a.jpg", data)
     _put(tmp_path, "b.jpg")
-    reject, record = _records(tmp_path)
+    reject, record = _records(tmp_path, caption=caption)
     assert isinstance(reject, Reject)
     assert reject.reason == reason
     assert isinstance(record, Record)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_caption(tmp_path: Path) -> None:
-    _put(tmp_path, "a.jpg", b"\xef\xbb\xbfa cat\r\n")
-    record = _one(tmp_path)
-    assert isinstance(record, Record)
-    assert record.captions == ("a cat",)
-
-
-def test_the_trigger_is_put_before_captions_that_lack_it(tmp_path: Path) -> None:
-    _put(tmp_path, "a.jpg", b"a cat")
-    _put(tmp_path, "b.jpg", b"ohwx cat")
-    assert [item.captions for item in _records(tmp_path, trigger="ohwx") if isinstance(item, Record)] == [
-        ("ohwx, a cat",),
-        ("ohwx cat",),
-    ]
+def test_the_first_sidecar_counts(tmp_path: Path) -> None:
+    _put(tmp_path, "a.jpg", caption=None)
+    for suffix, text in [
+        (".json", '{"text": ["from", "json"]}'),
+        (".caption", "from caption"),
+        (".TXT", "FROM TXT"),
+        (".txt", "x"),
+    ]:
+        (tmp_path / f"a{suffix}").write_text(text)
+        expected = tuple(json.loads(text)["text"]) if suffix == ".json" else (text,)
+        assert _good(tmp_path).captions == expected
 
 
 def test_a_dot_in_the_name_does_not_hide_the_caption(tmp_path: Path) -> None:
     _put(tmp_path, "v1.5 cat.jpg", b"a cat")
-    assert isinstance(_one(tmp_path), Record)
+    _put(tmp_path, "v1.jpg", b"a dog")
+    assert [item.captions for item in _records(tmp_path) if isinstance(item, Record)] == [("a cat",), ("a dog",)]
+
+
+def test_lines_are_captions_when_asked_for(tmp_path: Path) -> None:
+    _put(tmp_path, "a.jpg", b"a cat\n\na dog\r\n")
+    assert _good(tmp_path).captions == ("a cat\n\na dog",)
+    assert _good(tmp_path, caption_lines=True).captions == ("a cat", "a dog")
+    with pytest.raises(ValidationError, match=r"caption_lines.* has no effect with `captions_from: name`"):
+        _records(tmp_path, caption_lines=True, captions_from="name")
+
+
+def test_names_are_captions_when_asked_for(tmp_path: Path) -> None:
+    _put(tmp_path, "sub/a_red-hat__on a.mat.jpg", b"not read")
+    assert _good(tmp_path, captions_from="name", caption="not used").captions == ("a red hat on a.mat",)
+    (tmp_path / "sub/a_red-hat__on a.mat.jpg").rename(tmp_path / "sub/_-.jpg")
+    assert _bad(tmp_path, captions_from="name").reason == RejectReason.CAPTION_EMPTY
+
+
+def test_one_caption_is_for_all_when_asked_for(tmp_path: Path) -> None:
+    _put(tmp_path, "a.jpg", b"not read")
+    assert _good(tmp_path, captions_from="fixed", caption="a photo").captions == ("a photo",)
+    with pytest.raises(ConfigError, match=r"captions_from: fixed.* no `caption:`"):
+        _records(tmp_path, captions_from="fixed")
+
+
+@pytest.mark.parametrize("table", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+def test_a_table_among_the_images_is_not_passed_over(tmp_path: Path, table: str) -> None:
+    _put(tmp_path, "a.jpg")
+    _put(tmp_path, "sub/b.jpg")
+    (tmp_path / "sub" / table).write_bytes(b"")
+    assert len(_records(tmp_path)) == 2
+    (tmp_path / table).write_bytes(b"")
+    with pytest.raises(SourceError, match=rf"`path: .*/{table}`.*`format: folder`"):
+        _records(tmp_path)
+    for settings in ({"format": "folder"}, {"captions_from": "name"}, {"caption": "a photo"}):
+        assert len(_records(tmp_path, **settings)) == 2
+
+
+# Masks and controls.
+
+
+def test_masks_and_controls_lie_in_folders_of_their_own(tmp_path: Path) -> None:
+    for name in ["a.jpg", "sub/b.jpg"]:
+        _put(tmp_path / "photos", name)
+        for folder in ["masks", "edges", "depth"]:
+            path = tmp_path / folder / Path(name).with_suffix(".PNG")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{folder} {name}")
+    records = _records(
+        tmp_path / "photos", masks=str(tmp_path / "masks"), controls=(str(tmp_path / "depth"), str(tmp_path / "edges"))
+    )
+    for record, name in zip(records, ["a.jpg", "sub/b.jpg"], strict=True):
+        assert isinstance(record, Record)
+        assert record.mask is not None
+        assert record.mask.read().decode() == f"masks {name}"
+        assert [control.read().decode() for control in record.controls] == [f"depth {name}", f"edges {name}"]
+
+
+def test_an_image_without_its_mask_or_control_is_rejected(tmp_path: Path) -> None:
+    _put(tmp_path / "photos", "a.jpg")
+    _put(tmp_path / "some", "a.png", caption=None)
+    _put(tmp_path / "others", "b.png", caption=None)
+    some, others = str(tmp_path / "some"), str(tmp_path / "others")
+    reject = _bad(tmp_path / "photos", masks=others, controls=(some,))
+    assert (reject.reason, others in reject.detail) == (RejectReason.MASK_MISSING, True)
+    reject = _bad(tmp_path / "photos", masks=some, controls=(some, others))
+    assert (reject.reason, others in reject.detail) == (RejectReason.CONTROL_MISSING, True)
+
+
+def test_a_flat_folder_of_masks_serves_nested_images_by_name(tmp_path: Path) -> None:
+    _put(tmp_path / "photos", "x/a.jpg")
+    _put(tmp_path / "photos", "y/b.jpg")
+    for name in ["a.png", "b.png"]:
+        _put(tmp_path / "masks", name, caption=None)
+    masks = str(tmp_path / "masks")
+    assert [Path(item.mask.location).name for item in _records(tmp_path / "photos", masks=masks) if item.mask] == [  # type: ignore[union-attr]
+        "a.png",
+        "b.png",
+    ]
+    _put(tmp_path / "photos", "z/a.jpg")
+    with pytest.raises(SourceError, match=r"a\.png in .*masks fits both x/a and z/a"):
+        _records(tmp_path / "photos", masks=masks)
+
+
+def test_a_mask_of_another_folder_is_not_taken_for_ones_own(tmp_path: Path) -> None:
+    _put(tmp_path / "photos", "x/1.jpg")
+    _put(tmp_path / "photos", "y/1.jpg")
+    _put(tmp_path / "masks", "x/1.png", caption=None)
+    good, bad = _records(tmp_path / "photos", masks=str(tmp_path / "masks"))
+    assert isinstance(good, Record)
+    assert isinstance(bad, Reject)
+    assert (bad.path, bad.reason) == ("y/1.jpg", RejectReason.MASK_MISSING)
+
+
+def test_a_name_that_two_masks_have_is_not_guessed_at(tmp_path: Path) -> None:
+    _put(tmp_path / "photos", "1.jpg")
+    _put(tmp_path / "masks", "x/1.png", caption=None)
+    assert isinstance(_one(tmp_path / "photos", masks=str(tmp_path / "masks")), Record)
+    _put(tmp_path / "masks", "y/1.png", caption=None)
+    assert _bad(tmp_path / "photos", masks=str(tmp_path / "masks")).reason == RejectReason.MASK_MISSING
+    _put(tmp_path / "masks", "y/1.jpg", caption=None)
+    with pytest.raises(SourceError, match=r"holds both y/1\.jpg and y/1\.png"):
+        _records(tmp_path / "photos", masks=str(tmp_path / "masks"))
+
+
+def test_masks_inside_of_the_folder_are_no_images(tmp_path: Path) -> None:
+    _put(tmp_path, "a.jpg")
+    _put(tmp_path, "masks/a.png", caption=None)
+    _put(tmp_path, "masks2/b.jpg")
+    _put(tmp_path, "masks/masks2/b.png", caption=None)
+    assert _identities(_records(tmp_path, masks=str(tmp_path / "masks"))) == ["a.jpg", "masks2/b.jpg"]
+    with pytest.raises(ConfigError, match="cannot be its own folder of masks"):
+        _records(tmp_path, masks=f"{tmp_path}/")
+
+
+def test_a_missing_folder_of_masks_is_named(tmp_path: Path) -> None:
+    _put(tmp_path / "photos", "a.jpg")
+    (tmp_path / "masks").mkdir()
+    with pytest.raises(SourceError, match=r"mask, named under `masks` or `controls`.*Did you mean .*masks\?"):
+        _records(tmp_path / "photos", masks=str(tmp_path / "mask"))
+
+
+# Folders that are not there, or hold nothing.
 
 
 def test_a_folder_without_images_says_what_is_there(tmp_path: Path) -> None:
@@ -129,9 +341,22 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
         _records(tmp_path / "a.jpg")
 
 
-def test_object_storage_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not supported"):
-        list(SOURCE.records(SourceConfig(path="s3://bucket/photos")))
+def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _put(tmp_path, "a.jpg")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refusing(path: Path) -> Any:
+        if path.name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(SourceError, match="closed may not be read: Permission denied"):
+        _records(tmp_path)
+
+
+# Links and names.
 
 
 def test_a_linked_folder_is_searched(tmp_path: Path) -> None:
@@ -141,20 +366,72 @@ def test_a_linked_folder_is_searched(tmp_path: Path) -> None:
     assert _identities(_records(tmp_path / "root")) == ["link/a.jpg"]
 
 
-def test_a_link_to_a_parent_folder_is_not_followed_round(tmp_path: Path) -> None:
+def test_links_are_not_followed_in_circles(tmp_path: Path) -> None:
     _put(tmp_path, "sub/a.jpg")
     (tmp_path / "sub" / "up").symlink_to(tmp_path)
     (tmp_path / "sub" / "self").symlink_to(tmp_path / "sub")
     assert _identities(_records(tmp_path)) == ["sub/a.jpg"]
+    _put(tmp_path / "other", "b.jpg")
+    (tmp_path / "other" / "there").symlink_to(tmp_path / "sub")
+    (tmp_path / "sub" / "back").symlink_to(tmp_path / "other")
+    assert _identities(_records(tmp_path)) == ["other/b.jpg", "other/there/a.jpg", "sub/a.jpg", "sub/back/b.jpg"]
+
+
+def test_what_looks_like_an_image_is_listed_whatever_it_is(tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    records = _records(tmp_path, caption="a cat")
+    assert _identities(records) == ["broken.jpg", "loop.jpg", "pipe.jpg"]
+    for record in records:
+        assert isinstance(record, Record)
+        with pytest.raises(OSError, match=r"not exist|No such file|symbolic links|is a FIFO, not a file"):
+            record.image.read()
+
+
+def test_names_that_look_alike_are_different_images(tmp_path: Path) -> None:
+    names = [unicodedata.normalize(form, "é.jpg") for form in ("NFC", "NFD")] + ["a.jpg", "A.jpg", "a.JPG"]
+    for index, name in enumerate(names):
+        (tmp_path / name).write_bytes(str(index).encode())
+    if len(list(tmp_path.iterdir())) < len(names):
+        pytest.skip("this file system takes some of them for one")
+    (tmp_path / unicodedata.normalize("NFC", "é.txt")).write_text("composed")
+    (tmp_path / unicodedata.normalize("NFD", "é.txt")).write_text("decomposed")
+    found = {item.identity: item for item in _records(tmp_path, caption="a cat") if isinstance(item, Record)}
+    assert sorted(found) == sorted(names)
+    assert [found[name].image.read() for name in names] == [b"0", b"1", b"2", b"3", b"4"]
+    assert [found[name].captions for name in names[:2]] == [("composed",), ("decomposed",)]
+
+
+def test_a_name_of_two_lines_is_a_name(tmp_path: Path) -> None:
+    _put(tmp_path, "two\nlines.jpg")
+    assert _good(tmp_path).identity == "two\nlines.jpg"
 
 
 def test_a_name_that_is_no_utf_8_gives_a_reject_that_tables_can_hold(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.jpg")
     try:
-        (tmp_path / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"")
+        (tmp_path / name).write_bytes(b"")
     except OSError:
         pytest.skip("this file system takes no such names")
-    reject = _one(tmp_path)
-    assert isinstance(reject, Reject)
+    reject = _bad(tmp_path)
     assert reject.path == "caf\\xe9.jpg"
     assert "caf\\xe9.txt" in reject.detail
     reject.detail.encode("utf-8")
+    assert _bad(tmp_path, captions_from="name").reason == RejectReason.CAPTION_NOT_TEXT
+    record = _good(tmp_path, caption="a cat")
+    assert (record.identity, record.image.read()) == (name, b"")
+
+
+def test_a_url_is_a_folder_too() -> None:
+    memory = fsspec.filesystem("memory")
+    for name in ["b.jpg", "a/c.png", "b.txt", "a/c.json", ".hidden/d.jpg"]:
+        memory.pipe(f"/photos/{name}", b'"a cat"')
+    try:
+        records = _records("memory://photos")
+        assert _identities(records) == ["b.jpg", "a/c.png"]
+        assert [record.captions for record in records if isinstance(record, Record)] == [('"a cat"',), ("a cat",)]
+        with pytest.raises(SourceError, match=r"memory://fotos does not exist|memory://fotos holds no images"):
+            _records("memory://fotos")
+    finally:
+        memory.rm("/photos", recursive=True)

@@ -1,31 +1,117 @@
-"""A source yields records; it knows nothing of buckets. One file in this folder is one kind of source."""
+"""The Source protocol: where images and captions come from. One file in this folder is one kind of source.
 
+A source knows nothing of buckets. It cuts itself into partitions, which are what machines share out, and reads a partition
+as a stream of records; whatever cannot become a record is a reject with its reason.
+"""
+
+import importlib
+import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from pydantic import BaseModel, ConfigDict
+
+from ftk import storage
+from ftk.configs import load
 from ftk.configs.schema import SourceConfig
-from ftk.contracts import Reject, Role
+from ftk.contracts import Reject
+from ftk.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blob:
+    """The bytes of one file: those that the source has streamed past already, or a path or URL to read them from."""
+
+    location: str
+    data: bytes | None = None
+
+    def read(self) -> bytes:
+        """The bytes; `OSError` when there are none to be had, `EnvironmentFault` when the network fails."""
+        return storage.read_bytes(self.location) if self.data is None else self.data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One image of a source with its captions, before anything was decoded.
+    """One image of a source, before anything was decoded.
 
-    `identity` is stable and unique within the source (the relative path); `location` is where the bytes are now.
+    `identity` is stable and unique within the source (the relative path, the tar's name and the key), and may hold
+    surrogate escapes for bytes that are no UTF-8. `captions` are as found: at least one, none empty.
     """
 
-    source: str
     identity: str
-    location: Path
+    image: Blob
     captions: tuple[str, ...]
-    repeats: int
-    role: Role
+    mask: Blob | None = None
+    controls: tuple[Blob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partition:
+    """A part of a source that is read in one go: plain values, so that it can be sent to another machine.
+
+    `signature` changes whenever anything that `read` would give might have changed, and is cheap: names, sizes, times,
+    entity tags. It is None when nothing vouches for the content. `num_records` is None when only reading can tell.
+    """
+
+    payload: tuple[Any, ...]
+    signature: str | None
+    num_records: int | None
 
 
 class Source(Protocol):
     """What a kind of source must provide."""
 
-    def records(self, config: SourceConfig) -> Iterator[Record | Reject]:
-        """Every input in a stable order, each either a record or a reject with its reason."""
+    Settings: type[BaseModel]
+    """What a user may write for this kind of source, beside the fields of `SourceConfig`."""
+
+    def accepts(self, path: str) -> bool:
+        """Whether a source with `format: auto` and this path is of this kind; looks at the name alone."""
+
+    def partitions(self, config: SourceConfig, settings: Any, shard_samples: int) -> Iterator[Partition]:
+        """The parts in a stable order, of `shard_samples` records each where the source can be cut anywhere.
+
+        Raises:
+            SourceError: the source is missing or empty; the message says what was found and what to do.
+            EnvironmentFault: the network or the disk failed.
+        """
+
+    def read(self, config: SourceConfig, settings: Any, partition: Partition) -> Iterator[Record | Reject]:
+        """Every input of one partition, in a stable order, each either a record or a reject."""
+
+
+def available() -> list[str]:
+    """Names of all kinds of source: the files of this folder."""
+    package = importlib.import_module("ftk.pipeline.sources")
+    return sorted(item.name for item in pkgutil.iter_modules(package.__path__) if item.name != "base")
+
+
+def get(name: str) -> Source:
+    """The kind of source called `name`; `ConfigError` names the valid ones."""
+    if name not in available():
+        raise ConfigError(f"data.sources: there is no format {name!r}. Valid: auto, {', '.join(available())}")
+    source: Source = importlib.import_module(f"ftk.pipeline.sources.{name}").SOURCE
+    return source
+
+
+def kind(config: SourceConfig) -> str:
+    """The format that a run file names, or the one that its path's suffix tells."""
+    if config.format != "auto":
+        return config.format
+    accepting = [name for name in available() if name != "folder" and get(name).accepts(config.path)]
+    return accepting[0] if accepting else "folder"
+
+
+def parse(config: SourceConfig, place: str = "data.sources") -> tuple[Source, Any]:
+    """The kind of source that a run file names at `place`, and its settings validated by the kind's own model.
+
+    Looks at names alone. `ConfigError` lists every mistake.
+    """
+    name = kind(config)
+    source = get(name)
+    fields: dict[str, Any] = {"model_config": ConfigDict(extra="forbid", frozen=True)}
+    # Both models at once, so that a misspelt key is compared with the common ones and with this kind's own.
+    both = type("Source", (source.Settings, SourceConfig), fields)
+    where = f"source {config.source_name} ({name})"
+    settings: Any = load.validate(both, config.model_dump(exclude_unset=True), where, prefix=f"{place}.")
+    return source, settings

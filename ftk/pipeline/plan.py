@@ -1,0 +1,141 @@
+"""What there is to do: the sources cut into units, a pure function of the input. A unit is shared out and redone as a whole."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ftk import storage
+from ftk.configs.schema import DataConfig, SourceConfig
+from ftk.contracts import PREPARED_SCHEMA, Reject, RejectReason
+from ftk.errors import SourceError
+from ftk.pipeline.images import IMAGES_VERSION, ImageRecipe
+from ftk.pipeline.sources import base as sources
+from ftk.pipeline.sources.base import Partition, Record
+from ftk.progress import track
+
+Duplicates = dict[int, str]
+"""Positions in a unit of records that are equal to an earlier one, and that one's name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """A partition of a source, and what of it is left out as duplicate. Plain values: it can be sent to another machine."""
+
+    number: int
+    source: SourceConfig
+    partition: Partition
+    duplicates: Duplicates
+
+    def shard_name(self, piece: int) -> str:
+        """Where the unit's records end up: in one shard, or in several when there are more than one takes."""
+        return f"{self.number:05d}" if piece == 0 else f"{self.number:05d}-{piece:04d}"
+
+    @property
+    def signature(self) -> str | None:
+        """Changes whenever the unit's records might have changed; None when nothing vouches for them."""
+        if self.partition.signature is None:
+            return None
+        return storage.digest([sources.kind(self.source), self.source.settings, self.source.caption, self.partition.signature])
+
+    @property
+    def listing(self) -> str:
+        """Identifies the records by name: two listings of a source that holds still are equal."""
+        return storage.digest([self.source.source_name, self.partition.payload])
+
+    def recipe_fingerprint(self, recipe: ImageRecipe, data: DataConfig) -> str:
+        """Stands for everything but the records themselves that shapes this unit's shards."""
+        source = self.source.model_dump(mode="json", include={"repeats", "role", "trigger", "prefix", "suffix"})
+        captions = data.captions.model_dump(mode="json")
+        duplicates = sorted(self.duplicates.items())
+        parts = [self.source.source_name, source, captions, data.shard_samples, duplicates, asdict(recipe)]
+        return storage.digest([PREPARED_SCHEMA, IMAGES_VERSION, *parts])
+
+
+def units(data: DataConfig, duplicates: dict[int, Duplicates]) -> Iterator[Unit]:
+    """All units, in the order of the sources; lists the sources anew each time, and holds one unit at a time.
+
+    Raises:
+        SourceError: a source is missing or empty.
+        EnvironmentFault: the network or the disk failed.
+    """
+    number = 0
+    for config in data.sources:
+        source, settings = sources.parse(config)
+        for partition in source.partitions(config, settings, data.shard_samples):
+            yield Unit(number=number, source=config, partition=partition, duplicates=duplicates.get(number, {}))
+            number += 1
+
+
+def records(unit: Unit) -> Iterator[Record | Reject]:
+    """The unit's inputs in order, with those left out that repeat an earlier one."""
+    source, settings = sources.parse(unit.source)
+    taken: set[str] = set()
+    for position, item in enumerate(source.read(unit.source, settings, unit.partition)):
+        if not isinstance(item, Record):
+            yield item
+        elif item.identity in taken:
+            yield reject(unit, item, RejectReason.NAME_TAKEN, "an earlier image of this source has the same name")
+        elif position in unit.duplicates:
+            yield reject(unit, item, RejectReason.DUPLICATE, f"the same bytes as {unit.duplicates[position]}")
+        else:
+            yield item
+        if isinstance(item, Record):
+            taken.add(item.identity)
+
+
+def reject(unit: Unit, record: Record, reason: RejectReason, detail: str) -> Reject:
+    """A record that gives no sample. Names may hold bytes that are no UTF-8; tables may not."""
+    path = record.identity.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return Reject(source=unit.source.source_name, path=path, reason=reason, detail=detail)
+
+
+def find_duplicates(data: DataConfig) -> dict[int, Duplicates]:
+    """By unit, the records whose image has the same bytes as one before it; reads every image once.
+
+    Raises:
+        SourceError: under `duplicates: error`, when there are any.
+    """
+    if data.duplicates == "keep":
+        return {}
+    first_of: dict[bytes, str] = {}
+    found: defaultdict[int, Duplicates] = defaultdict(dict)
+    with track("hash", None, "image") as progress:
+        for unit in units(data, {}):
+            for position, item in enumerate(records(unit)):
+                progress.advance(1)
+                content = _content(item)
+                if content is None:
+                    continue
+                assert isinstance(item, Record)
+                name = reject(unit, item, RejectReason.DUPLICATE, "").path
+                name = name if len(data.sources) == 1 else f"{unit.source.source_name}: {name}"
+                if (first := first_of.setdefault(content, name)) is not name:
+                    found[unit.number][position] = first
+    if found and data.duplicates == "error":
+        raise SourceError(_duplicates_message(found))
+    return dict(found)
+
+
+def _content(item: Record | Reject) -> bytes | None:
+    if not isinstance(item, Record):
+        return None
+    try:
+        return hashlib.sha256(item.image.read()).digest()[:16]
+    except OSError:
+        return None  # it becomes a reject when its shard is made
+
+
+def _duplicates_message(found: dict[int, Duplicates]) -> str:
+    firsts = [first for duplicates in found.values() for first in duplicates.values()]
+    shown = "".join(f"\n  {first}" for first in list(dict.fromkeys(firsts))[:10])
+    return (
+        f"{len(firsts)} images have the same bytes as an earlier one, and data.duplicates is `error`. The earlier:{shown}\n"
+        f"Remove the copies, or set data.duplicates to `first` or `keep`."
+    )
+
+
+def contents_digest(inputs: list[list[Any]]) -> str:
+    """Stands for every input byte of a shard: each record's identity, captions and file hashes, each reject's reason."""
+    return storage.digest(inputs)

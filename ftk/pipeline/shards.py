@@ -1,0 +1,301 @@
+"""From a unit to its shards: read, prepare in worker processes, write the tar, the table, and last the receipt."""
+
+import hashlib
+import json
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ftk import storage
+from ftk.configs.schema import DataConfig
+from ftk.contracts import Reject, SampleRow, ShardRecord
+from ftk.pipeline import captions, dataset, images, plan
+from ftk.pipeline.engine import Lost, WorkerPool
+from ftk.pipeline.plan import Unit
+from ftk.pipeline.sources.base import Blob, Record
+
+Result = TypeVar("Result")
+Receipt = tuple[ShardRecord, str | None]
+"""A shard's record, and the signature of its inputs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What all units of a run have in common. Plain values: it can be sent to another machine."""
+
+    directory: Path
+    recipe: images.ImageRecipe
+    data: DataConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """A unit's shards, and how many of them were there before."""
+
+    unit: int
+    shards: tuple[ShardRecord, ...]
+    num_reused: int
+
+
+def shard_files(directory: Path, name: str) -> tuple[Path, Path, Path]:
+    """(tar, table, receipt) of a shard."""
+    folder = directory / "shards"
+    return folder / f"{name}.tar", folder / f"{name}.parquet", folder / f"{name}.json"
+
+
+def committed(job: Job, unit: Unit, deep: bool) -> Made | None:
+    """The unit's shards if all are there and made of the same inputs; reads no source.
+
+    `deep` verifies their checksums; else their sizes are looked at.
+    """
+    shards: list[ShardRecord] = []
+    while not shards or not shards[-1].is_last:
+        receipt = _receipt(job, unit, unit.shard_name(len(shards)), deep)
+        if receipt is None or receipt[1] is None or receipt[1] != unit.signature:
+            return None
+        shards.append(receipt[0])
+    return Made(unit=unit.number, shards=tuple(shards), num_reused=len(shards))
+
+
+def make_unit(job: Job, unit: Unit, pool: WorkerPool, advance: Callable[[int], Any]) -> Made:
+    """Make the unit's shards, but for those that are there and were made of the same inputs.
+
+    Idempotent: made twice, or by two machines at once, the shards have the same bytes.
+
+    Raises:
+        SourceError: a file of the source is damaged (a tar that breaks off).
+        EnvironmentFault: the disk or the network failed.
+    """
+    shards: list[ShardRecord] = []
+    num_reused = 0
+    inputs = _Inputs(plan.records(unit))
+    while not shards or inputs.has_more():
+        name = unit.shard_name(len(shards))
+        piece: Iterable[Record | Reject] = islice(inputs, job.data.shard_samples)
+        receipt = _receipt(job, unit, name, deep=True)
+        if receipt is not None:
+            # Only here must a whole piece be held: to compare it, and if it differs to make it.
+            piece = list(piece)
+        if receipt is not None and _unchanged(job, unit, receipt, list(piece), is_last=not inputs.has_more()):
+            num_reused += 1
+            advance(receipt[0].num_inputs)
+            shards.append(receipt[0])
+        else:
+            shards.append(_make_shard(job, unit, name, piece, inputs, pool, advance))
+    return Made(unit=unit.number, shards=tuple(shards), num_reused=num_reused)
+
+
+class _Inputs(Iterator[Record | Reject]):
+    """A stream of inputs that knows whether there are more."""
+
+    def __init__(self, items: Iterator[Record | Reject]) -> None:
+        self._items = items
+        self._ahead: deque[Record | Reject] = deque()
+
+    def __next__(self) -> Record | Reject:
+        return self._ahead.popleft() if self._ahead else next(self._items)
+
+    def has_more(self) -> bool:
+        if not self._ahead:
+            self._ahead.extend(islice(self._items, 1))
+        return bool(self._ahead)
+
+
+def _receipt(job: Job, unit: Unit, name: str, deep: bool) -> Receipt | None:
+    """A whole shard's record, if it was made with this recipe."""
+    tar, table, receipt = shard_files(job.directory, name)
+    try:
+        plain = storage.read_json(receipt)
+        record, signature = dataset.shard_record(plain), plain["signature"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    if record.recipe_fingerprint != unit.recipe_fingerprint(job.recipe, job.data):
+        return None
+    if not (tar.exists() and table.exists() and tar.stat().st_size == record.bytes):
+        return None
+    damaged = deep and (storage.sha256_file(table) != record.table_sha256 or storage.sha256_file(tar) != record.sha256)
+    return None if damaged else (record, signature)
+
+
+def _unchanged(job: Job, unit: Unit, receipt: Receipt, inputs: list[Record | Reject], is_last: bool) -> bool:
+    """Whether a committed shard is of these inputs: same signature, or else, read and hashed, the same bytes."""
+    record, signature = receipt
+    if record.is_last != is_last:
+        return False
+    if signature is not None and signature == unit.signature:
+        return True
+    if plan.contents_digest([_input_line(item, _hashes(item)) for item in inputs]) != record.contents_fingerprint:
+        return False
+    _commit_receipt(job, unit, record)
+    return True
+
+
+def _commit_receipt(job: Job, unit: Unit, record: ShardRecord) -> None:
+    storage.commit_json(shard_files(job.directory, record.name)[2], {**asdict(record), "signature": unit.signature})
+
+
+def _input_line(item: Record | Reject, contents: Sequence[str]) -> list[Any]:
+    """What one input says to `contents_digest`: it decides the sample, or the reject."""
+    if isinstance(item, Reject):
+        return [item.path, item.reason.value, item.detail]
+    return [item.identity.encode("utf-8", "surrogateescape").hex(), list(item.captions), len(item.controls), list(contents)]
+
+
+def _hashes(item: Record | Reject) -> list[str]:
+    if isinstance(item, Reject):
+        return []
+    blobs = [item.image, *([item.mask] if item.mask else []), *item.controls]
+    return [_sha256(blob) for blob in blobs]
+
+
+def _sha256(blob: Blob) -> str:
+    try:
+        return hashlib.sha256(blob.read()).hexdigest()
+    except OSError:
+        return ""
+
+
+class _Shard:
+    """What accumulates while a shard is being made."""
+
+    def __init__(self, job: Job, unit: Unit, name: str) -> None:
+        self.job, self.unit, self.name = job, unit, name
+        self.rows: list[SampleRow] = []
+        self.rejects: list[Reject] = []
+        self.lines: list[list[Any]] = []
+        self.num_upscaled = 0
+
+    def add(self, tar: dataset.TarWriter, item: Record | Reject, result: Any) -> None:
+        if isinstance(item, Reject):
+            self.rejects.append(item)
+            self.lines.append(_input_line(item, ()))
+        elif isinstance(result, (images.ImageProblem, Lost)):
+            self.rejects.append(plan.reject(self.unit, item, result.reason, result.detail))
+            # What a lost worker was reading is not known: its shard is made again when the signature changes.
+            self.lines.append(_input_line(item, result.contents if isinstance(result, images.ImageProblem) else ["lost"]))
+        else:
+            self.lines.append(_input_line(item, result.contents))
+            for row, variant in _rows(self, item, result):
+                _add_to_tar(tar, row, variant)
+                self.rows.append(row)
+                self.num_upscaled += variant.placement.upscales(result.width, result.height)
+
+    def record(self, is_last: bool) -> ShardRecord:
+        tar, table, _ = shard_files(self.job.directory, self.name)
+        long_chars = self.job.data.captions.long_chars
+        return ShardRecord(
+            name=self.name,
+            is_last=is_last,
+            recipe_fingerprint=self.unit.recipe_fingerprint(self.job.recipe, self.job.data),
+            contents_fingerprint=plan.contents_digest(self.lines),
+            num_inputs=len(self.lines),
+            num_samples=len(self.rows),
+            num_upscaled=self.num_upscaled,
+            num_copied=sum(row.copied for row in self.rows),
+            num_long_captions=sum(any(len(caption) > long_chars for caption in row.captions) for row in self.rows),
+            buckets=dict(sorted(Counter(f"{row.bucket_width}x{row.bucket_height}" for row in self.rows).items())),
+            bytes=tar.stat().st_size,
+            sha256=storage.sha256_file(tar),
+            table_sha256=storage.sha256_file(table),
+            rejects=self.rejects,
+        )
+
+
+def _make_shard(
+    job: Job,
+    unit: Unit,
+    name: str,
+    piece: Iterable[Record | Reject],
+    inputs: _Inputs,
+    pool: WorkerPool,
+    advance: Callable[[int], Any],
+) -> ShardRecord:
+    """Tar, table, then the receipt that names their hashes: only the receipt makes the shard count."""
+    tar_path, table_path, _ = shard_files(job.directory, name)
+    shard = _Shard(job, unit, name)
+    with storage.committing(tar_path) as file:
+        tar = dataset.TarWriter(file)
+        for item, result in worked(piece, job.recipe, images.prepare_image, pool):
+            shard.add(tar, item, result)
+            advance(1)
+        tar.close()
+    storage.commit_table(table_path, dataset.sample_table(shard.rows))
+    record = shard.record(is_last=not inputs.has_more())
+    _commit_receipt(job, unit, record)
+    return record
+
+
+def worked(
+    items: Iterable[Record | Reject],
+    recipe: images.ImageRecipe,
+    function: Callable[[images.ImageTask], Result],
+    pool: WorkerPool,
+) -> Iterator[tuple[Record | Reject, Result | Lost | None]]:
+    """Each input, and what `function` made of it if it is a record; in order, holding no more inputs than are in flight."""
+    waiting: deque[Record | Reject] = deque()
+
+    def tasks() -> Iterator[images.ImageTask]:
+        for item in items:
+            waiting.append(item)
+            if isinstance(item, Record):
+                yield images.ImageTask(image=item.image, mask=item.mask, controls=item.controls, recipe=recipe)
+
+    for result in pool.map(function, tasks()):
+        while isinstance(waiting[0], Reject):
+            yield waiting.popleft(), None
+        yield waiting.popleft(), result
+    while waiting:
+        yield waiting.popleft(), None
+
+
+def _rows(shard: _Shard, record: Record, prepared: images.PreparedImage) -> Iterator[tuple[SampleRow, images.Variant]]:
+    source = shard.unit.source
+    ordinals: Counter[tuple[int, int, bool]] = Counter()
+    for variant in prepared.variants:
+        place = (variant.placement.bucket_width, variant.placement.bucket_height, variant.flipped)
+        key = sample_key(source.source_name, record.identity, (*place, ordinals[place]))
+        ordinals[place] += 1
+        row = SampleRow(
+            key=key,
+            source=source.source_name,
+            content_sha256=prepared.contents[0],
+            image_id=variant.image_id,
+            width=prepared.width,
+            height=prepared.height,
+            flipped=variant.flipped,
+            copied=variant.copied,
+            perceptual_hash=prepared.perceptual_hash,
+            captions=captions.finish(record.captions, source, shard.job.data.captions, key),
+            repeats=source.repeats,
+            role=source.role,
+            num_controls=len(variant.controls),
+            control_ids=list(variant.control_ids),
+            has_mask=variant.mask is not None,
+            mask_id=variant.mask_id,
+            shard=shard.name,
+            **asdict(variant.placement),
+        )
+        yield row, variant
+
+
+def sample_key(source: str, identity: str, variant: Sequence[int]) -> str:
+    """A stable key from source, path and variant: readable, distinct, and without dots, as WebDataset wants it.
+
+    The hash is of the path's bytes, so names that differ in case, normal form or extension stay apart.
+    """
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(identity).with_suffix("").as_posix()).strip("-")[-40:]
+    unique = storage.digest([source, identity.encode("utf-8", "surrogateescape").hex(), list(variant)], 12)
+    return f"{readable}-{unique}" if readable else unique
+
+
+def _add_to_tar(tar: dataset.TarWriter, row: SampleRow, variant: images.Variant) -> None:
+    tar.add(f"{row.key}.{variant.suffix}", variant.data)
+    if variant.mask is not None:
+        tar.add(f"{row.key}.mask.png", variant.mask)
+    for number, control in enumerate(variant.controls):
+        tar.add(f"{row.key}.control{number}.png", control)
+    tar.add(f"{row.key}.json", json.dumps(asdict(row), sort_keys=True, ensure_ascii=False).encode())

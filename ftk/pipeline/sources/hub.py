@@ -1,0 +1,350 @@
+"""Datasets of the Hugging Face Hub, or local folders of the same layout, streamed through the `datasets` library.
+
+Chosen by `format: hub` alone. A dataset of the Hub is pinned to one commit when it is listed. Images come undecoded, and
+no code of the dataset is ever run: the library has no such thing any more, and is not asked for it.
+"""
+
+import contextlib
+import difflib
+import errno
+import functools
+import importlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ftk import storage
+from ftk.configs.schema import SourceConfig
+from ftk.contracts import Reject, RejectReason
+from ftk.errors import ConfigError, EnvironmentFault, FtkError, SourceError
+from ftk.pipeline import captions
+from ftk.pipeline.captions import Problem
+from ftk.pipeline.sources.base import Blob, Partition, Record
+
+CAPTION_COLUMNS = ("text", "caption", "prompt", "captions", "txt")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LOGIN = "Accept its terms on its page if it has any, log in with `hf auth login`, and run the command again"
+# Of whichever client: httpx, aiohttp, requests, or Python's own.
+_NETWORK_ERRORS = {
+    *("OfflineModeIsEnabled", "LocalEntryNotFoundError", "RequestError", "ClientError", "RequestException"),
+    *("ConnectionError", "TimeoutError", "IncompleteRead"),
+}
+_DISK_ERRNOS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EROFS}
+
+DataFiles = str | tuple[str, ...] | dict[str, str | tuple[str, ...]]
+
+
+class HubSettings(BaseModel):
+    """Which part of the dataset is meant, and what its columns are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    split: str = Field(default="train", min_length=1)
+    config_name: str | None = Field(default=None, description="which of the dataset's configurations, where it has several")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a dataset of the Hub")
+    data_files: DataFiles | None = Field(default=None, description="files of the dataset to read instead of all")
+    image: str | None = Field(default=None, description="column of the images; the first of that kind by default")
+    captions: tuple[str, ...] = Field(
+        default=(),
+        description="columns of the captions, all of which are used; by default the first of " + ", ".join(CAPTION_COLUMNS),
+    )
+    mask: str | None = Field(default=None, description="column of the masks; an image without one is rejected")
+    controls: tuple[str, ...] = Field(default=(), description="columns of the control images, in their order")
+
+
+class Hub:
+    """One partition a shard of the dataset, which is as a rule one file; the Hub's datasets by their commit."""
+
+    Settings: type[BaseModel] = HubSettings
+
+    def accepts(self, path: str) -> bool:
+        """Never: a folder or an id says nothing of its layout."""
+        return False
+
+    def partitions(self, config: SourceConfig, settings: HubSettings, shard_samples: int) -> Iterator[Partition]:
+        """The dataset's shards in their order; which columns are used is settled here, before anything is read.
+
+        Raises:
+            ConfigError: the library is not installed.
+            SourceError: no such dataset, configuration, split or column; no access to it.
+            EnvironmentFault: the Hub cannot be reached.
+        """
+        path, is_local = _locate(config, settings)
+        commit = None if is_local else _commit(config, path, settings.revision)
+        content = commit or _files_digest(config, path)
+        dataset = _opened(config, settings, path, commit, content)
+        _columns(config, settings, dataset)
+        num_shards: int = dataset.num_shards
+        vouched = _only_own_files(settings.data_files)
+        for index in range(num_shards):
+            signature = storage.digest([content, num_shards, index]) if vouched else None
+            yield Partition(payload=(path, commit, content, index), signature=signature, num_records=None)
+
+    def read(self, config: SourceConfig, settings: HubSettings, partition: Partition) -> Iterator[Record | Reject]:
+        """The shard's rows in their order, each under the name SPLIT/SHARD/ROW.
+
+        Raises:
+            SourceError: a file of the dataset is damaged.
+            EnvironmentFault: the Hub cannot be reached.
+        """
+        path, commit, content, index = partition.payload
+        dataset = _opened(config, settings, path, commit, content)
+        columns = _columns(config, settings, dataset)
+        shard = _undecoded(dataset, columns).shard(dataset.num_shards, index)
+        rows = enumerate(shard)
+        number = 0
+        top = f"{path}/" if commit is None else f"hf://datasets/{path}@"
+        while True:
+            with _explained(config, f" (split {settings.split}, shard {index}, after row {number})"):
+                number, row = next(rows, (0, None))
+            if row is None:
+                return
+            identity = f"{settings.split}/{index:05d}/{number:06d}"
+            item = _item(config, columns, row, identity, top)
+            if isinstance(item, Problem):
+                detail = storage.printable(item.detail)
+                yield Reject(source=config.source_name, path=identity, reason=item.reason, detail=detail)
+            else:
+                yield item
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Columns:
+    """The columns that are read: those that the settings name, or the defaults that the dataset has."""
+
+    image: str
+    captions: tuple[str, ...]
+    mask: str | None
+    controls: tuple[str, ...]
+
+    @property
+    def images(self) -> dict[str, RejectReason]:
+        """The columns that hold images, and why a row is rejected that lacks one."""
+        return {
+            **dict.fromkeys(self.controls, RejectReason.CONTROL_MISSING),
+            **({self.mask: RejectReason.MASK_MISSING} if self.mask else {}),
+            self.image: RejectReason.FILE_MISSING,
+        }
+
+
+def _item(config: SourceConfig, columns: _Columns, row: dict[str, Any], identity: str, top: str) -> Record | Problem:
+    blobs: dict[str, Blob] = {}
+    for column, reason in columns.images.items():
+        blob = _blob(config, row[column], f"{identity}/{column}", top)
+        if blob is None:
+            path = row[column].get("path") if isinstance(row[column], dict) else None
+            found = f"the path {path}, which does not lie in the dataset" if path else "nothing"
+            return Problem(reason=reason, detail=f"its column `{column}` holds {found}")
+        blobs[column] = blob
+    texts = _captions(config, columns, row)
+    if isinstance(texts, Problem):
+        return texts
+    return Record(
+        identity=identity,
+        image=blobs[columns.image],
+        captions=texts,
+        mask=blobs[columns.mask] if columns.mask else None,
+        controls=tuple(blobs[column] for column in columns.controls),
+    )
+
+
+def _blob(config: SourceConfig, value: Any, place: str, top: str) -> Blob | None:
+    """An image's bytes, or where they lie; a path that leads out of the dataset is not followed."""
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if data is not None:
+        return Blob(location=f"{config.path}#{place}", data=bytes(data))
+    path = value.get("path") if isinstance(value, dict) else None
+    if not path:
+        return None
+    # Of zip://image.png::/folder/images.zip the last part is the file.
+    archive, _, inner = path.rpartition("::")
+    inside = inner if storage.is_url(inner) else os.path.normpath(inner)
+    return Blob(location=f"{archive}::{inner}" if archive else inner) if inside.startswith(top) else None
+
+
+def _captions(config: SourceConfig, columns: _Columns, row: dict[str, Any]) -> tuple[str, ...] | Problem:
+    name = ", ".join(columns.captions) or "no column"
+    found = captions.gather([row[column] for column in columns.captions], name)
+    fallback = captions.fallback(config)
+    if isinstance(found, Problem) and found.reason is RejectReason.CAPTION_MISSING and fallback is not None:
+        return (fallback,)
+    return found
+
+
+def _columns(config: SourceConfig, settings: HubSettings, dataset: Any) -> _Columns:
+    """Settle which columns are read; `SourceError` when the dataset has them not, or they hold no images."""
+    library = _library()
+    features: dict[str, Any] = dict(dataset.features or {})
+    named = [settings.image, settings.mask, *settings.controls]
+    images = [name for name, feature in features.items() if isinstance(feature, library.Image) and name not in named[1:]]
+    image = settings.image or (images[0] if images else None)
+    if image is None:
+        raise SourceError(
+            f"data.sources: {config.path} has no column of images. It has: {', '.join(features) or 'no known columns'}. "
+            "Name the column with `image:`."
+        )
+    texts = settings.captions or tuple(name for name in CAPTION_COLUMNS if name in features)[:1]
+    for name in (image, *texts, *filter(None, named[1:])):
+        if name not in features:
+            raise SourceError(f"data.sources: {config.path} has no column `{name}`.{_nearest(name, list(features))}")
+    for name in (image, *filter(None, named[1:])):
+        if not _holds_images(library, features[name]):
+            raise SourceError(
+                f"data.sources: the column `{name}` of {config.path} holds {features[name]}, not images. "
+                f"Columns of images: {', '.join(images) or 'none'}."
+            )
+    if not texts and config.caption is None:
+        raise SourceError(
+            f"data.sources: {config.path} has no column of captions (looked for {', '.join(CAPTION_COLUMNS)}). It has: "
+            f"{', '.join(features)}. Name one with `captions:`, or write a `caption:` for all images."
+        )
+    return _Columns(image=image, captions=texts, mask=settings.mask, controls=settings.controls)
+
+
+def _holds_images(library: ModuleType, feature: Any) -> bool:
+    binary = ("binary", "large_binary")
+    return isinstance(feature, library.Image) or (isinstance(feature, library.Value) and feature.dtype in binary)
+
+
+def _undecoded(dataset: Any, columns: _Columns) -> Any:
+    """The dataset with the columns that are read and no others, its images as they are stored."""
+    library = _library()
+    dataset = dataset.select_columns(list(dict.fromkeys([*columns.images, *columns.captions])))
+    for name in columns.images:
+        if isinstance(dataset.features[name], library.Image):
+            dataset = dataset.cast_column(name, library.Image(decode=False))
+    return dataset
+
+
+def _nearest(name: str, valid: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return (f" Did you mean `{close[0]}`?" if close else "") + f" It has: {', '.join(valid) or 'none'}."
+
+
+def _locate(config: SourceConfig, settings: HubSettings) -> tuple[str, bool]:
+    """(folder, True) or (id on the Hub, False); a folder goes before a dataset of the same name."""
+    if not storage.is_url(config.path):
+        path = storage.local_path(config.path)
+        if path.is_dir() and settings.revision is not None:
+            raise ConfigError(f"data.sources: `revision` has no effect on the local folder {path}: leave it out.")
+        if path.is_dir():
+            return os.path.abspath(path), True  # noqa: PTH100 (Path.absolute keeps `..`)
+        if path.exists():
+            raise SourceError(f"data.sources: {path} is a file. `format: hub` takes a folder or a dataset's id OWNER/NAME.")
+    if _HUB_ID.fullmatch(config.path) is None:
+        raise SourceError(
+            f"data.sources: {storage.redacted(config.path)} is no local folder, and no id of a dataset of the Hub (OWNER/NAME)."
+        )
+    return config.path, False
+
+
+def _commit(config: SourceConfig, path: str, revision: str | None) -> str:
+    with _explained(config):
+        hub = importlib.import_module("huggingface_hub")
+        commit = hub.HfApi().dataset_info(path, revision=revision, timeout=60).sha
+    return str(commit)
+
+
+def _files_digest(config: SourceConfig, path: str) -> str:
+    try:
+        return storage.digest([[file.relative, file.signature] for file in storage.list_files(path)])
+    except OSError as error:
+        raise SourceError(f"data.sources: {config.path} cannot be listed: {error.strerror or error}.") from None
+
+
+def _only_own_files(data_files: DataFiles | None) -> bool:
+    """Whether the dataset's own version vouches for all that is read."""
+    named = list(data_files.values()) if isinstance(data_files, dict) else [data_files]
+    files = [file for item in named for file in ((item,) if isinstance(item, str) else item or ())]
+    return not any(storage.is_url(file) or file.startswith(("/", "~")) or ".." in file.split("/") for file in files)
+
+
+def _opened(config: SourceConfig, settings: HubSettings, path: str, commit: str | None, content: str) -> Any:
+    """The split as an iterable dataset."""
+    files = None if settings.data_files is None else json.dumps(settings.data_files)
+    _library()
+    with _explained(config):
+        splits = _splits(path, settings.config_name, commit, files, content)
+    if settings.split not in splits:
+        nearest = _nearest(settings.split, [str(name) for name in splits])
+        raise SourceError(f"data.sources: {config.path} has no split `{settings.split}`.{nearest}")
+    return splits[settings.split]
+
+
+@functools.lru_cache(maxsize=4)
+def _splits(path: str, config_name: str | None, commit: str | None, data_files: str | None, content: str) -> Any:
+    """All splits, without their data; kept, for a process reads many shards and each listing asks the Hub several times.
+
+    `content` is not used: what was kept of another content is not taken.
+    """
+    files = None if data_files is None else json.loads(data_files)
+    return _library().load_dataset(path, name=config_name, revision=commit, data_files=files, streaming=True)
+
+
+@functools.cache
+def _library() -> ModuleType:
+    try:
+        library = importlib.import_module("datasets")
+    except ImportError as error:
+        raise ConfigError(
+            f'data.sources: `format: hub` needs the package `datasets` ({error}). Install it: pip install "ftk[hub]"'
+        ) from None
+    # What it has to say about errors comes out in ours.
+    library.utils.logging.set_verbosity(library.utils.logging.CRITICAL)
+    library.disable_progress_bars()
+    return library
+
+
+@contextlib.contextmanager
+def _explained(config: SourceConfig, place: str = "") -> Iterator[None]:
+    try:
+        yield
+    except FtkError:
+        raise
+    except Exception as error:
+        # The library lets through what each of its many readers and network clients raises.
+        raise _explanation(f"data.sources: the dataset {config.path}{place}", error) from error
+
+
+def _explanation(dataset: str, error: BaseException) -> FtkError:
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__
+    kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
+    status = next((code for cause in causes if (code := _status(cause)) is not None), 0)
+    what = storage.redacted(f"{type(error).__name__}: {error}")[:500]
+    if "GatedRepoError" in kinds or "is a gated dataset" in str(error):
+        return SourceError(f"{dataset} is gated. {_LOGIN}.")
+    if "RevisionNotFoundError" in kinds:
+        return SourceError(f"{dataset} has no such `revision`: {what}")
+    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
+        return SourceError(f"{dataset} is not on the Hub, or is private. Check its name. If it is private: {_LOGIN}.")
+    if status in (401, 403):
+        return SourceError(f"{dataset} may not be read (HTTP {status}). {_LOGIN}.")
+    if kinds & _NETWORK_ERRORS or status in (408, 429) or status >= 500:
+        return EnvironmentFault(
+            f"{dataset} could not be read: {what}. Check the network (and that HF_HUB_OFFLINE is not set), then run the "
+            "command again: what is done is kept."
+        )
+    if isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
+        return EnvironmentFault(f"{dataset} could not be read: {what}. Mend that, then run the command again.")
+    advice = "Name one with `config_name:`" if "onfig" in str(error) else "Check `path` and `data_files`; mend a damaged file"
+    return SourceError(f"{dataset} cannot be read: {what}. {advice}, and run the command again.")
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status of an error of one of the network clients."""
+    code = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
+    return code if isinstance(code, int) else None
+
+
+SOURCE = Hub()

@@ -1,0 +1,451 @@
+"""Tars in the WebDataset layout, as img2dataset and `ftk prepare` write them: streamed front to back, never extracted.
+
+A member's key is its path up to the first dot of its last part, and what follows that dot is its suffix; neighbouring
+members of one key are a sample. A key is only ever text here: `../a` and `/a` lead nowhere.
+"""
+
+import contextlib
+import functools
+import gzip
+import json
+import posixpath
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import IO, Annotated, Any, cast
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from ftk import storage
+from ftk.configs.schema import SourceConfig
+from ftk.contracts import Reject, RejectReason
+from ftk.errors import SourceError
+from ftk.pipeline import captions
+from ftk.pipeline.captions import Problem
+from ftk.pipeline.sources import folder
+from ftk.pipeline.sources.base import Blob, Partition, Record
+
+IMAGE_SUFFIXES = frozenset(suffix.removeprefix(".") for suffix in folder.IMAGE_SUFFIXES)
+CAPTION_ORIGINS = ("txt", "caption", *(f"json:{key}" for key in captions.JSON_KEYS))
+MAX_MEMBER_BYTES = 1 << 30
+MAX_TEXT_BYTES = captions.MAX_JSON_BYTES
+
+_TAR_NAME = re.compile(r"(^|[.,{])(tar|tar\.gz|tgz)[}\]]*$", re.IGNORECASE)
+_MEMBER_NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)", re.DOTALL)
+_JSON = "json:"
+_CHUNK_BYTES = 1 << 20
+# No honest header is longer (a PAX header holds names); a hostile one must not decide how much is read at once.
+_MAX_READ_BYTES = _CHUNK_BYTES
+# What tarfile and gzip let through when the bytes make no sense to them.
+_DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ArithmeticError, LookupError, ValueError, RecursionError)
+
+
+def _suffix(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return value if value.startswith(_JSON) else value.removeprefix(".").lower()
+
+
+Suffix = Annotated[str, BeforeValidator(_suffix)]
+
+
+class TarSettings(BaseModel):
+    """Which members of a sample are what. A suffix is what follows the first dot of a member's name: `jpg`, `mask.png`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image: tuple[Suffix, ...] | None = Field(default=None, min_length=1, description="suffixes of the image")
+    captions: tuple[Suffix, ...] = Field(
+        default=(),
+        description="where captions come from: suffixes, or `json:KEY` for a key of the json member; all that are named, "
+        "or by default the first of " + ", ".join(CAPTION_ORIGINS),
+    )
+    mask: Suffix | None = Field(default=None, description="suffix of the mask; an image without one is rejected")
+    controls: tuple[Suffix, ...] = Field(default=(), description="suffixes of the control images, in their order")
+
+    @functools.cached_property
+    def images(self) -> frozenset[str]:
+        """The suffixes that make a member the image."""
+        return frozenset(self.image or IMAGE_SUFFIXES - {self.mask, *self.controls})
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """Where captions come from, in order."""
+        return self.captions or CAPTION_ORIGINS
+
+    @functools.cached_property
+    def wanted(self) -> frozenset[str]:
+        """The suffixes that are read; json always, for it says why there is no image."""
+        texts = (origin for origin in self.origins if not origin.startswith(_JSON))
+        return frozenset({*self.images, *texts, *filter(None, [self.mask]), *self.controls, "json"})
+
+
+@dataclass(slots=True)
+class _Sample:
+    """Neighbouring members of one key; `members` maps a suffix to the member's name and bytes."""
+
+    key: str
+    names: list[str] = field(default_factory=list)
+    members: dict[str, tuple[str, bytes]] = field(default_factory=dict)
+    problem: Problem | None = None
+
+
+class WebDataset:
+    """One partition a tar; a pattern such as `shards/{00000..00099}.tar` or `s3://bucket/*.tar` names many."""
+
+    Settings: type[BaseModel] = TarSettings
+
+    def accepts(self, path: str) -> bool:
+        """Tars by their suffix, packed with gzip or not, also those that a pattern stands for."""
+        return _TAR_NAME.search(posixpath.basename(_without_query(path))) is not None
+
+    def partitions(self, config: SourceConfig, settings: TarSettings, shard_samples: int) -> Iterator[Partition]:
+        """One a tar, in the order of the pattern; a tar is never cut, for it is read from its front."""
+        locations = storage.expand(config.path)
+        if not locations:
+            pattern = storage.redacted(config.path)
+            raise SourceError(f"data.sources: {pattern} matches no file.{_around(config.path)} Name the tars of your images.")
+        for location, name in zip(locations, _names(locations), strict=True):
+            with _readable(location):
+                signature = storage.digest([name, storage.signature(location)])
+            yield Partition(payload=(location, name), signature=signature, num_records=None)
+
+    def read(self, config: SourceConfig, settings: TarSettings, partition: Partition) -> Iterator[Record | Reject]:
+        """One record or reject a key, in the order of the tar.
+
+        Raises:
+            SourceError: the tar is damaged or breaks off; what was whole before that was given.
+            EnvironmentFault: the network or the disk failed.
+        """
+        location, name = partition.payload
+        keys: set[str] = set()
+        for sample in _samples(location, settings):
+            item = _again(sample) if sample.key in keys else _item(config, settings, location, name, sample)
+            keys.add(sample.key)
+            if isinstance(item, Problem):
+                path, detail = storage.printable(f"{name}/{sample.key}"), storage.printable(item.detail)
+                yield Reject(source=config.source_name, path=path, reason=item.reason, detail=detail)
+            else:
+                yield item
+
+
+def _item(config: SourceConfig, settings: TarSettings, location: str, name: str, sample: _Sample) -> Record | Problem:
+    found = [suffix for suffix in sample.members if suffix in settings.images]
+    if sample.problem is not None:
+        return sample.problem
+    if not found:
+        return _no_image(settings, sample)
+    if len(found) > 1:
+        both = " and ".join(sample.members[suffix][0] for suffix in found)
+        return Problem(
+            reason=RejectReason.NAME_TAKEN,
+            detail=f"{both} are two images of one sample: rename one, or say which with `image: [{found[0]}]`",
+        )
+    texts = _captions(config, settings, sample)
+    if isinstance(texts, Problem):
+        return texts
+    for suffixes, reason in (
+        ([settings.mask] if settings.mask else [], RejectReason.MASK_MISSING),
+        (settings.controls, RejectReason.CONTROL_MISSING),
+    ):
+        if missing := [suffix for suffix in suffixes if suffix not in sample.members]:
+            return Problem(reason=reason, detail=f"no {missing[0]} among its members: {_listed(sample)}")
+    return Record(
+        identity=f"{name}/{sample.key}",
+        image=_blob(location, sample, found[0]),
+        captions=texts,
+        mask=_blob(location, sample, settings.mask) if settings.mask else None,
+        controls=tuple(_blob(location, sample, suffix) for suffix in settings.controls),
+    )
+
+
+def _blob(location: str, sample: _Sample, suffix: str) -> Blob:
+    member, data = sample.members[suffix]
+    return Blob(location=f"{location}#{member}", data=data)
+
+
+def _again(sample: _Sample) -> Problem:
+    return Problem(
+        reason=RejectReason.NAME_TAKEN,
+        detail=f"the key came earlier in the tar, before other keys; now with {_listed(sample)}. Members of one sample must "
+        "be neighbours: pack the tar with its names sorted",
+    )
+
+
+def _no_image(settings: TarSettings, sample: _Sample) -> Problem:
+    """Also img2dataset's rows that it could not download, which hold text alone."""
+    read = _json(sample)
+    status = read.get("status") if isinstance(read, dict) else None
+    if isinstance(read, dict) and isinstance(status, str) and status != "success":
+        why = str(read.get("error_message") or "no reason given")[:200]
+        return Problem(reason=RejectReason.FILE_MISSING, detail=f"it was never downloaded: status {status[:50]}, {why}")
+    wanted = "image" if settings.image is None else " or ".join(settings.image)
+    return Problem(
+        reason=RejectReason.FILE_MISSING,
+        detail=f"no {wanted} among its members: {_listed(sample)} (a key ends at the first dot of a name)",
+    )
+
+
+def _listed(sample: _Sample) -> str:
+    return ", ".join(sample.names[:5]) + (f" and {len(sample.names) - 5} more" if len(sample.names) > 5 else "")
+
+
+def _captions(config: SourceConfig, settings: TarSettings, sample: _Sample) -> tuple[str, ...] | Problem:
+    """All captions that the settings name, or by default those of the first origin that has one."""
+    texts: list[str] = []
+    empty: Problem | None = None
+    for origin in settings.origins:
+        found = _texts(sample, origin)
+        if isinstance(found, tuple):
+            texts.extend(found)
+        elif found is not None and found.reason is not RejectReason.CAPTION_EMPTY:
+            return found
+        empty = found if isinstance(found, Problem) else empty
+        if found is not None and not settings.captions:
+            break
+    if texts:
+        return tuple(texts)
+    fallback = captions.fallback(config)
+    if empty is None and fallback is not None:
+        return (fallback,)
+    return empty or Problem(
+        reason=RejectReason.CAPTION_MISSING,
+        detail=f"no caption among its members {_listed(sample)} (looked for {', '.join(settings.origins)}), and the source "
+        "has no `caption:` to fall back on",
+    )
+
+
+def _texts(sample: _Sample, origin: str) -> tuple[str, ...] | Problem | None:
+    """The captions of one origin; None when it is absent, or null."""
+    name, data = sample.members.get("json" if origin.startswith(_JSON) else origin, ("", b""))
+    if not name:
+        return None
+    if not origin.startswith(_JSON):
+        text = captions.check(data, storage.printable(name))
+        return text if isinstance(text, Problem) else (text,)
+    read = _json(sample)
+    if isinstance(read, Problem):
+        return read
+    value = read.get(origin.removeprefix(_JSON))
+    return None if value is None or value == [] else captions.gather([value], f"{name}: {origin.removeprefix(_JSON)}")
+
+
+def _json(sample: _Sample) -> dict[str, Any] | Problem:
+    name, data = sample.members.get("json", ("", b"{}"))
+    try:
+        read = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        return Problem(reason=RejectReason.CAPTION_NOT_TEXT, detail=f"{name} is not JSON: {str(error)[:200]}")
+    if not isinstance(read, dict):
+        return Problem(reason=RejectReason.CAPTION_NOT_TEXT, detail=f"{name} holds {type(read).__name__}, not an object")
+    return read
+
+
+@contextlib.contextmanager
+def _readable(location: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(
+            f"data.sources: {storage.printable(storage.redacted(location))}: {error.strerror or error}.{_around(location)} "
+            "Name tars that are there, and yours to read."
+        ) from None
+
+
+def _samples(location: str, settings: TarSettings) -> Iterator[_Sample]:
+    """One sample at a time is in memory; of its members, those that the settings want."""
+    with _readable(location), storage.open_stream(location) as stream:
+        tar = _Tar(location, stream)
+        sample: _Sample | None = None
+        while (member := tar.next()) is not None:
+            match = _MEMBER_NAME.fullmatch(member.name)
+            suffix = match[2].lower() if match else ""
+            if match is None or (not member.isreg() and suffix not in settings.wanted):
+                continue
+            if sample is None or sample.key != match[1]:
+                if sample is not None:
+                    yield sample
+                sample = _Sample(key=match[1])
+            _add(sample, tar, member, suffix, settings)
+        if sample is not None:
+            yield sample
+
+
+def _add(sample: _Sample, tar: "_Tar", member: tarfile.TarInfo, suffix: str, settings: TarSettings) -> None:
+    sample.names.append(member.name)
+    if suffix not in settings.wanted or sample.problem is not None:
+        return
+    is_image = suffix in (*settings.images, settings.mask, *settings.controls)
+    limit = MAX_MEMBER_BYTES if is_image else MAX_TEXT_BYTES
+    if not member.isreg():
+        sample.problem = Problem(reason=RejectReason.NOT_A_FILE, detail=f"{member.name} is {_kind(member)}, not a file")
+    elif suffix in sample.members:
+        both = f"{sample.members[suffix][0]} and {member.name}"
+        sample.problem = Problem(reason=RejectReason.NAME_TAKEN, detail=f"{both} have the same key and suffix: rename one")
+    elif member.size > limit:
+        detail = f"{member.name} has {member.size:,} bytes, more than the {limit:,} that are read"
+        sample.problem = Problem(reason=RejectReason.UNREADABLE, detail=detail)
+    else:
+        sample.members[suffix] = (member.name, tar.read(member))
+
+
+def _kind(member: tarfile.TarInfo) -> str:
+    kinds = {
+        tarfile.SYMTYPE: f"a symbolic link to {member.linkname}",
+        tarfile.LNKTYPE: f"a hard link to {member.linkname}",
+        tarfile.CHRTYPE: "a device",
+        tarfile.BLKTYPE: "a device",
+        tarfile.FIFOTYPE: "a pipe",
+        tarfile.DIRTYPE: "a folder",
+    }
+    return kinds.get(member.type, f"of the unknown type {member.type!r}")
+
+
+class _Forward:
+    """The unpacked bytes of a tar as tarfile reads them: forward only, in bounded reads; keeps what the last one gave."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        head = b""
+        while len(head) < 2 and (piece := stream.read(2 - len(head))):
+            head += piece
+        joined = cast(IO[bytes], _Joined(head, stream))
+        self._stream = gzip.GzipFile(fileobj=joined, mode="rb") if head == b"\x1f\x8b" else joined
+        self._position = 0
+        self.last = b""
+        self.ended = False
+
+    def tell(self) -> int:
+        return self._position
+
+    def seekable(self) -> bool:
+        return False
+
+    def seek(self, position: int) -> int:
+        if position < self._position:
+            raise tarfile.StreamError("a header points backwards")
+        while self._position < position and self.read(min(_CHUNK_BYTES, position - self._position)):
+            pass
+        return self._position
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _MAX_READ_BYTES:
+            raise tarfile.StreamError(f"a header claims to be {size:,} bytes long")
+        pieces: list[bytes] = []
+        missing = size
+        while missing and (piece := self._stream.read(missing)):
+            pieces.append(piece)
+            missing -= len(piece)
+        self.last = b"".join(pieces)
+        self.ended = missing > 0
+        self._position += len(self.last)
+        return self.last
+
+
+class _Joined:
+    """A stream with the bytes that were taken off its front put back."""
+
+    def __init__(self, head: bytes, stream: IO[bytes]) -> None:
+        self._head = head
+        self._stream = stream
+
+    def read(self, size: int) -> bytes:
+        if not self._head:
+            return self._stream.read(size)
+        given, self._head = self._head[:size], self._head[size:]
+        return given
+
+
+class _Tar:
+    """A tar's members in order. tarfile takes any damage behind the first header for the end; here it is an error."""
+
+    def __init__(self, location: str, stream: IO[bytes]) -> None:
+        self._location = location
+        self._stream = stream
+        self._forward: _Forward | None = None
+        self._archive: tarfile.TarFile | None = None
+        self._member: str | None = None
+
+    def next(self) -> tarfile.TarInfo | None:
+        """The next member, or None at the mark of the tar's end."""
+        with self._sound():
+            if self._forward is None or self._archive is None:
+                self._forward = _Forward(self._stream)
+                fileobj = cast(IO[bytes], self._forward)
+                self._archive = tarfile.TarFile(fileobj=fileobj, mode="r", encoding="utf-8", errors="surrogateescape")
+            member = self._archive.next()
+            # It would keep every member's header.
+            self._archive.members.clear()  # type: ignore[attr-defined]
+            if member is None:
+                self._check_end(self._forward)
+            else:
+                self._member = member.name
+        return member
+
+    def read(self, member: tarfile.TarInfo) -> bytes:
+        """The bytes of the member that `next` gave last."""
+        assert self._archive is not None
+        with self._sound():
+            file = self._archive.extractfile(member)
+            assert file is not None
+            return b"".join(iter(lambda: file.read(_CHUNK_BYTES), b""))
+
+    def _check_end(self, forward: _Forward) -> None:
+        """Raise unless tarfile stopped at a block of zeros with nothing but zeros behind it."""
+        if len(forward.last) < tarfile.BLOCKSIZE or any(forward.last):
+            raise tarfile.ReadError("a header there is damaged")
+        while chunk := forward.read(_CHUNK_BYTES):
+            if chunk.count(0) != len(chunk):
+                forward.ended = False
+                raise tarfile.ReadError("there is more behind the mark of its end")
+
+    @contextlib.contextmanager
+    def _sound(self) -> Iterator[None]:
+        try:
+            yield
+        except _DAMAGE as error:
+            position = self._forward.tell() if self._forward is not None else 0
+            broken_off = isinstance(error, EOFError) or (self._forward is not None and self._forward.ended)
+            what = "it breaks off there, without the mark of a tar's end" if broken_off else str(error)
+            where = f"in or after its member {self._member}" if self._member else "before its first member"
+            raise SourceError(
+                f"data.sources: {storage.printable(storage.redacted(self._location))} is damaged "
+                f"{storage.printable(where)}, at byte {position:,} (unpacked): {what}. "
+                "Download it again, or pack it anew; then run the command again."
+            ) from None
+
+
+def _names(locations: list[str]) -> list[str]:
+    """What the tars are called: their file names, or where those are not unique their paths below the common folder."""
+    paths = [_without_query(location) for location in locations]
+    names = [posixpath.basename(path) for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    parts = [path.split("/") for path in paths]
+    common = 0
+    while len({tuple(part[: common + 1]) for part in parts}) == 1:
+        common += 1
+    return ["/".join(part[common:]) for part in parts]
+
+
+def _without_query(location: str) -> str:
+    return location.split("?", 1)[0] if location.startswith(("http://", "https://")) else location
+
+
+def _around(pattern: str) -> str:
+    """What lies in the local folder that a pattern looks into, for an error's message."""
+    if storage.is_url(pattern):
+        return ""
+    directory = storage.local_path(re.split(r"[*{]", pattern)[0].rpartition("/")[0] or ".")
+    if not directory.is_dir():
+        return f" There is no folder {storage.printable(str(directory))}."
+    try:
+        names = sorted(entry.name for entry in directory.iterdir())
+    except OSError:
+        return ""
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return storage.printable(f" {directory} holds {shown or 'nothing'}.")
+
+
+SOURCE = WebDataset()

@@ -1,0 +1,210 @@
+"""The page that `ftk inspect --html` writes, opened in a browser."""
+
+import base64
+import hashlib
+import io
+import json
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from ftk import storage
+from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, RejectReason, SampleRow, ShardRecord
+from ftk.pipeline import dataset
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH to open the page with")
+HOSTILE = """<script>document.title = "ran"</script><img src=x onerror="document.title = 'ran'">"""
+STILL = "<script>{}</script></body>"
+
+
+def sample(number: int) -> SampleRow:
+    """Every other one is wide, and loses a part to the crop."""
+    wide = number % 2
+    return SampleRow(
+        key=f"dog-{number}", source="dogs", content_sha256="0" * 64, image_id=f"{number}", width=300, height=200,
+        bucket_width=96 if wide else 64, bucket_height=64, resize_width=96, resize_height=64, crop_x=0 if wide else 16,
+        crop_y=0, flipped=number == 2, copied=False, perceptual_hash="0" * 16, repeats=1, role="instance", num_controls=0,
+        captions=[f"a dog, number {number} {HOSTILE}", "<i>more</i>"], control_ids=[], has_mask=False, mask_id="",
+        shard="00000",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """Six samples in two buckets, two rejects and a pair of images that look alike; read only."""
+    directory = tmp_path_factory.mktemp("inspect") / "work" / "prepared"
+    rows = [sample(number) for number in range(6)]
+    rejects = [
+        Reject(source="dogs", path=f"bad-{number}.png", reason=RejectReason.UNREADABLE, detail=HOSTILE) for number in range(2)
+    ]
+    tar_path, table_path = (directory / "shards" / f"00000.{suffix}" for suffix in ("tar", "parquet"))
+    with storage.committing(tar_path) as file:
+        tar = dataset.TarWriter(file)
+        for row in rows:
+            image = io.BytesIO()
+            Image.new("RGB", (row.bucket_width, row.bucket_height), "teal").save(image, "PNG")
+            tar.add(f"{row.key}.png", image.getvalue())
+        tar.close()
+    storage.commit_table(table_path, dataset.sample_table(rows))
+    buckets = dict(Counter(f"{row.bucket_width}x{row.bucket_height}" for row in rows))
+    shard = ShardRecord(
+        name="00000", is_last=True, recipe_fingerprint="", contents_fingerprint="", num_inputs=8, num_samples=6, num_upscaled=0,
+        num_copied=0, num_long_captions=0, buckets=buckets, bytes=tar_path.stat().st_size, sha256=storage.sha256_file(tar_path),
+        table_sha256=storage.sha256_file(table_path), rejects=rejects,
+    )  # fmt: skip
+    pairs = [{"key": "dog-1", "like": "dog-0", "bits": 3}]
+    storage.commit_table(directory / "duplicates.parquet", pa.Table.from_pylist(pairs, schema=dataset.DUPLICATE_SCHEMA))
+    storage.commit_table(directory / "rejects.parquet", dataset.reject_table(rejects))
+    manifest = PreparedManifest(
+        schema_version=PREPARED_SCHEMA, fingerprint="abc", recipe={}, num_inputs=8, num_samples=6, num_rejects=2,
+        num_upscaled=0, num_copied=0, num_long_captions=0, num_duplicates=0, num_near_duplicates=1,
+        rejects_by_reason={"unreadable": 2}, buckets=buckets, shards=[shard],
+    )  # fmt: skip
+    storage.commit_json(directory / dataset.MANIFEST, manifest)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def page(prepared, ftk, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("page") / "inspect.html"
+    result = ftk("inspect", prepared, "--html", "--out", out)
+    assert (result.code, result.out.strip()) == (0, str(out))
+    return out
+
+
+def opened(page: Path, tmp_path: Path) -> str:
+    """The document after the browser loaded it and ran its scripts."""
+    return subprocess.run(
+        [
+            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
+            "--virtual-time-budget=5000", "--window-size=1400,900", "--dump-dom", page.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=True,
+    ).stdout  # fmt: skip
+
+
+def with_script(page: Path, tmp_path: Path, script: str, policy: bool = True) -> Path:
+    """A copy of the page that also runs `script`; without `policy` it may run any other, too."""
+    text = page.read_text()
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = text.replace("script-src ", f"script-src 'sha256-{allowed}' ", 1)
+    if not policy:
+        text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text, count=1)
+    copy = tmp_path / "page.html"
+    copy.write_text(text.replace("</body>", STILL.format(script), 1))
+    return copy
+
+
+def title(document: str) -> str:
+    return re.search(r"<title>(.*?)</title>", document, re.DOTALL).group(1)
+
+
+@needs_browser
+def test_the_page_shows_buckets_captions_rejects_and_pairs(page, tmp_path):
+    document = opened(page, tmp_path)
+    assert title(document) == "work/prepared: 6 samples"
+    for text in ("64×64", "96×64", "3 of 3 shown", "a dog, number 5", "bad-1.png", "3 of 64 bits differ", "33.3% lost"):
+        assert text in document
+    assert document.count('class="card"') == 6
+    assert 'id="filtering" hidden' not in document, "the page's own script did not run"
+
+
+@needs_browser
+@pytest.mark.parametrize("policy", [True, False])
+def test_captions_and_rejects_cannot_run_scripts(page, tmp_path, policy):
+    script = "addEventListener('load', () => { document.title += ' ' + document.querySelectorAll('script').length; });"
+    assert title(opened(with_script(page, tmp_path, script, policy), tmp_path)) == "work/prepared: 6 samples 2"
+
+
+@needs_browser
+def test_a_script_that_the_page_does_not_know_is_refused(page, tmp_path):
+    text = page.read_text().replace("</body>", STILL.format('document.title = "ran"'), 1)
+    (tmp_path / "page.html").write_text(text)
+    assert title(opened(tmp_path / "page.html", tmp_path)) == "work/prepared: 6 samples"
+
+
+@needs_browser
+@pytest.mark.parametrize("width_px", [1280, 390])
+def test_every_image_decodes_and_nothing_is_fetched_or_cut_off(page, tmp_path, width_px):
+    script = """
+    addEventListener("load", () => {
+      const images = [...document.images];
+      parent.postMessage(JSON.stringify({
+        images: images.length,
+        decoded: images.filter(image => image.naturalWidth > 0 && image.clientWidth > 40).length,
+        fetched: performance.getEntriesByType("resource").filter(entry => !entry.name.startsWith("data:")).length,
+        width: innerWidth,
+        overflow: document.documentElement.scrollWidth > document.documentElement.clientWidth,
+      }), "*");
+    });"""
+    with_script(page, tmp_path, script)
+    # In a frame, because the browser's own window does not get as narrow as a telephone.
+    frame = f'<title></title><iframe src="page.html" style="width: {width_px}px; border: 0"></iframe>'
+    wrapper = tmp_path / "wrapper.html"
+    wrapper.write_text(f"<script>onmessage = message => document.title = message.data;</script>{frame}")
+    document = opened(wrapper, tmp_path)
+    assert json.loads(title(document)) == {"images": 8, "decoded": 8, "fetched": 0, "width": width_px, "overflow": False}
+    assert not re.search(r"""(?:src|href|action|data)\s*=\s*["']?\s*(?:https?:)?//""", page.read_text())
+
+
+@needs_browser
+def test_the_filter_hides_other_samples_and_empty_buckets(page, tmp_path):
+    script = """
+    addEventListener("load", () => {
+      const field = document.getElementById("filter");
+      const look = text => {
+        field.value = text;
+        field.dispatchEvent(new Event("input"));
+        const shown = [...document.querySelectorAll(".card:not([hidden]) .key")].map(key => key.textContent);
+        const sheets = document.querySelectorAll(".sheet:not([hidden])").length;
+        return [shown, sheets, document.getElementById("filtered").textContent];
+      };
+      document.title = JSON.stringify([look("NUMBER  dog-4"), look("flipped"), look("nothing has this"), look("")[0].length]);
+    });"""
+    assert json.loads(title(opened(with_script(page, tmp_path, script), tmp_path))) == [
+        [["dogs: dog-4"], 1, "1 of 6"],
+        [["dogs: dog-2"], 1, "1 of 6"],
+        [[], 0, "0 of 6"],
+        6,
+    ]
+
+
+def test_json_has_the_numbers_and_the_page(prepared, ftk, tmp_path):
+    plain = json.loads(ftk("inspect", prepared.parent, "--json").out)
+    assert (plain["num_inputs"], plain["num_samples"], plain["num_rejects"]) == (8, 6, 2)
+    assert [(one["width"], one["num_samples"]) for one in plain["buckets"]] == [(64, 3), (96, 3)]
+    assert plain["duplicates"] == [{"key": "dog-1", "like": "dog-0", "bits": 3}]
+    with_page = json.loads(ftk("inspect", prepared, "--json", "--html", "--out", tmp_path / "x.html").out)
+    assert with_page == {**plain, "page": str(tmp_path / "x.html")}
+    assert (tmp_path / "x.html").stat().st_size > 10_000
+
+
+def test_the_terminal_shows_tables(prepared, ftk):
+    shown = ftk("inspect", prepared)
+    assert shown.code == 0
+    for text in ("96x64", "dogs", "unreadable", "bad-0.png", "3 of 64"):
+        assert text in shown.out
+
+
+def test_damage_and_absence_end_in_a_message_and_code_2(prepared, ftk, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared, copy)
+    tar = copy / "shards" / "00000.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    damaged = ftk("inspect", copy, "--html")
+    assert damaged.code == 2
+    assert "00000.tar is damaged" in damaged.err
+    tar.write_bytes(whole[:-1])
+    assert ftk("inspect", copy).code == 2
+    absent = ftk("inspect", tmp_path / "nowhere")
+    assert absent.code == 2
+    assert "nowhere does not exist" in absent.err

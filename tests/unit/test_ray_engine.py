@@ -1,0 +1,177 @@
+"""The Ray engine: as the local one, on a cluster of three nodes that are processes of this machine."""
+
+import functools
+import importlib.util
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ftk.contracts import RejectReason
+from ftk.errors import ConfigError, EnvironmentFault
+from ftk.pipeline.engine import Lost, WorkerPool, map_units
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason='Ray is not installed; run: pip install "ftk[ray]"'
+)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head with no CPU, so that everything runs on two nodes of two; found by its address, as on a real cluster."""
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        # The units of this file are imported on the nodes.
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        # By default a node counts as lost after a quarter of a minute.
+        health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": health}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(2):
+            cluster.add_node(num_cpus=2)
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        yield cluster
+        cluster.shutdown()
+
+
+def die_at_two(number: int) -> int:
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * number
+
+
+def with_a_pool(unit: int) -> tuple[int, list[int | Lost]]:
+    with WorkerPool(2, 30.0, 2**31) as pool:
+        return unit, list(pool.map(die_at_two, range(unit, unit + 3)))
+
+
+def refuse_one(unit: int) -> int:
+    if unit == 1:
+        raise ConfigError("no one")
+    return unit
+
+
+def note_and_wait(directory: Path, unit: int) -> int:
+    (directory / f"{unit}-{time.time_ns()}").touch()
+    time.sleep(0.5)
+    return unit
+
+
+def end_own_process(directory: Path, unit: int) -> int:
+    (directory / f"{unit}-{time.time_ns()}").touch()
+    os._exit(1)
+
+
+def hang_or_refuse(directory: Path, unit: int) -> int:
+    if unit == 1:
+        while not list(directory.iterdir()):
+            time.sleep(0.02)
+        raise ConfigError("enough")
+    with WorkerPool(1, 600.0, 2**31) as pool:
+        return len(list(pool.map(functools.partial(note_pid_and_hang, directory), [unit])))
+
+
+def note_pid_and_hang(directory: Path, _: int) -> None:
+    (directory / str(os.getpid())).touch()
+    time.sleep(600)
+
+
+def test_results_are_those_of_the_local_engine_and_a_pool_works_in_a_unit(cluster: Any) -> None:
+    import ray
+
+    units = range(6)
+    local = list(map_units("local", with_a_pool, units, workers=2))
+    assert sorted(map_units("ray", with_a_pool, units, workers=2)) == local
+    assert local[0] == (0, [0, 1, Lost(reason=RejectReason.WORKER_CRASHED, detail="killed by SIGKILL")])
+    assert not ray.is_initialized()
+
+
+def test_a_connection_that_was_there_is_used_and_kept(cluster: Any) -> None:
+    import ray
+
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        assert sorted(map_units("ray", abs, range(4), workers=1)) == [0, 1, 2, 3]
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
+
+
+def test_an_error_of_ours_comes_out_as_itself(cluster: Any) -> None:
+    with pytest.raises(ConfigError, match="no one") as caught:
+        list(map_units("ray", refuse_one, range(4), workers=1))
+    assert type(caught.value) is ConfigError
+    assert str(caught.value) == "no one"
+
+
+def test_units_are_taken_as_they_are_needed(cluster: Any, tmp_path: Path) -> None:
+    taken = 0
+
+    def units() -> Iterator[int]:
+        nonlocal taken
+        for number in range(1000):
+            taken += 1
+            yield number
+
+    results = map_units("ray", functools.partial(note_and_wait, tmp_path), units(), workers=2)
+    assert taken == 0
+    next(results)
+    # Twice the two that fit on two nodes.
+    assert taken == 4
+    results.close()  # type: ignore[attr-defined]
+
+
+def test_a_unit_whose_process_dies_again_and_again_is_a_fault(cluster: Any, tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFault, match=r"(?s)gave up on a unit of work.*tried 4 times"):
+        list(map_units("ray", functools.partial(end_own_process, tmp_path), [0], workers=1))
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_units_that_are_left_behind_end_with_their_workers(cluster: Any, tmp_path: Path) -> None:
+    """Of two units one fails while the other's worker hangs."""
+    with pytest.raises(ConfigError, match="enough"):
+        list(map_units("ray", functools.partial(hang_or_refuse, tmp_path), range(2), workers=2))
+    (worker,) = (int(path.name) for path in tmp_path.iterdir())
+    end = time.monotonic() + 5.0
+    while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_every_unit_is_done_when_a_node_is_lost(cluster: Any, tmp_path: Path) -> None:
+    node = next(iter(cluster.worker_nodes))
+    results = map_units("ray", functools.partial(note_and_wait, tmp_path), range(16), workers=1)
+    done = [next(results)]
+    cluster.remove_node(node, allow_graceful=False)
+    done += results
+    assert sorted(done) == list(range(16))
+    starts = [path.name.split("-")[0] for path in tmp_path.iterdir()]
+    assert len(starts) > len(set(starts)) == 16
+
+
+def test_a_cluster_that_does_not_answer_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def refuse(**_: Any) -> None:
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere:6379")
+    # It takes minutes to give up.
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(EnvironmentFault, match="RAY_ADDRESS nowhere:6379: nobody there"):
+        list(map_units("ray", abs, range(3), workers=1))
+
+
+def test_a_cluster_is_started_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    # Not the one of this file, nor any other that runs on this machine.
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert sorted(map_units("ray", abs, range(3), workers=4)) == [0, 1, 2]
+    assert not ray.is_initialized()
