@@ -49,9 +49,6 @@ _SEEK_BYTES = 1 << 20
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HTTP = ("http", "https")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
-_NETWORK_LIBRARIES = frozenset(
-    {"aiohttp", "aiobotocore", "botocore", "urllib3", "requests", "httpx", "httpcore", "http", "gcsfs"}
-)
 _RETRIED_STATUSES = frozenset({408, 409, 412, 416, 425, 429})
 _VERSION_KEYS = (
     "ETag",
@@ -284,7 +281,7 @@ class NotAFileError(OSError):
     """A folder, FIFO, device or socket stands where a file should."""
 
 
-class _ShortBodyError(OSError):
+class ShortBodyError(OSError):
     """Fewer or more bytes arrived than the listing promised."""
 
 
@@ -404,7 +401,10 @@ def _glob(pattern: str) -> list[str]:
 
 def _remote_glob(filesystem: Any, path: str) -> list[str]:
     escaped = path if "http" in filesystem.protocol else path.replace("[", "[[]").replace("?", "[?]")
-    return [filesystem.unstrip_protocol(name) for name in filesystem.glob(escaped)]
+    try:
+        return [filesystem.unstrip_protocol(name) for name in filesystem.glob(escaped)]
+    except ValueError as error:
+        raise ConfigError(f"{redacted(path)}: {error}.") from None
 
 
 def _name_bytes(name: str) -> bytes:
@@ -508,20 +508,25 @@ def _version(info: dict[str, Any]) -> str:
 
 
 def _whole(filesystem: Any, path: str, max_bytes: int | None) -> bytes:
-    if max_bytes is None and "http" in filesystem.protocol:
+    if "http" in filesystem.protocol:
         # aiohttp holds the body to its own Content-Length: asking for the size first would double the requests.
         body: bytes = filesystem.cat_file(path)
-        return body
-    info = filesystem.info(path)
-    if info["type"] != "file":
-        raise NotAFileError(errno.EINVAL, "is a folder, not a file", path)
-    if info["size"] is None:
-        return bytes(filesystem.cat_file(path))[:max_bytes]
-    size = info["size"] if max_bytes is None else min(info["size"], max_bytes)
-    data = bytes(filesystem.cat_file(path, start=0, end=size)) if size else b""
+        return body[:max_bytes]
+    # An earlier listing may know another size than the file has now, and opened files check the entity tag.
+    filesystem.invalidate_cache(path)
+    with filesystem.open(path, "rb", cache_type="none") as file:
+        info = _file_info(getattr(file, "details", None) or filesystem.info(path))
+        size = info["size"] if max_bytes is None else min(info["size"], max_bytes)
+        data = bytes(file.read(size)) if size else b""
     if len(data) != size:
-        raise _ShortBodyError(f"{len(data):,} bytes arrived of {size:,}")
+        raise ShortBodyError(f"{len(data):,} bytes arrived of {size:,}")
     return data
+
+
+def _file_info(info: dict[str, Any]) -> dict[str, Any]:
+    if info["type"] != "file":
+        raise NotAFileError(errno.EINVAL, "is a folder, not a file", info["name"])
+    return info
 
 
 class _RemoteFile(io.RawIOBase):
@@ -551,6 +556,10 @@ class _RemoteFile(io.RawIOBase):
         self._position = max(0, offset + (0, self._position, self._size)[whence])
         return self._position
 
+    def readall(self) -> bytes:
+        # The base class would ask for 8 KiB at a time.
+        return self.read(max(0, self._size - self._position)) or b""
+
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
         length = max(0, min(len(view), self._size - self._position))
@@ -567,18 +576,19 @@ class _RemoteFile(io.RawIOBase):
     @staticmethod
     def _fresh_info(filesystem: Any, path: str) -> dict[str, Any]:
         filesystem.invalidate_cache(path)
-        info = dict(filesystem.info(path))
-        if info["type"] != "file":
-            raise NotAFileError(errno.EINVAL, "is a folder, not a file", path)
-        return info
+        return _file_info(dict(filesystem.info(path)))
 
     def _range(self, filesystem: Any, path: str, length: int) -> bytes:
         if self._file is None:
-            if _version(self._fresh_info(filesystem, path)) != self._version:
+            info = self._fresh_info(filesystem, path)
+            if _version(info) != self._version:
                 raise EnvironmentFault(
                     f"{redacted(self._location)} has changed while it was being read. Run the command again."
                 )
-            self._file = filesystem.open(path, "rb", cache_type="none")
+            # As s3fs does by itself. A weak tag never matches.
+            tag = str(info.get("ETag", "W/")) if "http" in filesystem.protocol else "W/"
+            options = {} if tag.startswith("W/") else {"headers": {"If-Match": tag}}
+            self._file = filesystem.open(path, "rb", cache_type="none", **options)
         file, self._file = self._file, None  # what has failed is opened anew
         try:
             file.seek(self._position)
@@ -591,7 +601,7 @@ class _RemoteFile(io.RawIOBase):
             file.seek(self._position)
             data = file.read(length)
         if len(data) != length:
-            raise _ShortBodyError(f"{len(data):,} bytes arrived of {length:,}")
+            raise ShortBodyError(f"{len(data):,} bytes arrived of {length:,}")
         self._file = file
         return data
 
@@ -694,7 +704,7 @@ def _kind(error: BaseException) -> Literal["missing", "denied", "refused", "tran
     # fsspec says FileNotFoundError of whatever made its HEAD fail: the cause tells.
     while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
-    if isinstance(error, (FtkError, NotAFileError)):
+    if isinstance(error, (FtkError, NotAFileError, IsADirectoryError)):
         return "unknown"
     status = _http_status(error)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
@@ -705,5 +715,6 @@ def _kind(error: BaseException) -> Literal["missing", "denied", "refused", "tran
         return "refused"
     if status and status < 500 and status not in _RETRIED_STATUSES:
         return "refused"
-    from_network = type(error).__module__.partition(".")[0] in _NETWORK_LIBRARIES
-    return "transient" if status or from_network or isinstance(error, (OSError, EOFError)) else "unknown"
+    # Each client library has errors of its own, and another tomorrow: what Python itself does not raise is the network's.
+    of_library = type(error).__module__ != "builtins"
+    return "transient" if status or of_library or isinstance(error, (OSError, EOFError)) else "unknown"

@@ -27,7 +27,7 @@ class FaultServer(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.faults: defaultdict[tuple[str, str], list[Fault]] = defaultdict(list)
         self.always: dict[str, Fault] = {}
-        self.ranges = True
+        self.ranges = self.sizes = True
         self.secret: str | None = None
         self.requests: list[tuple[str, str, str | None]] = []
 
@@ -89,11 +89,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: bytes, headers: dict[str, str], sent: int = 0, has_body: bool = True) -> None:
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+        length = {"Content-Length": str(len(body))} if self.server.sizes else {"Transfer-Encoding": "chunked"}
+        for name, value in {**headers, **length}.items():
             self.send_header(name, value)
         self.end_headers()
-        if has_body:
+        if has_body and not self.server.sizes:
+            self.wfile.write(b"%x\r\n%s\r\n" % (sent, body[:sent]) if sent else b"")
+            self.wfile.write(b"0\r\n\r\n" if sent == len(body) else b"")
+        elif has_body:
             self.wfile.write(body[:sent])
+        if has_body:
             self.close_connection = sent < len(body)
 
     def log_message(self, *_: Any) -> None:

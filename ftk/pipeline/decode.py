@@ -90,12 +90,19 @@ def open_image(data: bytes) -> Opened:
     Raises:
         Unfit: the bytes are no image file, or one that only a program could draw (EPS).
     """
-    with _decoder_faults():
-        # `max_pixels` decides, once the size is known; Pillow's own limits would not name it.
-        Image.MAX_IMAGE_PIXELS = None
-        image = _open(data)
-        _mend_transparency(image, data)
-        orientation = _orientation(image, data)
+    try:
+        with _decoder_faults():
+            # `max_pixels` decides, once the size is known; Pillow's own limits would not name it.
+            Image.MAX_IMAGE_PIXELS = None
+            image = _open(data)
+            _mend_transparency(image, data)
+            orientation = _orientation(image, data)
+    except Unfit:
+        size = 8 + int.from_bytes(data[4:8], "little")
+        if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) < size:
+            # The decoder of WebP says of a cut file no more than that it will not have it.
+            raise Unfit(RejectReason.TRUNCATED, f"truncated: {len(data)} of {size} bytes") from None
+        raise
     width, height = image.size
     if orientation in SWAPPING_ORIENTATIONS:
         width, height = height, width

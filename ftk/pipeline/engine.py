@@ -10,10 +10,11 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -321,7 +322,8 @@ def _import_ray() -> Any:
 
 
 def _map_on_ray(ray: Any, function: Callable[[Task], Result], units: Iterable[Task], workers: int) -> Iterator[Result]:
-    with _cluster(ray, workers):
+    # Ray prints what befalls its nodes on stdout, which is for the report alone.
+    with redirect_stdout(sys.stderr), _cluster(ray, workers):
         _warn_if_too_wide(ray, workers)
         remote = ray.remote(num_cpus=workers, max_retries=_RAY_RETRIES)(_call)
         pending: list[Any] = []

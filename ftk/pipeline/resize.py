@@ -41,7 +41,8 @@ def jpeg_at(data: bytes, stored: tuple[int, int], size: tuple[int, int], *, shri
     vips = _vips()
     try:
         image = vips.Image.jpegload_buffer(data, shrink=shrink, fail_on="error", access="sequential")
-        if (image.width, image.height) != (stored[0] // shrink, stored[1] // shrink) or image.format != "uchar":
+        is_expected = (image.width, image.height) == (stored[0] // shrink, stored[1] // shrink)
+        if not is_expected or image.bands not in (1, 3) or image.format != "uchar":
             return None
         if stored[0] % shrink or stored[1] % shrink:
             # libvips leaves out a last column or row that stands for fewer than `shrink` pixels. Put back, it keeps the

@@ -135,6 +135,12 @@ class CannotBeLoaded:
         return open, ("/nowhere/at/all",)
 
 
+@pytest.fixture(autouse=True)
+def workers_start_without_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers import the main script, which is pytest's: a tenth of a second each."""
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
+
+
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_results_come_in_the_order_of_the_tasks(workers: int) -> None:
     with a_pool(workers) as pool:
@@ -145,7 +151,7 @@ def test_no_tasks_start_no_worker() -> None:
     before = multiprocessing.active_children()
     with a_pool() as pool:
         assert list(pool.map(square, [])) == []
-        assert multiprocessing.active_children() == before
+        assert not set(multiprocessing.active_children()) - set(before)
 
 
 def test_one_worker_is_a_process_of_its_own() -> None:
@@ -269,21 +275,21 @@ def test_memory_that_a_task_leaves_behind_costs_the_next_one_nothing(monkeypatch
 
 def test_the_time_counts_from_the_start_of_the_task() -> None:
     with a_pool(1, seconds=0.5) as pool:
-        assert list(pool.map(square_slowly_at_first, [0] * 6)) == [0] * 6
+        assert list(pool.map(square_slowly_at_first, [0] * 4)) == [0] * 4
 
 
 def test_a_result_that_was_not_fetched_in_time_is_not_late() -> None:
     with a_pool(1, seconds=0.3) as pool:
         results = pool.map(square, range(3))
         assert next(results) == 0
-        time.sleep(1.0)
+        time.sleep(0.8)
         assert list(results) == [1, 4]
 
 
 def test_every_task_may_crash_and_the_run_goes_on() -> None:
     with a_pool(2) as pool:
-        lost = list(pool.map(die_always, range(12)))
-        assert lost == [Lost(reason=RejectReason.WORKER_CRASHED, detail="exit code 1")] * 12
+        lost = list(pool.map(die_always, range(6)))
+        assert lost == [Lost(reason=RejectReason.WORKER_CRASHED, detail="exit code 1")] * 6
         assert list(pool.map(square, range(3))) == [0, 1, 4]
 
 
@@ -292,7 +298,8 @@ def test_a_worker_that_dies_idle_is_replaced_at_no_loss() -> None:
         processes = set(pool.map(own_process, range(10)))
         for process in processes:
             os.kill(process, signal.SIGKILL)
-        assert_gone(processes)
+        # Reaped, not only zombies: until then a pipe may still be open.
+        wait_for(lambda: not any(map(psutil.pid_exists, processes)), 5.0)
         assert list(pool.map(square, range(10))) == [number * number for number in range(10)]
 
 

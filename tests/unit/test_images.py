@@ -106,7 +106,7 @@ def _bomb(width: int, height: int) -> bytes:
 # --- Rejects ---
 
 
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "BMP"])
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
 def test_a_cut_file_is_truncated(noise_image: Noise, encoded: Encoded, image_format: str) -> None:
     data = encoded(noise_image(96, 64), image_format)
     assert _bad(data[: len(data) // 2]).reason == RejectReason.TRUNCATED

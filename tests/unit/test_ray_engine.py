@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,9 +58,17 @@ def refuse_one(unit: int) -> int:
     return unit
 
 
-def note_and_wait(directory: Path, unit: int) -> int:
-    (directory / f"{unit}-{time.time_ns()}").touch()
-    time.sleep(0.5)
+def same(unit: int) -> int:
+    return unit
+
+
+def hang_on_the_doomed_node(directory: Path, unit: int) -> int:
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    (directory / f"{unit}-{node}").touch()
+    while node == (directory / "doomed").read_text():
+        time.sleep(0.1)
     return unit
 
 
@@ -110,7 +119,7 @@ def test_an_error_of_ours_comes_out_as_itself(cluster: Any) -> None:
     assert str(caught.value) == "no one"
 
 
-def test_units_are_taken_as_they_are_needed(cluster: Any, tmp_path: Path) -> None:
+def test_units_are_taken_as_they_are_needed(cluster: Any) -> None:
     taken = 0
 
     def units() -> Iterator[int]:
@@ -119,7 +128,7 @@ def test_units_are_taken_as_they_are_needed(cluster: Any, tmp_path: Path) -> Non
             taken += 1
             yield number
 
-    results = map_units("ray", functools.partial(note_and_wait, tmp_path), units(), workers=2)
+    results = map_units("ray", same, units(), workers=2)
     assert taken == 0
     next(results)
     # Twice the two that fit on two nodes.
@@ -146,13 +155,20 @@ def test_units_that_are_left_behind_end_with_their_workers(cluster: Any, tmp_pat
 
 def test_every_unit_is_done_when_a_node_is_lost(cluster: Any, tmp_path: Path) -> None:
     node = next(iter(cluster.worker_nodes))
-    results = map_units("ray", functools.partial(note_and_wait, tmp_path), range(16), workers=1)
-    done = [next(results)]
-    cluster.remove_node(node, allow_graceful=False)
-    done += results
-    assert sorted(done) == list(range(16))
-    starts = [path.name.split("-")[0] for path in tmp_path.iterdir()]
-    assert len(starts) > len(set(starts)) == 16
+    (tmp_path / "doomed").write_text(node.node_id)
+
+    def lose() -> None:
+        while not list(tmp_path.glob(f"*-{node.node_id}")):
+            time.sleep(0.02)
+        cluster.remove_node(node, allow_graceful=False)
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    results = sorted(map_units("ray", functools.partial(hang_on_the_doomed_node, tmp_path), range(16), workers=1))
+    thread.join()
+    assert results == list(range(16))
+    # What the lost node had begun was begun again on the other.
+    assert len(list(tmp_path.glob("*-*"))) > 16
 
 
 def test_a_cluster_that_does_not_answer_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,7 +216,7 @@ def _common_folder(names: list[str]) -> str:
 
 
 def _is_relative(name: str) -> bool:
-    return not name.startswith("/") and not storage.is_url(name)
+    return not name.startswith(("/", "file://")) and not storage.is_url(name)
 
 
 def _location(root: str, name: str) -> str:
