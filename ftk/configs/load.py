@@ -11,7 +11,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ftk import storage
+from ftk import locations
 from ftk.configs.schema import RunConfig
 from ftk.errors import ConfigError
 
@@ -121,7 +121,7 @@ def default_workers(configured: int) -> int:
 
 def workspace_paths(config: RunConfig) -> tuple[Path, Path, Path]:
     """Where a run's outputs lie: (prepared, cache, runs/NAME)."""
-    workspace = storage.local_path(config.workspace)
+    workspace = locations.local_path(config.workspace)
     return workspace / "prepared", workspace / "cache", workspace / "runs" / config.run
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ftk import storage
+from ftk import locations
 from ftk.configs.schema import ModelConfig
 from ftk.errors import ConfigError, EnvironmentFault, ModelError
 
@@ -145,7 +145,7 @@ def locate(model: ModelConfig, components: Sequence[str]) -> Path:
         ModelError: neither a local folder nor a Hub id, or a folder that is no model of the family.
         EnvironmentFault: the Hub could not be reached.
     """
-    directory = storage.local_path(model.path)
+    directory = locations.local_path(model.path)
     if not directory.is_dir():
         directory = _download(model, components)
     get(model.family).check(directory)
@@ -160,7 +160,7 @@ def locate(model: ModelConfig, components: Sequence[str]) -> Path:
 
 def local_components(model: ModelConfig, components: Sequence[str]) -> Path | None:
     """The local directory of a model if it holds all the named components without a download, else None."""
-    directory = storage.local_path(model.path)
+    directory = locations.local_path(model.path)
     return directory if all((directory / name).is_dir() for name in components) else None
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ftk import storage
+from ftk import locations, storage
 from ftk.configs.schema import CaptionsConfig, SourceConfig
 from ftk.contracts import RejectReason
 from ftk.errors import ConfigError
@@ -73,10 +73,10 @@ def read(location: str, lines: bool = False) -> tuple[str, ...] | Problem:
     Raises:
         EnvironmentFault: the network or the disk failed.
     """
-    name = storage.printable(location.rpartition("/")[2])
+    name = locations.printable(location.rpartition("/")[2])
     is_json = name.lower().endswith(".json")
     try:
-        data = storage.read_bytes(location, (MAX_JSON_BYTES if is_json else MAX_CAPTION_BYTES) + 1)
+        data = locations.read_bytes(location, (MAX_JSON_BYTES if is_json else MAX_CAPTION_BYTES) + 1)
     except OSError as error:
         return Problem(reason=RejectReason.CAPTION_MISSING, detail=f"{name} cannot be read: {error.strerror or error}")
     if is_json:
@@ -136,7 +136,7 @@ def _shuffles(caption: str, trigger: str | None, config: CaptionsConfig, key: st
 
 def _between(prefix: str | None, caption: str, suffix: str | None) -> str:
     if prefix:
-        caption = f"{prefix}{'' if prefix[-1].isspace() or prefix.endswith(_CLOSES_UP) else ' '}{caption}"
+        caption = f"{prefix}{'' if prefix[-1].isspace() else ' '}{caption}"
     if suffix:
         caption = f"{caption}{'' if suffix[0].isspace() or suffix.startswith(_CLOSES_UP) else ' '}{suffix}"
     return caption
@@ -157,7 +157,7 @@ def _from_json(data: bytes, name: str) -> tuple[str, ...] | Problem:
         return gather([value], name)
     found = next((key for key in JSON_KEYS if value.get(key) is not None), None)
     if found is None:
-        keys = ", ".join(storage.printable(key) for key in list(value)[:5]) or "nothing"
+        keys = ", ".join(locations.printable(key) for key in list(value)[:5]) or "nothing"
         detail = f"{name} has none of the keys {', '.join(JSON_KEYS)}; found: {keys}"
         return Problem(reason=RejectReason.CAPTION_MISSING, detail=detail)
     return gather([value[found]], f"{name} ({found})")

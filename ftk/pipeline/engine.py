@@ -150,15 +150,10 @@ class WorkerPool:
                 self._workers.append(_Worker(self._context, self._clock + _START_SECONDS))
             except (OSError, EOFError) as error:
                 raise EnvironmentFault(f"A worker process cannot be started: {error!r}. Try a smaller data.workers.") from error
-        for worker in [worker for worker in self._workers if worker.task == _IDLE]:
-            if not worker.connection.poll(0):
-                return worker
-            # An idle worker has nothing to say, so this is the end of its pipe.
-            self._discard(worker)
-        return None
+        return next((worker for worker in self._workers if worker.task == _IDLE), None)
 
     def _collect(self, outcomes: dict[int, tuple[bool, Any]], *, wait: bool) -> None:
-        """Take in what workers have sent, and count out those that died or are past their deadline."""
+        """Take in what workers have sent, and count out those that died, idle ones too, or are past their deadline."""
         ready = connection.wait([worker.connection for worker in self._workers], _POLL_SECONDS if wait else 0)
         for worker in tuple(self._workers):
             if worker.connection in ready:
@@ -201,7 +196,7 @@ class WorkerPool:
         # No join: a process that hangs in a file system outlives SIGKILL, and must not hold up the others.
         self._workers.remove(worker)
         worker.connection.close()
-        worker.process.kill()
+        worker.kill()
 
     def _watch(self) -> None:
         """Count the seconds, and kill workers that outgrow their memory even while the caller is busy elsewhere."""
@@ -211,7 +206,7 @@ class WorkerPool:
                 resident = worker.resident_bytes()
                 if resident > self._memory_bytes:
                     worker.excess = f"{resident >> 20} MiB in memory, of {self._memory_bytes >> 20} allowed"
-                    worker.process.kill()
+                    worker.kill()
 
     def _close(self) -> None:
         self._closed.set()
@@ -238,6 +233,11 @@ class _Worker:
             return int(psutil.Process(self.process.pid).memory_info().rss)
         except psutil.Error:
             return 0
+
+    def kill(self) -> None:
+        # The number of a process that is gone may be another's by now.
+        if self.process.is_alive():
+            self.process.kill()
 
 
 def _process_context() -> ForkServerContext | SpawnContext:

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from ftk import storage
 from ftk.contracts import RejectReason
+from ftk.locations import NotAFileError
 from ftk.pipeline import decode, resize
 from ftk.pipeline.buckets import Placement, follow, place, random_crops
 from ftk.pipeline.decode import Opened, Unfit
@@ -190,6 +191,8 @@ def _read_file(kind: str, blob: Blob) -> _File:
         data = blob.read()
     except FileNotFoundError as error:
         unfit = Unfit(_MISSING[kind], error.strerror or "the file is missing")
+    except NotAFileError as error:
+        unfit = Unfit(RejectReason.NOT_A_FILE, error.strerror or str(error))
     except OSError as error:
         unfit = Unfit(RejectReason.UNREADABLE, error.strerror or str(error) or type(error).__name__)
     else:

@@ -19,8 +19,8 @@ from ftk.pipeline.plan import Unit
 from ftk.pipeline.sources.base import Blob, Record
 
 Result = TypeVar("Result")
-Receipt = tuple[ShardRecord, str | None]
-"""A shard's record, and the signature of its inputs."""
+Receipt = tuple[ShardRecord, str | None, str]
+"""A shard's record, the signature of its inputs and their listing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,18 +47,35 @@ def shard_files(directory: Path, name: str) -> tuple[Path, Path, Path]:
     return folder / f"{name}.tar", folder / f"{name}.parquet", folder / f"{name}.json"
 
 
-def committed(job: Job, unit: Unit, deep: bool) -> Made | None:
-    """The unit's shards if all are there and made of the same inputs; reads no source.
+def committed(job: Job, unit: Unit) -> Made | None:
+    """The unit's shards if all are there, whole, and made of the same inputs; reads no source."""
+    made = _receipts(job, unit, deep=True)
+    same = unit.signature is not None and all(signature == unit.signature for _, signature, _ in made)
+    return _made(unit, made) if made and same else None
 
-    `deep` verifies their checksums; else their sizes are looked at.
+
+def committed_by_others(job: Job, unit: Unit) -> Made | None:
+    """The shards of a unit that another part of the job array makes, if all are there and made of inputs of these names.
+
+    Whether those inputs have changed since, and whether the shards are still whole, is for that part to see.
     """
-    shards: list[ShardRecord] = []
-    while not shards or not shards[-1].is_last:
-        receipt = _receipt(job, unit, unit.shard_name(len(shards)), deep)
-        if receipt is None or receipt[1] is None or receipt[1] != unit.signature:
-            return None
-        shards.append(receipt[0])
-    return Made(unit=unit.number, shards=tuple(shards), num_reused=len(shards))
+    made = _receipts(job, unit, deep=False)
+    return _made(unit, made) if made and all(listing == unit.listing for _, _, listing in made) else None
+
+
+def _made(unit: Unit, receipts: list[Receipt]) -> Made:
+    return Made(unit=unit.number, shards=tuple(record for record, _, _ in receipts), num_reused=len(receipts))
+
+
+def _receipts(job: Job, unit: Unit, deep: bool) -> list[Receipt]:
+    """Of all shards of the unit; empty when one is missing."""
+    receipts: list[Receipt] = []
+    while not receipts or not receipts[-1][0].is_last:
+        receipt = _receipt(job, unit, unit.shard_name(len(receipts)), deep)
+        if receipt is None:
+            return []
+        receipts.append(receipt)
+    return receipts
 
 
 def make_unit(job: Job, unit: Unit, pool: WorkerPool, advance: Callable[[int], Any]) -> Made:
@@ -110,7 +127,7 @@ def _receipt(job: Job, unit: Unit, name: str, deep: bool) -> Receipt | None:
     tar, table, receipt = shard_files(job.directory, name)
     try:
         plain = storage.read_json(receipt)
-        record, signature = dataset.shard_record(plain), plain["signature"]
+        record, signature, listing = dataset.shard_record(plain), plain["signature"], plain["listing"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     if record.recipe_fingerprint != unit.recipe_fingerprint(job.recipe, job.data):
@@ -118,12 +135,12 @@ def _receipt(job: Job, unit: Unit, name: str, deep: bool) -> Receipt | None:
     if not (tar.exists() and table.exists() and tar.stat().st_size == record.bytes):
         return None
     damaged = deep and (storage.sha256_file(table) != record.table_sha256 or storage.sha256_file(tar) != record.sha256)
-    return None if damaged else (record, signature)
+    return None if damaged else (record, signature, listing)
 
 
 def _unchanged(job: Job, unit: Unit, receipt: Receipt, inputs: list[Record | Reject], is_last: bool) -> bool:
     """Whether a committed shard is of these inputs: same signature, or else, read and hashed, the same bytes."""
-    record, signature = receipt
+    record, signature, _ = receipt
     if record.is_last != is_last:
         return False
     if signature is not None and signature == unit.signature:
@@ -135,7 +152,8 @@ def _unchanged(job: Job, unit: Unit, receipt: Receipt, inputs: list[Record | Rej
 
 
 def _commit_receipt(job: Job, unit: Unit, record: ShardRecord) -> None:
-    storage.commit_json(shard_files(job.directory, record.name)[2], {**asdict(record), "signature": unit.signature})
+    inputs = {"signature": unit.signature, "listing": unit.listing}
+    storage.commit_json(shard_files(job.directory, record.name)[2], {**asdict(record), **inputs})
 
 
 def _input_line(item: Record | Reject, contents: Sequence[str]) -> list[Any]:

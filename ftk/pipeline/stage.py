@@ -179,6 +179,10 @@ class _Planned:
 
 def _planned(job: Job, equal: dict[int, plan.Duplicates], part: Part) -> _Planned:
     """List the sources once, and see which shards are there."""
+
+    def there(unit: plan.Unit) -> Made | None:
+        return (shards.committed if part.has(unit.number) else shards.committed_by_others)(job, unit)
+
     planned = _Planned(made=[], listings=[], num_records=[])
     # Hashing a shard frees the interpreter; some units at a time keep the memory constant.
     with ThreadPoolExecutor(default_workers(job.data.workers)) as pool, track("plan", None, "image") as progress:
@@ -186,7 +190,7 @@ def _planned(job: Job, equal: dict[int, plan.Duplicates], part: Part) -> _Planne
         while batch := list(islice(units, _UNITS_AT_ONCE)):
             planned.listings.extend(unit.listing for unit in batch)
             planned.num_records.extend(unit.partition.num_records for unit in batch)
-            planned.made.extend(pool.map(lambda unit: shards.committed(job, unit, part.has(unit.number)), batch))
+            planned.made.extend(pool.map(there, batch))
             progress.advance(sum(unit.partition.num_records or 0 for unit in batch))
     return planned
 

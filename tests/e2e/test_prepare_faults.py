@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ftk import storage
+from ftk import locations, storage
 from ftk.pipeline.dataset import PreparedDataset
 
 NAMED_AT_THE_END = {"dataset.json", "rejects.parquet", "duplicates.parquet"}
@@ -207,14 +207,14 @@ def test_a_touched_source_is_read_again_and_nothing_is_remade(ftk, workspace, od
 
 
 def test_unchanged_sources_are_not_read_again(ftk, workspace, odd_pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(locations, "FRESH_SECONDS", 0.0)
     run_file = run_file_over(workspace, odd_pictures)
     assert ftk("prepare", run_file).code == 0
 
     def read(*_):
         raise AssertionError("an unchanged source was read")
 
-    monkeypatch.setattr(storage, "read_bytes", read)
+    monkeypatch.setattr(locations, "read_bytes", read)
     done = json.loads(ftk("prepare", run_file, "--json").out)
     assert done["num_shards_reused"] == done["num_shards"]
 

@@ -156,7 +156,7 @@ def _finish(*texts: str, key: str = "key", shuffles: int = 0, keep: int = 1, sep
         ("photo of", "on a mat", "photo of a cat on a mat"),
         ("photo of\n", "\ton a mat", "photo of\na cat\ton a mat"),
         ("photo: ", ", best quality", "photo: a cat, best quality"),
-        ("photo:", "!", "photo:a cat!"),
+        ("photo:", "!", "photo: a cat!"),
         ("", "", "a cat"),
     ],
 )

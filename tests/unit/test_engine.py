@@ -392,10 +392,18 @@ def test_workers_die_with_their_parent(tmp_path: Path, end: str) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"both\n"
-        if end != "exit":
-            parent.send_signal(signal.Signals[end])
-        parent.wait(5)
-    assert_gone({int(file.name) for file in pids.iterdir()})
+        try:
+            if end != "exit":
+                parent.send_signal(signal.Signals[end])
+            parent.wait(5)
+        finally:
+            parent.kill()
+    processes = {int(file.name) for file in pids.iterdir()}
+    try:
+        assert_gone(processes)
+    finally:
+        for process in filter(psutil.pid_exists, processes):
+            os.kill(process, signal.SIGKILL)
 
 
 def test_large_payloads_pass_at_hundreds_of_megabytes_a_second() -> None:

@@ -126,7 +126,7 @@ def test_what_is_no_image_is_unreadable(data: bytes, detail: str) -> None:
 def test_a_missing_or_unreadable_file_says_so(tmp_path: Path) -> None:
     for path, reason in [
         (tmp_path / "gone.png", RejectReason.FILE_MISSING),
-        (tmp_path, RejectReason.UNREADABLE),
+        (tmp_path, RejectReason.NOT_A_FILE),
     ]:
         task = ImageTask(image=Blob(location=str(path)), mask=None, controls=(), recipe=RECIPE)
         problem = prepare_image(task)

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from servers import Fault, FaultServer, fault_server, s3_endpoint, s3_server
 
-from ftk import storage
+from ftk import locations
 from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject, RejectReason
 from ftk.errors import ConfigError, EnvironmentFault, SourceError
@@ -36,18 +36,18 @@ def _reader(function: Callable[[str], bytes]) -> Callable[[str], bytes]:
 
 @_reader
 def _whole(location: str) -> bytes:
-    return storage.read_bytes(location)
+    return locations.read_bytes(location)
 
 
 @_reader
 def _stream(location: str) -> bytes:
-    with storage.open_stream(location) as file:
+    with locations.open_stream(location) as file:
         return b"".join(iter(lambda: file.read(1000), b""))
 
 
 @_reader
 def _seekable(location: str) -> bytes:
-    with storage.open_seekable(location) as file:
+    with locations.open_seekable(location) as file:
         file.seek(5000)
         end = file.read()
         file.seek(0)
@@ -56,9 +56,9 @@ def _seekable(location: str) -> bytes:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "REMOTE_WAIT_SECONDS", 0.001)
-    monkeypatch.setattr(storage, "_STREAM_BYTES", 4000)
-    monkeypatch.setattr(storage, "_SEEK_BYTES", 3000)
+    monkeypatch.setattr(locations, "REMOTE_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(locations, "_STREAM_BYTES", 4000)
+    monkeypatch.setattr(locations, "_SEEK_BYTES", 3000)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
@@ -103,7 +103,7 @@ def test_a_passing_fault_is_waited_out(server: FaultServer, read: Callable[[str]
     assert server.faults["GET", "/a.jpg"] == []
 
 
-@pytest.mark.parametrize("read", [*READERS.values(), storage.signature], ids=[*READERS, "signature"])
+@pytest.mark.parametrize("read", [*READERS.values(), locations.signature], ids=[*READERS, "signature"])
 @pytest.mark.parametrize("fault", [503, 429, "reset"])
 def test_a_lasting_fault_is_the_environments_and_hides_secrets(
     server: FaultServer, read: Callable[[str], object], fault: Fault, caplog: pytest.LogCaptureFixture
@@ -136,7 +136,7 @@ def test_a_body_that_owns_up_to_half_of_it_is_read_again(server: FaultServer, re
 
 
 @pytest.mark.parametrize("status", [404, 410])
-@pytest.mark.parametrize("read", [*READERS.values(), storage.signature], ids=[*READERS, "signature"])
+@pytest.mark.parametrize("read", [*READERS.values(), locations.signature], ids=[*READERS, "signature"])
 def test_what_is_not_there_is_not_found_at_once(server: FaultServer, read: Callable[[str], object], status: int) -> None:
     server.always["/a.jpg"] = status
     with pytest.raises(FileNotFoundError, match=r"does not exist: '.*/a\.jpg\?\*\*\*'"):
@@ -145,7 +145,7 @@ def test_what_is_not_there_is_not_found_at_once(server: FaultServer, read: Calla
 
 
 @pytest.mark.parametrize("status", [401, 403])
-@pytest.mark.parametrize("read", [*READERS.values(), storage.signature], ids=[*READERS, "signature"])
+@pytest.mark.parametrize("read", [*READERS.values(), locations.signature], ids=[*READERS, "signature"])
 def test_a_closed_door_is_no_reject(server: FaultServer, read: Callable[[str], object], status: int) -> None:
     server.always["/a.jpg"] = status
     with pytest.raises(EnvironmentFault, match=rf"/a\.jpg: access was denied \(HTTP {status}\)\. .*netrc"):
@@ -157,18 +157,18 @@ def test_the_netrc_file_opens_doors(server: FaultServer, tmp_path: Path, monkeyp
     server.secret = "Basic bWU6b3Blbg=="  # me:open
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password open\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert storage.read_bytes(f"{server.url}/a.jpg") == IMAGE
+    assert locations.read_bytes(f"{server.url}/a.jpg") == IMAGE
 
 
 def test_a_definite_refusal_concerns_one_file(server: FaultServer) -> None:
     server.always["/a.jpg"] = 451
     for url in (f"{server.url}/a.jpg", "http://[bad/a.jpg"):
         with pytest.raises(OSError, match="cannot be fetched"):
-            storage.read_bytes(url)
+            locations.read_bytes(url)
 
 
 def test_a_stream_goes_on_where_it_broke_off(server: FaultServer) -> None:
-    with storage.open_stream(f"{server.url}/a.jpg") as file:
+    with locations.open_stream(f"{server.url}/a.jpg") as file:
         parts = [file.read(4000)]
         server.faults["GET", "/a.jpg"] = ["short", 503]
         parts += [file.read(4000), file.read()]
@@ -188,7 +188,7 @@ def test_a_server_without_ranges_or_sizes_is_read_whole(
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(server: FaultServer) -> None:
-    with storage.open_stream(f"{server.url}/a.jpg") as file:
+    with locations.open_stream(f"{server.url}/a.jpg") as file:
         file.read(1000)
         server.files["/a.jpg"] = IMAGE[::-1]
         with pytest.raises(EnvironmentFault, match="has changed while it was being read"):
@@ -197,17 +197,17 @@ def test_a_file_that_changes_while_it_is_read_is_refused(server: FaultServer) ->
 
 def test_the_beginning_of_a_file_is_enough(server: FaultServer) -> None:
     server.files["/empty"] = b""
-    assert storage.read_bytes(f"{server.url}/a.jpg", 100) == IMAGE[:100]
-    assert storage.read_bytes(f"{server.url}/a.jpg", 1 << 20) == IMAGE
-    assert storage.read_bytes(f"{server.url}/empty", 100) == storage.read_bytes(f"{server.url}/empty") == b""
+    assert locations.read_bytes(f"{server.url}/a.jpg", 100) == IMAGE[:100]
+    assert locations.read_bytes(f"{server.url}/a.jpg", 1 << 20) == IMAGE
+    assert locations.read_bytes(f"{server.url}/empty", 100) == locations.read_bytes(f"{server.url}/empty") == b""
     assert READERS["stream"](f"{server.url}/empty") == b""
 
 
 def test_a_signature_is_the_servers_word_for_a_version(server: FaultServer) -> None:
-    before = storage.signature(f"{server.url}/a.jpg")
-    assert before == storage.signature(f"{server.url}/a.jpg")
+    before = locations.signature(f"{server.url}/a.jpg")
+    assert before == locations.signature(f"{server.url}/a.jpg")
     server.files["/a.jpg"] = IMAGE[::-1]
-    assert storage.signature(f"{server.url}/a.jpg") != before
+    assert locations.signature(f"{server.url}/a.jpg") != before
 
 
 def test_a_table_of_urls(server: FaultServer, tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_objects_are_read_like_files(bucket: Any, read: Callable[[str], bytes]) 
         with pytest.raises(FileNotFoundError, match=missing):
             read(missing)
     _put(bucket, **{"prefix/a": b""})
-    with pytest.raises(storage.NotAFileError, match="is a folder, not a file"):
+    with pytest.raises(locations.NotAFileError, match="is a folder, not a file"):
         read("s3://bucket/prefix")
 
 
@@ -351,18 +351,18 @@ def test_what_is_missing_in_a_store_is_said(bucket: Any) -> None:
 def test_patterns_are_expanded_in_a_bucket(bucket: Any) -> None:
     names = ["p/a-00.tar", "p/a-01.tar", "p/q/b.tar", "p/[x]?.tar"]
     _put(bucket, **dict.fromkeys(names, b""))
-    assert storage.expand("s3://bucket/p/*.tar") == [f"s3://bucket/{name}" for name in ["p/[x]?.tar", *names[:2]]]
-    assert storage.expand("s3://bucket/p/[x]?*") == ["s3://bucket/p/[x]?.tar"]
-    assert storage.expand("s3://bucket/p/**/*.tar") == [f"s3://bucket/{name}" for name in ["p/[x]?.tar", *names[:3]]]
+    assert locations.expand("s3://bucket/p/*.tar") == [f"s3://bucket/{name}" for name in ["p/[x]?.tar", *names[:2]]]
+    assert locations.expand("s3://bucket/p/[x]?*") == ["s3://bucket/p/[x]?.tar"]
+    assert locations.expand("s3://bucket/p/**/*.tar") == [f"s3://bucket/{name}" for name in ["p/[x]?.tar", *names[:3]]]
     with pytest.raises(ConfigError, match="can only be an entire path component"):
-        storage.expand("s3://bucket/p/**.tar")
-    assert storage.expand("s3://bucket/p/a-{01..02}.tar") == ["s3://bucket/p/a-01.tar", "s3://bucket/p/a-02.tar"]
-    assert storage.expand("s3://bucket/p/{z*,q/*}") == ["s3://bucket/p/q/b.tar"]
+        locations.expand("s3://bucket/p/**.tar")
+    assert locations.expand("s3://bucket/p/a-{01..02}.tar") == ["s3://bucket/p/a-01.tar", "s3://bucket/p/a-02.tar"]
+    assert locations.expand("s3://bucket/p/{z*,q/*}") == ["s3://bucket/p/q/b.tar"]
 
 
 def test_an_object_that_changes_while_it_is_read_is_refused(bucket: Any) -> None:
     _put(bucket, changing=IMAGE)
-    with storage.open_stream("s3://bucket/changing") as file:
+    with locations.open_stream("s3://bucket/changing") as file:
         file.read(1000)
         _put(bucket, changing=IMAGE[::-1])
         with pytest.raises(EnvironmentFault, match="s3://bucket/changing has changed while it was being read"):
@@ -371,20 +371,20 @@ def test_an_object_that_changes_while_it_is_read_is_refused(bucket: Any) -> None
 
 def test_a_listing_does_not_outlive_a_change(bucket: Any) -> None:
     _put(bucket, **{"stale/a.jpg": b"short"})
-    assert len(list(storage.list_files("s3://bucket/stale"))) == 1
+    assert len(list(locations.list_files("s3://bucket/stale"))) == 1
     _put(bucket, **{"stale/a.jpg": b"not so short", "stale/b.jpg": b""})
-    assert storage.read_bytes("s3://bucket/stale/a.jpg") == b"not so short"
-    assert len(list(storage.list_files("s3://bucket/stale"))) == 2
+    assert locations.read_bytes("s3://bucket/stale/a.jpg") == b"not so short"
+    assert len(list(locations.list_files("s3://bucket/stale"))) == 2
 
 
 def _read_in_child(location: str, results: Any) -> None:
-    results.put(storage.read_bytes(location))
+    results.put(locations.read_bytes(location))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_child_process_reads_for_itself(bucket: Any, method: str) -> None:
     _put(bucket, forked=IMAGE)
-    assert storage.read_bytes("s3://bucket/forked") == IMAGE
+    assert locations.read_bytes("s3://bucket/forked") == IMAGE
     context = multiprocessing.get_context(method)
     results = context.Queue()
     process: Any = context.Process(target=_read_in_child, args=("s3://bucket/forked", results))  # type: ignore[attr-defined]
@@ -418,23 +418,23 @@ def test_an_objects_passing_fault_is_waited_out(
 def test_an_objects_lasting_fault_is_the_environments(faulty_bucket: FaultServer, fault: Fault, message: str) -> None:
     faulty_bucket.always["/bucket/a.jpg"] = fault
     with pytest.raises(EnvironmentFault, match=message):
-        storage.read_bytes("s3://bucket/a.jpg")
+        locations.read_bytes("s3://bucket/a.jpg")
 
 
 def test_an_object_that_is_always_short_is_the_environments(faulty_bucket: FaultServer) -> None:
     faulty_bucket.faults["GET", "/bucket/a.jpg"] = ["lie"] * 50
     with pytest.raises(EnvironmentFault, match=r"in 5 tries: ShortBodyError: 5,120 bytes arrived of 10,240"):
-        storage.read_bytes("s3://bucket/a.jpg")
+        locations.read_bytes("s3://bucket/a.jpg")
 
 
 def test_an_object_is_asked_for_twice_at_most(faulty_bucket: FaultServer) -> None:
-    storage.read_bytes("s3://bucket/a.jpg")
+    locations.read_bytes("s3://bucket/a.jpg")
     assert [method for method, _, _ in faulty_bucket.requests] == ["HEAD", "GET"]
 
 
 def test_the_hub_out_of_reach_is_the_environments() -> None:
     pattern = "hf://datasets/ftk/none/*.parquet"
-    for ask in (storage.read_bytes, storage.signature, storage.expand, lambda root: list(storage.list_files(root))):
+    for ask in (locations.read_bytes, locations.signature, locations.expand, lambda root: list(locations.list_files(root))):
         with pytest.raises(EnvironmentFault, match=r"hf://datasets/ftk/none/.* could not be read in 5 tries"):
             ask(pattern)
 
@@ -444,9 +444,9 @@ def test_our_own_mistakes_are_not_the_networks(bucket: Any, monkeypatch: pytest.
         raise TypeError("our mistake")
 
     _put(bucket, mistaken=b"")
-    monkeypatch.setattr(storage, "_version", broken)
+    monkeypatch.setattr(locations, "_version", broken)
     with pytest.raises(TypeError, match="our mistake"):
-        storage.signature("s3://bucket/mistaken")
+        locations.signature("s3://bucket/mistaken")
 
 
 def test_missing_credentials_are_advised_upon(
@@ -461,7 +461,7 @@ def test_missing_credentials_are_advised_upon(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(EnvironmentFault, match=r"s3://bucket/a\.jpg: access was denied .*AWS_PROFILE"):
-        storage.read_bytes("s3://bucket/a.jpg")
+        locations.read_bytes("s3://bucket/a.jpg")
 
 
 # Locations.
@@ -475,16 +475,16 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(fsspec.core, "get_filesystem_class", missing)
     with pytest.raises(ConfigError, match=re.escape('s3:// is not installed: pip install "ftk[s3]"')):
-        storage.read_bytes("s3://bucket/a")
+        locations.read_bytes("s3://bucket/a")
     with pytest.raises(ConfigError, match=re.escape('https:// is not installed: pip install "ftk[http]"')):
-        storage.read_bytes("https://example.invalid/a")
+        locations.read_bytes("https://example.invalid/a")
     with pytest.raises(ConfigError, match="gs:// is not installed: Please install the package for gs"):
-        list(storage.list_files("gs://bucket/a"))
+        list(locations.list_files("gs://bucket/a"))
 
 
 def test_an_unknown_protocol_is_refused() -> None:
     with pytest.raises(ConfigError, match="nope://user/a: Protocol not known: nope"):
-        storage.read_bytes("nope://user/a")
+        locations.read_bytes("nope://user/a")
 
 
 @pytest.mark.parametrize(
@@ -499,7 +499,7 @@ def test_an_unknown_protocol_is_refused() -> None:
     ],
 )
 def test_what_is_a_url(location: str, expected: bool) -> None:
-    assert storage.is_url(location) == expected
+    assert locations.is_url(location) == expected
 
 
 @pytest.mark.parametrize(
@@ -515,7 +515,7 @@ def test_what_is_a_url(location: str, expected: bool) -> None:
     ],
 )
 def test_joining(root: str, relative: str, expected: str) -> None:
-    assert storage.join(root, relative) == expected
+    assert locations.join(root, relative) == expected
 
 
 def test_local_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -523,15 +523,15 @@ def test_local_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for name in ["a-00.tar", "a-01.tar", "b [1].tar", "b 1.tar", "sub/c.tar", "{x}.tar", "y{1,2}.tar"]:
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_bytes(b"")
-    assert storage.expand("a-*.tar") == ["a-00.tar", "a-01.tar"]
-    assert storage.expand(f"{tmp_path}/**/*.tar")[-1] == f"{tmp_path}/{{x}}.tar"
-    assert "sub/c.tar" in storage.expand("**/*.tar")
-    assert storage.expand("b [1]*") == ["b [1].tar"]
-    assert storage.expand("a-{01..00}.tar") == ["a-01.tar", "a-00.tar"]
-    assert storage.expand("{a-*,b*,a-00}.tar") == ["a-00.tar", "a-01.tar", "b 1.tar", "b [1].tar"]
+    assert locations.expand("a-*.tar") == ["a-00.tar", "a-01.tar"]
+    assert locations.expand(f"{tmp_path}/**/*.tar")[-1] == f"{tmp_path}/{{x}}.tar"
+    assert "sub/c.tar" in locations.expand("**/*.tar")
+    assert locations.expand("b [1]*") == ["b [1].tar"]
+    assert locations.expand("a-{01..00}.tar") == ["a-01.tar", "a-00.tar"]
+    assert locations.expand("{a-*,b*,a-00}.tar") == ["a-00.tar", "a-01.tar", "b 1.tar", "b [1].tar"]
     for literal in ["{x}.tar", "y{1,2}.tar", "none.tar", "{unbalanced"]:
-        assert storage.expand(literal) == [literal]
-    assert storage.expand("none*") == []
+        assert locations.expand(literal) == [literal]
+    assert locations.expand("none*") == []
 
 
 # Local files that are none.
@@ -550,14 +550,14 @@ def test_only_regular_files_are_read(tmp_path: Path, read: Callable[[str], bytes
             unix.bind(str(path))
     else:
         path = Path("/dev/zero")
-    with pytest.raises(storage.NotAFileError, match=f"is a {kind}, not a file"):
+    with pytest.raises(locations.NotAFileError, match=f"is a {kind}, not a file"):
         read(str(path))
 
 
 @pytest.mark.parametrize("name", ["none", "a\0b", "\ud800", "x/none"])
 def test_a_name_that_no_file_has_is_not_found(tmp_path: Path, name: str) -> None:
     (tmp_path / "x").write_bytes(b"")
-    for read in (storage.read_bytes, storage.signature):
+    for read in (locations.read_bytes, locations.signature):
         with pytest.raises((FileNotFoundError, NotADirectoryError)):
             read(f"{tmp_path}/{name}")
 
@@ -568,17 +568,17 @@ def test_local_files_are_read_from_paths_and_file_urls(tmp_path: Path, monkeypat
     for location in (str(tmp_path / "a"), f"file://{tmp_path}/a", "~/a"):
         for read in READERS.values():
             assert read(location) == IMAGE
-    assert storage.read_bytes(str(tmp_path / "a"), 10) == IMAGE[:10]
+    assert locations.read_bytes(str(tmp_path / "a"), 10) == IMAGE[:10]
 
 
 def test_a_local_signature_sees_a_replacement_of_the_same_size_and_time(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"one")
     os.utime(tmp_path / "a", ns=(1, 1))
-    before = storage.signature(str(tmp_path / "a"))
+    before = locations.signature(str(tmp_path / "a"))
     (tmp_path / "b").write_bytes(b"two")
     os.utime(tmp_path / "b", ns=(1, 1))
     (tmp_path / "b").replace(tmp_path / "a")
-    assert storage.signature(str(tmp_path / "a")) != before
+    assert locations.signature(str(tmp_path / "a")) != before
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EMFILE])
@@ -590,7 +590,7 @@ def test_a_failing_disk_is_the_environments(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "open", failing)
     with pytest.raises(EnvironmentFault, match=f"a cannot be read: {os.strerror(code)}"):
-        storage.read_bytes(str(tmp_path / "a"))
+        locations.read_bytes(str(tmp_path / "a"))
     assert stat.S_ISREG((tmp_path / "a").stat().st_mode)
 
 
@@ -603,9 +603,9 @@ def test_a_failing_disk_is_the_environments(tmp_path: Path, monkeypatch: pytest.
     ],
 )
 def test_what_may_be_secret_is_redacted(text: str, expected: str) -> None:
-    assert storage.redacted(text) == expected
+    assert locations.redacted(text) == expected
 
 
 def test_printable_names_are_utf_8() -> None:
     for name, expected in [("é\n", "é\n"), (os.fsdecode(b"caf\xe9"), "caf\\xe9"), ("half \ud83d", "half \\ud83d")]:
-        assert storage.printable(name) == expected
+        assert locations.printable(name) == expected

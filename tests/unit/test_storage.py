@@ -17,14 +17,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, save
 
-from ftk import storage
+from ftk import locations, storage
 from ftk.contracts import Reject, RejectReason
 from ftk.errors import ConfigError, EnvironmentFault
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from ftk import storage
+from ftk import locations, storage
 with storage.lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -259,9 +259,9 @@ def test_item_checksum_sees_a_flipped_bit_and_an_exchanged_tensor() -> None:
 
 def test_object_storage_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"s3://bucket/photos.*not supported"):
-        storage.local_path("s3://bucket/photos")
+        locations.local_path("s3://bucket/photos")
 
 
 def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert storage.local_path("~/photos") == tmp_path / "photos"
+    assert locations.local_path("~/photos") == tmp_path / "photos"

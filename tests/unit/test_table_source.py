@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ftk import storage
+from ftk import locations
 from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject, RejectReason
 from ftk.errors import ConfigError, EnvironmentFault, SourceError
@@ -478,8 +478,8 @@ def test_files_beside_a_table_in_a_store_are_vouched_for_by_a_listing(memory: An
     names = ["x/a.jpg", "x/b.jpg", "x/none.jpg", "y/c.jpg", "x/.hid.jpg", "http://127.0.0.1:1/a.jpg"]
     memory.pipe("/data/t.jsonl", _bytes_of([{"file_name": name, "text": "a cat"} for name in names], "jsonl"))
     listed: list[str] = []
-    list_files = storage.list_files
-    monkeypatch.setattr(storage, "list_files", lambda root: listed.append(root) or list_files(root))
+    list_files = locations.list_files
+    monkeypatch.setattr(locations, "list_files", lambda root: listed.append(root) or list_files(root))
     signatures = [partition.signature for partition in _partitions("memory://data/t.jsonl", 1)]
     assert [signature is None for signature in signatures] == [False, False, False, False, True, True]
     assert listed == ["memory://data/x", "memory://data/y", "memory://data/x"]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from ftk import storage
+from ftk import locations
 from ftk.configs import load
 from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject
@@ -28,7 +28,7 @@ class Blob:
 
     def read(self) -> bytes:
         """The bytes; `OSError` when there are none to be had, `EnvironmentFault` when the network fails."""
-        return storage.read_bytes(self.location) if self.data is None else self.data
+        return locations.read_bytes(self.location) if self.data is None else self.data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,13 +8,13 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ftk import storage
+from ftk import locations, storage
 from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject, RejectReason
 from ftk.errors import ConfigError, SourceError
+from ftk.locations import File
 from ftk.pipeline import captions
 from ftk.pipeline.sources.base import Blob, Partition, Record
-from ftk.storage import File
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -99,7 +99,7 @@ def _images(
     """Each image of the folder, and the signatures of all its files."""
     places = [_place(folder) for folder in _companion_folders(settings)]
     for directory, group in groupby(_listed(config), key=lambda file: file.relative.rpartition("/")[0]):
-        if any(_lies_in(_place(storage.join(config.path, directory)), place) for place in places):
+        if any(_lies_in(_place(locations.join(config.path, directory)), place) for place in places):
             continue
         files = list(group)
         sidecars = _sidecars(files) if settings.captions_from == "sidecar" else {}
@@ -118,7 +118,7 @@ def _images(
 
 def _listed(config: SourceConfig) -> Iterator[File]:
     try:
-        yield from storage.list_files(config.path)
+        yield from locations.list_files(config.path)
     except FileNotFoundError:
         raise SourceError(
             f"data.sources: {_shown(config)} does not exist.{_nearest_folder(config.path)} "
@@ -129,7 +129,7 @@ def _listed(config: SourceConfig) -> Iterator[File]:
             f"data.sources: {_shown(config)} is a file, not a folder. Name the folder that holds your images."
         ) from None
     except PermissionError as error:
-        where = storage.printable(str(error.filename))
+        where = locations.printable(str(error.filename))
         raise SourceError(f"data.sources: {where} may not be read: {error.strerror}. Allow it, or move it elsewhere.") from None
 
 
@@ -148,7 +148,7 @@ def _refuse_table(config: SourceConfig, settings: FolderSettings, files: list[Fi
     if table and config.format == "auto" and settings.captions_from == "sidecar" and config.caption is None:
         raise SourceError(
             f"data.sources: {_shown(config)} holds {table}, which is not read when the folder is named. Write "
-            f"`path: {storage.join(config.path, table)}` to take images and captions from it, or `format: folder` to ignore it."
+            f"`path: {locations.join(config.path, table)}` to use it, or `format: folder` to ignore it."
         )
 
 
@@ -156,7 +156,7 @@ def _record(config: SourceConfig, settings: FolderSettings, entry: Entry, fallba
     relative, sidecar, mask, controls = entry
 
     def reject(reason: RejectReason, detail: str) -> Reject:
-        return Reject(source=config.source_name, path=storage.printable(relative), reason=reason, detail=detail)
+        return Reject(source=config.source_name, path=locations.printable(relative), reason=reason, detail=detail)
 
     found = _captions(config, settings, relative, sidecar, fallback)
     if isinstance(found, captions.Problem):
@@ -168,11 +168,11 @@ def _record(config: SourceConfig, settings: FolderSettings, entry: Entry, fallba
         return reject(RejectReason.CONTROL_MISSING, f"no control image of this name in {folder}")
     return Record(
         identity=relative,
-        image=Blob(location=storage.join(config.path, relative)),
+        image=Blob(location=locations.join(config.path, relative)),
         captions=found,
-        mask=Blob(location=storage.join(str(settings.masks), mask)) if mask else None,
+        mask=Blob(location=locations.join(str(settings.masks), mask)) if mask else None,
         controls=tuple(
-            Blob(location=storage.join(folder, name)) for folder, name in zip(settings.controls, controls, strict=True)
+            Blob(location=locations.join(folder, name)) for folder, name in zip(settings.controls, controls, strict=True)
         ),
     )
 
@@ -184,10 +184,10 @@ def _captions(
         words = _stem(relative).rpartition("/")[2].replace("_", " ").replace("-", " ").split()
         return captions.gather([" ".join(words)], "the file's name")
     if settings.captions_from == "sidecar" and sidecar:
-        return captions.read(storage.join(config.path, sidecar), settings.caption_lines)
+        return captions.read(locations.join(config.path, sidecar), settings.caption_lines)
     if fallback is not None:
         return (fallback,)
-    name = storage.printable(_stem(relative).rpartition("/")[2])
+    name = locations.printable(_stem(relative).rpartition("/")[2])
     return captions.Problem(
         reason=RejectReason.CAPTION_MISSING,
         detail=f"no {name}.txt, .caption or .json beside the image, and the source has no `caption:` to fall back on",
@@ -210,9 +210,9 @@ class _Companions:
         for file in self._images():
             stem = _stem(file.relative)
             if stem in self._files:
+                both = " and ".join(locations.printable(name) for name in (self._files[stem].relative, file.relative))
                 raise SourceError(
-                    f"data.sources: {storage.printable(folder)} holds both {storage.printable(self._files[stem].relative)} and "
-                    f"{storage.printable(file.relative)}: which of them belongs to an image? Remove one."
+                    f"data.sources: {locations.printable(folder)} holds both {both}: which belongs to an image? Remove one."
                 )
             self._files[stem] = file
             self._stems.setdefault(stem.rpartition("/")[2], []).append(stem)
@@ -230,19 +230,19 @@ class _Companions:
         if user == match:
             return None
         if user != stem:
-            mask, one, two = (storage.printable(name) for name in (self._files[match].relative, user, stem))
+            mask, one, two = (locations.printable(name) for name in (self._files[match].relative, user, stem))
             raise SourceError(
-                f"data.sources: {mask} in {storage.printable(self._folder)} fits both {one} and {two}. "
+                f"data.sources: {mask} in {locations.printable(self._folder)} fits both {one} and {two}. "
                 f"Lay it in a subfolder named as the image's."
             )
         return self._files[match]
 
     def _images(self) -> Iterator[File]:
         try:
-            yield from (file for file in storage.list_files(self._folder) if _suffix(file.relative) in IMAGE_SUFFIXES)
+            yield from (file for file in locations.list_files(self._folder) if _suffix(file.relative) in IMAGE_SUFFIXES)
         except OSError as error:
             raise SourceError(
-                f"data.sources: {storage.printable(self._folder)}, named under `masks` or `controls`, cannot be listed: "
+                f"data.sources: {locations.printable(self._folder)}, named under `masks` or `controls`, cannot be listed: "
                 f"{error.strerror}.{_nearest_folder(self._folder)} Name a folder of images."
             ) from None
 
@@ -257,7 +257,7 @@ def _stem(relative: str) -> str:
 
 def _place(location: str) -> str:
     """A folder's name by which it can be compared with others."""
-    return location.rstrip("/") if storage.is_url(location) else str(storage.local_path(location).resolve())
+    return location.rstrip("/") if locations.is_url(location) else str(locations.local_path(location).resolve())
 
 
 def _lies_in(place: str, folder: str) -> bool:
@@ -265,24 +265,24 @@ def _lies_in(place: str, folder: str) -> bool:
 
 
 def _shown(config: SourceConfig) -> str:
-    return storage.redacted(storage.printable(config.path))
+    return locations.redacted(locations.printable(config.path))
 
 
 def _contents(root: str) -> str:
-    if storage.is_url(root):
-        names = [file.relative for file in islice(storage.list_files(root), 6)]
+    if locations.is_url(root):
+        names = [file.relative for file in islice(locations.list_files(root), 6)]
     else:
-        names = sorted(storage.printable(entry.name) for entry in storage.local_path(root).iterdir())
+        names = sorted(locations.printable(entry.name) for entry in locations.local_path(root).iterdir())
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
 
 
 def _nearest_folder(root: str) -> str:
-    if storage.is_url(root):
+    if locations.is_url(root):
         return ""
-    path = storage.local_path(root)
+    path = locations.local_path(root)
     siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.5)
-    return f" Did you mean {storage.printable(str(path.parent / close[0]))}?" if close else ""
+    return f" Did you mean {locations.printable(str(path.parent / close[0]))}?" if close else ""
 
 
 SOURCE = Folder()

@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ftk import storage
+from ftk import locations, storage
 from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject, RejectReason
 from ftk.errors import ConfigError, EnvironmentFault, FtkError, SourceError
@@ -109,7 +109,7 @@ class Hub:
             identity = f"{settings.split}/{index:05d}/{number:06d}"
             item = _item(config, columns, row, identity, top)
             if isinstance(item, Problem):
-                detail = storage.printable(item.detail)
+                detail = locations.printable(item.detail)
                 yield Reject(source=config.source_name, path=identity, reason=item.reason, detail=detail)
             else:
                 yield item
@@ -165,7 +165,7 @@ def _blob(config: SourceConfig, value: Any, place: str, top: str) -> Blob | None
         return None
     # Of zip://image.png::/folder/images.zip the last part is the file.
     archive, _, inner = path.rpartition("::")
-    inside = inner if storage.is_url(inner) else os.path.normpath(inner)
+    inside = inner if locations.is_url(inner) else os.path.normpath(inner)
     return Blob(location=f"{archive}::{inner}" if archive else inner) if inside.startswith(top) else None
 
 
@@ -230,8 +230,8 @@ def _nearest(name: str, valid: Sequence[str]) -> str:
 
 def _locate(config: SourceConfig, settings: HubSettings) -> tuple[str, bool]:
     """(folder, True) or (id on the Hub, False); a folder goes before a dataset of the same name."""
-    if not storage.is_url(config.path):
-        path = storage.local_path(config.path)
+    if not locations.is_url(config.path):
+        path = locations.local_path(config.path)
         if path.is_dir() and settings.revision is not None:
             raise ConfigError(f"data.sources: `revision` has no effect on the local folder {path}: leave it out.")
         if path.is_dir():
@@ -240,7 +240,7 @@ def _locate(config: SourceConfig, settings: HubSettings) -> tuple[str, bool]:
             raise SourceError(f"data.sources: {path} is a file. `format: hub` takes a folder or a dataset's id OWNER/NAME.")
     if _HUB_ID.fullmatch(config.path) is None:
         raise SourceError(
-            f"data.sources: {storage.redacted(config.path)} is no local folder, and no id of a dataset of the Hub (OWNER/NAME)."
+            f"data.sources: {locations.redacted(config.path)} is no local folder, and no id of a Hub dataset (OWNER/NAME)."
         )
     return config.path, False
 
@@ -254,7 +254,7 @@ def _commit(config: SourceConfig, path: str, revision: str | None) -> str:
 
 def _files_digest(config: SourceConfig, path: str) -> str:
     try:
-        return storage.digest([[file.relative, file.signature] for file in storage.list_files(path)])
+        return storage.digest([[file.relative, file.signature] for file in locations.list_files(path)])
     except OSError as error:
         raise SourceError(f"data.sources: {config.path} cannot be listed: {error.strerror or error}.") from None
 
@@ -263,7 +263,7 @@ def _only_own_files(data_files: DataFiles | None) -> bool:
     """Whether the dataset's own version vouches for all that is read."""
     named = list(data_files.values()) if isinstance(data_files, dict) else [data_files]
     files = [file for item in named for file in ((item,) if isinstance(item, str) else item or ())]
-    return not any(storage.is_url(file) or file.startswith(("/", "~")) or ".." in file.split("/") for file in files)
+    return not any(locations.is_url(file) or file.startswith(("/", "~")) or ".." in file.split("/") for file in files)
 
 
 def _opened(config: SourceConfig, settings: HubSettings, path: str, commit: str | None, content: str) -> Any:
@@ -321,7 +321,7 @@ def _explanation(dataset: str, error: BaseException) -> FtkError:
         cause = cause.__cause__
     kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
     status = next((code for cause in causes if (code := _status(cause)) is not None), 0)
-    what = storage.redacted(f"{type(error).__name__}: {error}")[:500]
+    what = locations.redacted(f"{type(error).__name__}: {error}")[:500]
     if "GatedRepoError" in kinds or "is a gated dataset" in str(error):
         return SourceError(f"{dataset} is gated. {_LOGIN}.")
     if "RevisionNotFoundError" in kinds:

@@ -1,38 +1,27 @@
 """Tables (JSON Lines, CSV, TSV, Parquet) that name images, as Hugging Face's imagefolder does, or in Parquet hold them."""
 
-import csv
 import difflib
-import json
 import os
 import posixpath
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
-from typing import Any, BinaryIO
+from itertools import islice
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from ftk import storage
+from ftk import locations, storage
 from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject, RejectReason
 from ftk.errors import SourceError
-from ftk.pipeline import captions
+from ftk.pipeline import captions, tables
 from ftk.pipeline.sources.base import Blob, Partition, Record
 
-SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 IMAGE_COLUMNS = ("file_name", "image", "path", "url")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
-_MAX_LINE_BYTES = 16 << 20
-_ROWS_LOOKED_AT = 1000
-"""Of JSON Lines, for the names of the columns: any row may leave some of them out."""
 _BATCH_IMAGES = 16
-_BATCH_NAMES = 4096
-_PARQUET_BUFFER_BYTES = 4 << 20
 
-Row = dict[str, Any]
 Entry = tuple[str, tuple[str, ...], tuple[str, str] | None, str | None, tuple[str, ...]]
 """A row in a partition: its file name; its captions; or reason and detail, if it can be no sample; its mask's file name
 (None where none is asked for) and its controls', empty where a row names none."""
@@ -62,18 +51,12 @@ class _Columns:
         return (self.image, self.mask, *self.controls)
 
     @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys([*self.of_files, *self.captions]))
+
+    @property
     def of_files(self) -> list[str]:
         return [column for column in self.by_role if column]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Open:
-    """A table that is being read: its columns, its rows with the words by which their owner finds them, its Parquet file."""
-
-    location: str
-    columns: list[str]
-    rows: Callable[[_Columns], Iterator[tuple[str, Row]]]
-    parquet: Any = None
 
 
 class Table:
@@ -83,13 +66,13 @@ class Table:
 
     def accepts(self, path: str) -> bool:
         """By the suffix."""
-        return (path.partition("?")[0] if storage.is_url(path) else path).lower().endswith(SUFFIXES)
+        return (path.partition("?")[0] if locations.is_url(path) else path).lower().endswith(tables.SUFFIXES)
 
     def partitions(self, config: SourceConfig, settings: TableSettings, shard_samples: int) -> Iterator[Partition]:
         """Runs of `shard_samples` rows of one table, which carry the rows themselves; of image bytes, whole row groups."""
         found = 0
         for label, location in _tables(config).items():
-            with _opened(location) as table:
+            with tables.open_table(location) as table:
                 if not table.columns:
                     continue
                 columns = _columns(config, settings, table)
@@ -98,7 +81,7 @@ class Table:
                     found += partition.num_records or 0
                     yield partition
         if not found:
-            raise SourceError(f"data.sources: {_shown(config.path)} has no rows. Name a table of images and captions.")
+            raise SourceError(f"data.sources: {tables.shown(config.path)} has no rows. Name a table of images and captions.")
 
     def read(self, config: SourceConfig, settings: TableSettings, partition: Partition) -> Iterator[Record | Reject]:
         """Each row, as a record or a reject."""
@@ -108,26 +91,26 @@ class Table:
 
 def _tables(config: SourceConfig) -> dict[str, str]:
     """The tables by what their rows are called after: the stem, or where two are equal the path below a common folder."""
-    locations = storage.expand(config.path)
-    if not locations:
-        raise SourceError(f"data.sources: no table matches {_shown(config.path)}.{_nearest_table(config.path)} Name one.")
-    stems = [posixpath.splitext(location)[0].rpartition("/")[2] for location in locations]
+    found = locations.expand(config.path)
+    if not found:
+        raise SourceError(f"data.sources: no table matches {tables.shown(config.path)}.{tables.nearest(config.path)} Name one.")
+    stems = [posixpath.splitext(location)[0].rpartition("/")[2] for location in found]
     if len(set(stems)) == len(stems):
-        return dict(zip(stems, locations, strict=True))
-    parts = [location.split("/") for location in locations]
+        return dict(zip(stems, found, strict=True))
+    parts = [location.split("/") for location in found]
     common = next(index for index, each in enumerate(zip(*parts, strict=False)) if len(set(each)) > 1)
-    return {"/".join(each[common:]): location for each, location in zip(parts, locations, strict=True)}
+    return {"/".join(each[common:]): location for each, location in zip(parts, found, strict=True)}
 
 
 # Rows that name files.
 
 
 def _runs(
-    config: SourceConfig, settings: TableSettings, table: _Open, columns: _Columns, label: str, shard_samples: int
+    config: SourceConfig, settings: TableSettings, table: tables.OpenTable, columns: _Columns, label: str, shard_samples: int
 ) -> Iterator[Partition]:
     fallback = captions.fallback(config)
     signatures = _Signatures(_root(settings, table.location))
-    rows = enumerate(table.rows(columns))
+    rows = enumerate(table.rows(columns.names))
     entries = (_entry(row, where, columns, f"{label}/{number}", fallback) for number, (where, row) in rows)
     while batch := tuple(islice(entries, shard_samples)):
         found = signatures.of([each for name, _, _, mask, controls in batch for each in (name, mask, *controls) if each])
@@ -135,12 +118,12 @@ def _runs(
         yield Partition(payload=("rows", table.location, batch), signature=signature, num_records=len(batch))
 
 
-def _entry(row: Row, where: str, columns: _Columns, label: str, fallback: str | None) -> Entry:
+def _entry(row: tables.Row, where: str, columns: _Columns, label: str, fallback: str | None) -> Entry:
     name, mask, *controls = (_file_name(row.get(column)) if column else None for column in columns.by_role)
     wanted_mask = None if columns.mask is None else mask or ""
     others = wanted_mask, tuple(control or "" for control in controls)
     if name is None:
-        found = storage.printable(repr(row.get(columns.image))[:100])
+        found = locations.printable(repr(row.get(columns.image))[:100])
         problem = (RejectReason.FILE_MISSING.value, f"{columns.image} in {where} is {found}, not a file name")
         return label, (), problem, *others
     given = _captions(row, where, columns, fallback)
@@ -149,7 +132,7 @@ def _entry(row: Row, where: str, columns: _Columns, label: str, fallback: str | 
     return name, given, None, *others
 
 
-def _captions(row: Row, where: str, columns: _Columns, fallback: str | None) -> tuple[str, ...] | captions.Problem:
+def _captions(row: tables.Row, where: str, columns: _Columns, fallback: str | None) -> tuple[str, ...] | captions.Problem:
     place = f"{', '.join(columns.captions) or 'no column'} in {where}"
     found = captions.gather((row.get(column) for column in columns.captions), place)
     lacks = isinstance(found, captions.Problem) and found.reason != RejectReason.CAPTION_NOT_TEXT
@@ -178,7 +161,7 @@ class _Signatures:
     def of(self, names: list[str]) -> list[str | None]:
         """None where nothing vouches for a file: on the web, or outside of the table's own store."""
         below = [name for name in names if _is_relative(name)]
-        if storage.is_url(self._root) and not self._root.startswith("http") and below:
+        if locations.is_url(self._root) and not self._root.startswith("http") and below:
             self._list(_common_folder(below))
         return [self._one(name) for name in names]
 
@@ -187,14 +170,14 @@ class _Signatures:
             return
         self._folder = f"{folder}/" if folder else ""
         try:
-            files = storage.list_files(storage.join(self._root, folder))
+            files = locations.list_files(locations.join(self._root, folder))
             self._listed = {f"{self._folder}{file.relative}": file.signature for file in files}
         except FileNotFoundError:
             self._listed = {}
 
     def _one(self, name: str) -> str | None:
         location = _location(self._root, name)
-        if not storage.is_url(location):
+        if not locations.is_url(location):
             return _local_signature(location)
         hidden = any(part.startswith(".") for part in name.split("/"))
         unlisted = self._folder is None or hidden or not _is_relative(name)
@@ -203,7 +186,7 @@ class _Signatures:
 
 def _local_signature(location: str) -> str:
     try:
-        return storage.signature(location)
+        return locations.signature(location)
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
     except OSError as error:
@@ -216,15 +199,15 @@ def _common_folder(names: list[str]) -> str:
 
 
 def _is_relative(name: str) -> bool:
-    return not name.startswith(("/", "file://")) and not storage.is_url(name)
+    return not name.startswith(("/", "file://")) and not locations.is_url(name)
 
 
 def _location(root: str, name: str) -> str:
-    return storage.join(root, name) if _is_relative(name) else name
+    return locations.join(root, name) if _is_relative(name) else name
 
 
 def _root(settings: TableSettings, table: str) -> str:
-    return settings.root or posixpath.dirname(table.partition("?")[0] if storage.is_url(table) else table) or "."
+    return settings.root or posixpath.dirname(table.partition("?")[0] if locations.is_url(table) else table) or "."
 
 
 def _read_rows(
@@ -261,11 +244,11 @@ def _record(
 
 
 def _is_missing(blob: Blob) -> bool:
-    return blob.data is None and not storage.is_url(blob.location) and _local_signature(blob.location) == "missing"
+    return blob.data is None and not locations.is_url(blob.location) and _local_signature(blob.location) == "missing"
 
 
 def _reject(config: SourceConfig, name: str, reason: RejectReason, detail: str) -> Reject:
-    path, detail = storage.printable(name), storage.redacted(storage.printable(detail))
+    path, detail = locations.printable(name), locations.redacted(locations.printable(detail))
     return Reject(source=config.source_name, path=path, reason=reason, detail=detail)
 
 
@@ -286,10 +269,10 @@ def _byte_column(kind: pa.DataType, name: str) -> str | None:
 
 
 def _row_groups(
-    config: SourceConfig, settings: TableSettings, table: _Open, columns: _Columns, label: str, shard_samples: int
+    config: SourceConfig, settings: TableSettings, table: tables.OpenTable, columns: _Columns, label: str, shard_samples: int
 ) -> Iterator[Partition]:
     metadata = table.parquet.metadata
-    table_signature = storage.signature(table.location)
+    table_signature = locations.signature(table.location)
     sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     start = first_row = num_rows = 0
     for group, size in enumerate(sizes):
@@ -324,10 +307,10 @@ def _read_row_groups(
     config: SourceConfig, settings: TableSettings, location: str, label: str, first_row: int, groups: tuple[int, ...]
 ) -> Iterator[Record | Reject]:
     root, fallback = _root(settings, location), captions.fallback(config)
-    with _opened(location) as table:
+    with tables.open_table(location) as table:
         columns = _columns(config, settings, table)
-        for number, row in enumerate(_parquet_rows(table.parquet, columns, _BATCH_IMAGES, groups), first_row):
-            where = f"row {number} of {_shown(location)}"
+        for number, row in enumerate(tables.parquet_rows(table.parquet, columns.names, _BATCH_IMAGES, groups), first_row):
+            where = f"row {number} of {tables.shown(location)}"
             cells = [row.get(column) if column else None for column in columns.by_role]
             blob, *others = (_blob(cell, root, f"{label}/{number}") for cell in cells)
             identity = _named_file(cells[0]) or f"{label}/{number}"
@@ -352,123 +335,10 @@ def _blob(cell: Any, root: str, label: str) -> Blob | None:
     return Blob(location=_location(root, name)) if name else None
 
 
-def _parquet_rows(parquet: Any, columns: _Columns, batch_rows: int, groups: tuple[int, ...] | None = None) -> Iterator[Row]:
-    names = list(dict.fromkeys([*columns.of_files, *columns.captions]))
-    for batch in parquet.iter_batches(batch_size=batch_rows, row_groups=groups, columns=names):
-        yield from batch.to_pylist()
-
-
-# Reading tables.
-
-
-@contextmanager
-def _opened(location: str) -> Iterator[_Open]:
-    """Raise `SourceError` when the table is missing or malformed, also while its rows are read."""
-    suffix = posixpath.splitext(location.partition("?")[0] if storage.is_url(location) else location)[1].lower()
-    if suffix not in SUFFIXES:
-        raise SourceError(f"data.sources: {_shown(location)} is no table (known: {', '.join(SUFFIXES)}).")
-    try:
-        if suffix == ".parquet":
-            with storage.open_seekable(location) as file:
-                yield _parquet(location, file)
-        else:
-            with storage.open_stream(location) as file:
-                yield _json_lines(location, file) if "json" in suffix or suffix == ".ndjson" else _csv(location, file, suffix)
-    except FileNotFoundError:
-        raise SourceError(f"data.sources: {_shown(location)} does not exist.{_nearest_table(location)} Name a table.") from None
-    except OSError as error:
-        raise SourceError(f"data.sources: {_shown(location)} cannot be read: {error.strerror or error}.") from None
-    except pa.ArrowException as error:
-        raise SourceError(f"data.sources: {_shown(location)} is damaged, or no Parquet file: {error}") from None
-
-
-def _parquet(location: str, file: BinaryIO) -> _Open:
-    # A buffer makes it read a column page by page, and not all of a row group's images at once.
-    parquet = pq.ParquetFile(file, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False)
-
-    def rows(columns: _Columns) -> Iterator[tuple[str, Row]]:
-        for number, row in enumerate(_parquet_rows(parquet, columns, _BATCH_NAMES)):
-            yield f"row {number} of {posixpath.basename(location)}", row
-
-    return _Open(location=location, columns=parquet.schema_arrow.names, rows=rows, parquet=parquet)
-
-
-def _json_lines(location: str, file: BinaryIO) -> _Open:
-    rows = _json_rows(location, file)
-    first = list(islice(rows, _ROWS_LOOKED_AT))
-    columns = list(dict.fromkeys(name for _, row in first for name in row))
-    return _Open(location=location, columns=columns, rows=lambda _: chain(first, rows))
-
-
-def _json_rows(location: str, file: BinaryIO) -> Iterator[tuple[str, Row]]:
-    for number, text in _text_lines(location, file):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise _malformed(location, number, f"is not JSON: {error}. Each line must be one object") from None
-        if not isinstance(row, dict):
-            raise _malformed(location, number, f"holds {type(row).__name__}, not an object with a value for each column")
-        yield f"line {number} of {posixpath.basename(location)}", row
-
-
-def _csv(location: str, file: BinaryIO, suffix: str) -> _Open:
-    csv.field_size_limit(_MAX_LINE_BYTES)
-    reader = csv.reader(
-        (text for _, text in _text_lines(location, file)), delimiter="\t" if suffix == ".tsv" else ",", strict=True
-    )
-    rows = _csv_rows(location, reader)
-    columns = [name.strip() for name in next(rows, (0, []))[1]]
-    doubled = [name for name in dict.fromkeys(columns) if columns.count(name) > 1]
-    if doubled:
-        raise _malformed(location, 1, f"names the column {doubled[0]!r} twice: rename one")
-
-    def checked(_: _Columns) -> Iterator[tuple[str, Row]]:
-        for number, cells in rows:
-            if len(cells) != len(columns):
-                what = f"has {len(cells)} fields where the header has {len(columns)}: quote texts that hold a separator"
-                raise _malformed(location, number, what)
-            yield f"line {number} of {posixpath.basename(location)}", dict(zip(columns, cells, strict=True))
-
-    return _Open(location=location, columns=columns, rows=checked)
-
-
-def _csv_rows(location: str, reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """Each row that is not blank, and the line it begins on."""
-    line = 1
-    while True:
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            raise _malformed(location, line, f"is not CSV: {error}") from None
-        if cells is None:
-            return
-        if cells:
-            yield line, cells
-        line = reader.line_num + 1
-
-
-def _text_lines(location: str, file: BinaryIO) -> Iterator[tuple[int, str]]:
-    number = 0
-    while data := file.readline(_MAX_LINE_BYTES + 1):
-        number += 1
-        if len(data) > _MAX_LINE_BYTES:
-            raise _malformed(location, number, f"is longer than {_MAX_LINE_BYTES >> 20} MiB")
-        try:
-            yield number, data.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise _malformed(location, number, f"is not UTF-8 at its byte {error.start}: save the table as UTF-8") from None
-
-
-def _malformed(location: str, line: int, what: str) -> SourceError:
-    return SourceError(f"data.sources: {_shown(location)}: line {line} {what}.")
-
-
 # Columns.
 
 
-def _columns(config: SourceConfig, settings: TableSettings, table: _Open) -> _Columns:
+def _columns(config: SourceConfig, settings: TableSettings, table: tables.OpenTable) -> _Columns:
     given = {"image": settings.image, "mask": settings.mask}
     for setting, names in {"captions": settings.captions, "controls": settings.controls}.items():
         given.update({f"{setting}.{index}": name for index, name in enumerate(names)})
@@ -477,18 +347,18 @@ def _columns(config: SourceConfig, settings: TableSettings, table: _Open) -> _Co
             close = difflib.get_close_matches(name, table.columns, n=1, cutoff=0.5)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise SourceError(
-                f"data.sources: `{setting}: {name}`: {_shown(table.location)} has no such column.{hint} {_listed(table)}"
+                f"data.sources: `{setting}: {name}`: {tables.shown(table.location)} has no such column.{hint} {_listed(table)}"
             )
     image = settings.image or _present(table.columns, IMAGE_COLUMNS)
     if image is None:
         raise SourceError(
-            f"data.sources: {_shown(table.location)} has no column {', '.join(IMAGE_COLUMNS[:-1])} or {IMAGE_COLUMNS[-1]}. "
+            f"data.sources: {tables.shown(table.location)} has no column {_either(IMAGE_COLUMNS)}. "
             f"Name the one of the images with `image:`. {_listed(table)}"
         )
     caption = _present(table.columns, CAPTION_COLUMNS)
     if not settings.captions and caption is None and config.caption is None:
         raise SourceError(
-            f"data.sources: {_shown(table.location)} has no column {', '.join(CAPTION_COLUMNS[:-1])} or {CAPTION_COLUMNS[-1]}. "
+            f"data.sources: {tables.shown(table.location)} has no column {_either(CAPTION_COLUMNS)}. "
             f"Name those of the captions with `captions: [NAME]`, or give all images one `caption:`. {_listed(table)}"
         )
     found = settings.captions or ((caption,) if caption else ())
@@ -500,21 +370,12 @@ def _present(columns: list[str], wanted: tuple[str, ...]) -> str | None:
     return next((name if name in columns else by_lower[name] for name in wanted if name in by_lower), None)
 
 
-def _listed(table: _Open) -> str:
-    return f"Its columns: {', '.join(storage.printable(name) for name in table.columns)}."
+def _either(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def _shown(location: str) -> str:
-    return storage.redacted(storage.printable(location))
-
-
-def _nearest_table(location: str) -> str:
-    if storage.is_url(location):
-        return ""
-    path = storage.local_path(location)
-    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, [name for name in names if name.lower().endswith(SUFFIXES)], n=1, cutoff=0.5)
-    return f" Did you mean {storage.printable(str(path.parent / close[0]))}?" if close else ""
+def _listed(table: tables.OpenTable) -> str:
+    return f"Its columns: {', '.join(locations.printable(name) for name in table.columns)}."
 
 
 SOURCE = Table()

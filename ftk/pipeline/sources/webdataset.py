@@ -18,7 +18,7 @@ from typing import IO, Annotated, Any, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from ftk import storage
+from ftk import locations, storage
 from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject, RejectReason
 from ftk.errors import SourceError
@@ -103,13 +103,13 @@ class WebDataset:
 
     def partitions(self, config: SourceConfig, settings: TarSettings, shard_samples: int) -> Iterator[Partition]:
         """One a tar, in the order of the pattern; a tar is never cut, for it is read from its front."""
-        locations = storage.expand(config.path)
-        if not locations:
-            pattern = storage.redacted(config.path)
+        tars = locations.expand(config.path)
+        if not tars:
+            pattern = locations.redacted(config.path)
             raise SourceError(f"data.sources: {pattern} matches no file.{_around(config.path)} Name the tars of your images.")
-        for location, name in zip(locations, _names(locations), strict=True):
+        for location, name in zip(tars, _names(tars), strict=True):
             with _readable(location):
-                signature = storage.digest([name, storage.signature(location)])
+                signature = storage.digest([name, locations.signature(location)])
             yield Partition(payload=(location, name), signature=signature, num_records=None)
 
     def read(self, config: SourceConfig, settings: TarSettings, partition: Partition) -> Iterator[Record | Reject]:
@@ -125,7 +125,7 @@ class WebDataset:
             item = _again(sample) if sample.key in keys else _item(config, settings, location, name, sample)
             keys.add(sample.key)
             if isinstance(item, Problem):
-                path, detail = storage.printable(f"{name}/{sample.key}"), storage.printable(item.detail)
+                path, detail = locations.printable(f"{name}/{sample.key}"), locations.printable(item.detail)
                 yield Reject(source=config.source_name, path=path, reason=item.reason, detail=detail)
             else:
                 yield item
@@ -223,7 +223,7 @@ def _texts(sample: _Sample, origin: str) -> tuple[str, ...] | Problem | None:
     if not name:
         return None
     if not origin.startswith(_JSON):
-        text = captions.check(data, storage.printable(name))
+        text = captions.check(data, locations.printable(name))
         return text if isinstance(text, Problem) else (text,)
     read = _json(sample)
     if isinstance(read, Problem):
@@ -249,14 +249,14 @@ def _readable(location: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise SourceError(
-            f"data.sources: {storage.printable(storage.redacted(location))}: {error.strerror or error}.{_around(location)} "
+            f"data.sources: {locations.printable(locations.redacted(location))}: {error.strerror or error}.{_around(location)} "
             "Name tars that are there, and yours to read."
         ) from None
 
 
 def _samples(location: str, settings: TarSettings) -> Iterator[_Sample]:
     """One sample at a time is in memory; of its members, those that the settings want."""
-    with _readable(location), storage.open_stream(location) as stream:
+    with _readable(location), locations.open_stream(location) as stream:
         tar = _Tar(location, stream)
         sample: _Sample | None = None
         while (member := tar.next()) is not None:
@@ -410,15 +410,15 @@ class _Tar:
             what = "it breaks off there, without the mark of a tar's end" if broken_off else str(error)
             where = f"in or after its member {self._member}" if self._member else "before its first member"
             raise SourceError(
-                f"data.sources: {storage.printable(storage.redacted(self._location))} is damaged "
-                f"{storage.printable(where)}, at byte {position:,} (unpacked): {what}. "
+                f"data.sources: {locations.printable(locations.redacted(self._location))} is damaged "
+                f"{locations.printable(where)}, at byte {position:,} (unpacked): {what}. "
                 "Download it again, or pack it anew; then run the command again."
             ) from None
 
 
-def _names(locations: list[str]) -> list[str]:
+def _names(tars: list[str]) -> list[str]:
     """What the tars are called: their file names, or where those are not unique their paths below the common folder."""
-    paths = [_without_query(location) for location in locations]
+    paths = [_without_query(location) for location in tars]
     names = [posixpath.basename(path) for path in paths]
     if len(set(names)) == len(names):
         return names
@@ -435,17 +435,17 @@ def _without_query(location: str) -> str:
 
 def _around(pattern: str) -> str:
     """What lies in the local folder that a pattern looks into, for an error's message."""
-    if storage.is_url(pattern):
+    if locations.is_url(pattern):
         return ""
-    directory = storage.local_path(re.split(r"[*{]", pattern)[0].rpartition("/")[0] or ".")
+    directory = locations.local_path(re.split(r"[*{]", pattern)[0].rpartition("/")[0] or ".")
     if not directory.is_dir():
-        return f" There is no folder {storage.printable(str(directory))}."
+        return f" There is no folder {locations.printable(str(directory))}."
     try:
         names = sorted(entry.name for entry in directory.iterdir())
     except OSError:
         return ""
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return storage.printable(f" {directory} holds {shown or 'nothing'}.")
+    return locations.printable(f" {directory} holds {shown or 'nothing'}.")
 
 
 SOURCE = WebDataset()
