@@ -92,7 +92,7 @@ def validate(model: type[Model], tree: Any, where: str, prefix: str = "") -> Mod
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(model, dict(problem), prefix) for problem in error.errors()]
+        lines = [_explain(model, dict(problem), prefix) for problem in _causes(error)]
         raise ConfigError(f"{where}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])) from None
 
 
@@ -167,6 +167,17 @@ def _nearby_files(path: Path) -> str:
     return f" Did you mean {folder / close[0]}?" if close else ""
 
 
+def _causes(error: ValidationError) -> list[Any]:
+    """The mistakes, without a list that seems too short only because its items are wrong."""
+    places = [problem["loc"] for problem in error.errors()]
+    return [
+        problem
+        for problem in error.errors()
+        if problem["type"] != "too_short"
+        or not any(place[: len(problem["loc"])] == problem["loc"] for place in places if place != problem["loc"])
+    ]
+
+
 def _explain(model: type[BaseModel], problem: dict[str, Any], prefix: str) -> str:
     location = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
     dotted = prefix + ".".join(str(part) for part in location)
@@ -174,7 +185,7 @@ def _explain(model: type[BaseModel], problem: dict[str, Any], prefix: str) -> st
         return f"`{dotted}` is not a setting.{_nearest(_fields_at(model, location[:-1]), str(location[-1]))}"
     if problem["type"] == "missing":
         return f"`{dotted}` is missing. It has no default."
-    message = str(problem["msg"]).removeprefix("Value error, ")
+    message = str(problem["msg"]).removeprefix("Value error, ").replace("a valid tuple", "a list")
     found = problem.get("input")
     shown = f" (found {redact(found)!r})" if not isinstance(found, (dict, list, BaseModel)) else ""
     return f"`{dotted or 'the file'}`: {message}{shown}"

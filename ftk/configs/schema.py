@@ -4,6 +4,7 @@ Which methods and families exist is not known here: `method` keeps its keys unti
 the method's own model, and `model.family` is looked up by `ftk.models.base`.
 """
 
+import difflib
 from pathlib import PurePath
 from typing import Any, Literal, Self
 
@@ -12,12 +13,19 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from ftk.contracts import Role
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
+_FILE_SUFFIXES = frozenset({".tar", ".gz", ".tgz", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"})
 
 
 class Section(BaseModel):
     """A part of the run file: frozen, and strict about its keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _require_default(section: Section, name: str, needed: str) -> None:
+    """Refuse a setting that does nothing; its default does no harm, and a resolved file writes it out."""
+    if getattr(section, name) != type(section).model_fields[name].default:
+        raise ValueError(f"`{name}` has no effect without `{needed}`")
 
 
 class ModelConfig(Section):
@@ -43,6 +51,15 @@ class SourceConfig(BaseModel):
     prefix: str | None = Field(default=None, description="put before each caption")
     suffix: str | None = Field(default=None, description="put after each caption")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _path_is_spelt_right(cls, tree: Any) -> Any:
+        # Any key may be a setting of the kind of source, so a misspelt one would only be missed.
+        meant = difflib.get_close_matches("path", list(tree), n=1) if isinstance(tree, dict) and "path" not in tree else []
+        if meant:
+            raise ValueError(f"`{meant[0]}` is not a setting. Did you mean `path`?")
+        return tree
+
     @property
     def settings(self) -> dict[str, Any]:
         """What only this kind of source knows."""
@@ -53,8 +70,8 @@ class SourceConfig(BaseModel):
         """The name under which this source's samples and rejects are listed."""
         path = PurePath(self.path)
         # A file is called after the folder that it lies in: all tables are called metadata.
-        is_folder = not path.suffix or path.name.startswith(".")
-        return self.name or (path.name if is_folder else path.parent.name) or path.stem or "images"
+        names = [path.parent.name, path.stem] if path.suffix.lower() in _FILE_SUFFIXES else [path.name]
+        return self.name or next((name for name in names if name and not set("*?[{") & set(name)), "images")
 
 
 class CaptionsConfig(Section):
@@ -64,6 +81,13 @@ class CaptionsConfig(Section):
     tag_separator: str = Field(default=",", min_length=1)
     keep_tags: int = Field(default=1, ge=0, description="leading tags that a shuffle leaves in place")
     long_chars: int = Field(default=2000, ge=1, description="longer captions are kept, and counted in the report")
+
+    @model_validator(mode="after")
+    def _settings_take_effect(self) -> Self:
+        if not self.tag_shuffles:
+            _require_default(self, "tag_separator", "tag_shuffles")
+            _require_default(self, "keep_tags", "tag_shuffles")
+        return self
 
 
 class DataConfig(Section):
@@ -139,6 +163,8 @@ class DataConfig(Section):
     def _settings_take_effect(self) -> Self:
         if self.crops > 1 and self.crop != "random":
             raise ValueError(f"`crops: {self.crops}` needs `crop: random`: every {self.crop} crop of an image is the same")
+        if self.upscale != "limit":
+            _require_default(self, "upscale_limit", "upscale: limit")
         if self.quality is not None and self.image_format == "png":
             raise ValueError("`quality` has no effect on PNG: leave it out, or choose `image_format: jpeg`")
         return self

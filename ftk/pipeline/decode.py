@@ -5,6 +5,7 @@ refused by name. Runs in worker processes; never imports torch.
 """
 
 import contextlib
+import importlib.util
 import io
 import struct
 import warnings
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import PIL
 from PIL import AvifImagePlugin, ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from ftk.contracts import RejectReason
@@ -216,6 +218,11 @@ def _open(data: bytes) -> Image.Image:
     if image.format == "EPS":
         raise Unfit(RejectReason.UNREADABLE, "EPS is a program that draws, not pixels: convert it to PNG")
     return image
+
+
+def decoders() -> list[str]:
+    """What decides which files can be decoded: an image that was rejected without one of these may be readable with it."""
+    return [PIL.__version__, *(["pillow_heif"] if importlib.util.find_spec("pillow_heif") else [])]
 
 
 def _open_heif(data: bytes) -> Image.Image:

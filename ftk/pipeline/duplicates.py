@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,24 +18,34 @@ def find(samples: pa.Table, bits: int) -> pa.Table:
     `samples`: the columns key, image_id, content_sha256 and perceptual_hash, in the order of the samples. Samples of one
     image (other sizes, crops, its mirror image) are not duplicates of each other.
     """
-    keys = samples["key"].to_pylist()
-    rows: list[dict[str, Any]] = []
-    first_of: dict[str, str] = {}
-    first_at: dict[str, int] = {}
-    for position, (image_id, content) in enumerate(
-        zip(samples["image_id"].to_pylist(), samples["content_sha256"].to_pylist(), strict=True)
-    ):
-        if (first := first_of.setdefault(image_id, keys[position])) != keys[position]:
-            rows.append({"key": keys[position], "like": first, "bits": -1})
-        first_at.setdefault(content, position)
-    positions = list(first_at.values())
-    hashes = np.array(
-        [int(text, 16) for text in samples["perceptual_hash"].take(pa.array(positions, pa.int64())).to_pylist()],
-        dtype=np.uint64,
-    )
-    for later, earlier, distance in alike(hashes, bits):
-        rows.append({"key": keys[positions[later]], "like": keys[positions[earlier]], "bits": distance})
-    return pa.Table.from_pylist(rows, schema=DUPLICATE_SCHEMA)
+    ids = _codes(samples["image_id"])
+    first_of_id = _firsts(ids)[ids]
+    copies = np.flatnonzero(first_of_id != np.arange(len(ids)))
+    firsts = np.sort(_firsts(_codes(samples["content_sha256"])))
+    hashes = _parsed(samples["perceptual_hash"].take(pa.array(firsts)))
+    near = np.array(alike(hashes, bits), dtype=np.int64).reshape(-1, 3)
+    later = np.concatenate([copies, firsts[near[:, 0]]])
+    earlier = np.concatenate([first_of_id[copies], firsts[near[:, 1]]])
+    distances = np.concatenate([np.full(len(copies), -1), near[:, 2]])
+    columns = [samples["key"].take(pa.array(later)), samples["key"].take(pa.array(earlier)), pa.array(distances, pa.int32())]
+    return pa.table(columns, schema=DUPLICATE_SCHEMA)
+
+
+def _codes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """Equal numbers for equal strings, which are counted in the order of their first appearance."""
+    codes: npt.NDArray[np.int64] = column.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+    return codes
+
+
+def _firsts(codes: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
+    """Where each number stands first."""
+    return np.unique(codes, return_index=True)[1]
+
+
+def _parsed(column: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
+    """64-bit hashes from their 16 hex digits."""
+    digits = "".join(column.to_pylist())
+    return np.frombuffer(bytes.fromhex(digits), dtype=">u8").astype(np.uint64)
 
 
 def alike(hashes: npt.NDArray[np.uint64], bits: int) -> list[tuple[int, int, int]]:

@@ -12,11 +12,14 @@ from typing import Any, TypeVar
 
 from ftk import storage
 from ftk.configs.schema import DataConfig
-from ftk.contracts import Reject, SampleRow, ShardRecord
-from ftk.pipeline import captions, dataset, images, plan
+from ftk.contracts import Reject, RejectReason, SampleRow, ShardRecord
+from ftk.pipeline import captions, dataset, decode, images, plan
 from ftk.pipeline.engine import Lost, WorkerPool
 from ftk.pipeline.plan import Unit
 from ftk.pipeline.sources.base import Blob, Record
+
+_BY_LIMITS = {RejectReason.WORKER_CRASHED, RejectReason.WORKER_TIMED_OUT, RejectReason.WORKER_OUT_OF_MEMORY}
+_BY_DECODERS = {RejectReason.UNREADABLE, RejectReason.MASK_UNREADABLE, RejectReason.CONTROL_UNREADABLE}
 
 Result = TypeVar("Result")
 Receipt = tuple[ShardRecord, str | None, str]
@@ -132,6 +135,8 @@ def _receipt(job: Job, unit: Unit, name: str, deep: bool) -> Receipt | None:
         return None
     if record.recipe_fingerprint != unit.recipe_fingerprint(job.recipe, job.data):
         return None
+    if plain.get("conditions") != _conditions(job, record.rejects):
+        return None
     if not (tar.exists() and table.exists() and tar.stat().st_size == record.bytes):
         return None
     damaged = deep and (storage.sha256_file(table) != record.table_sha256 or storage.sha256_file(tar) != record.sha256)
@@ -152,8 +157,15 @@ def _unchanged(job: Job, unit: Unit, receipt: Receipt, inputs: list[Record | Rej
 
 
 def _commit_receipt(job: Job, unit: Unit, record: ShardRecord) -> None:
-    inputs = {"signature": unit.signature, "listing": unit.listing}
-    storage.commit_json(shard_files(job.directory, record.name)[2], {**asdict(record), **inputs})
+    seen = {"signature": unit.signature, "listing": unit.listing, "conditions": _conditions(job, record.rejects)}
+    storage.commit_json(shard_files(job.directory, record.name)[2], {**asdict(record), **seen})
+
+
+def _conditions(job: Job, rejects: Iterable[Reject]) -> list[Any]:
+    """What of this machine and its limits decided rejects: under others the same inputs may give samples."""
+    reasons = {reject.reason for reject in rejects}
+    limits = [job.data.worker_seconds, job.data.worker_memory_gib] if reasons & _BY_LIMITS else []
+    return [*limits, *(decode.decoders() if reasons & _BY_DECODERS else [])]
 
 
 def _input_line(item: Record | Reject, contents: Sequence[str]) -> list[Any]:

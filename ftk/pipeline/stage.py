@@ -98,6 +98,7 @@ def run(config: RunConfig, part: Part = WHOLE) -> PrepareReport:
         equal = plan.find_duplicates(config.data)
         planned = _planned(job, equal, part)
         _make_missing(job, equal, part, planned)
+        _look_again(job, equal, planned)
         made = [unit for unit in planned.made if unit is not None]
         if len(made) < len(planned.made):
             return _report_of_part(job.directory, made, len(planned.made) - len(made))
@@ -213,6 +214,14 @@ def _make_missing(job: Job, equal: dict[int, plan.Duplicates], part: Part, plann
     with track("prepare", total, "image", done) as progress:
         for made in _make_units(job, missing(), progress):
             planned.made[made.unit] = made
+
+
+def _look_again(job: Job, equal: dict[int, plan.Duplicates], planned: _Planned) -> None:
+    """See what other parts have made meanwhile: of parts that run at once, the one that ends last seals the dataset."""
+    if None in planned.made:
+        for unit in plan.units(job.data, equal):
+            if planned.made[unit.number] is None:
+                planned.made[unit.number] = shards.committed_by_others(job, unit)
 
 
 def _make_units(job: Job, units: Iterable[plan.Unit], progress: Tracker) -> Iterator[Made]:

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from ftk import locations, storage
+from ftk.pipeline import decode
 from ftk.pipeline.dataset import PreparedDataset
 
 NAMED_AT_THE_END = {"dataset.json", "rejects.parquet", "duplicates.parquet"}
@@ -251,6 +252,16 @@ def test_parts_of_a_job_array_end_with_the_bytes_of_one_run(ftk, workspace, odd_
     assert again["num_shards_reused"] == again["num_shards"]
 
 
+def test_parts_that_run_at_once_are_sealed_by_the_last(start, ftk, workspace, odd_pictures, tmp_path):
+    run_file = run_file_over(workspace, odd_pictures)
+    assert ftk("prepare", run_file, "--workspace", tmp_path / "alone").code == 0
+    parts = [start("prepare", run_file, "--part", f"{part}/2", "--json") for part in (1, 2)]
+    ends = [part.communicate(timeout=120) for part in parts]
+    assert [part.returncode for part in parts] == [0, 0], ends
+    assert min(json.loads(out)["num_shards_missing"] for out, _ in ends) == 0
+    assert hashes(tmp_path / "work/prepared") == hashes(tmp_path / "alone/prepared")
+
+
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/0"])
 def test_a_part_that_is_none_says_how_to_write_it(ftk, workspace, part):
     result = ftk("prepare", workspace(), "--part", part)
@@ -292,6 +303,31 @@ def test_a_thousand_races_for_the_lock_have_one_winner_each(tmp_path):
     for number in range(1000):
         names = sorted(path.name for path in (tmp_path / str(number)).iterdir() if not path.name.startswith("."))
         assert names in (["lost-0", "won-1"], ["lost-1", "won-0"]), (number, names)
+
+
+def test_rejects_of_a_limit_or_a_missing_decoder_are_tried_again_when_that_changes(
+    ftk, workspace, odd_pictures, tmp_path, monkeypatch
+):
+    run_file = run_file_over(workspace, odd_pictures)
+    assert ftk("prepare", run_file).code == 0
+    again = ["prepare", run_file, "--json"]
+    done = json.loads(ftk(*again).out)
+    assert done["num_shards_reused"] == done["num_shards"]
+    monkeypatch.setattr(decode, "decoders", lambda: ["a later Pillow"])
+    (receipt,) = [
+        path for path in (tmp_path / "work/prepared/shards").glob("*.json") if '"unreadable"' in path.read_text()
+    ] or [None]
+    done = json.loads(ftk(*again).out)
+    assert done["num_shards_reused"] == done["num_shards"] - (receipt is not None)
+    one = sorted((tmp_path / "work/prepared/shards").glob("*.json"))[0]
+    plain = json.loads(one.read_text())
+    plain["rejects"] = [{"source": "odd", "path": "x", "reason": "worker_timed_out", "detail": "not done after 120 s"}]
+    plain["conditions"] = [120.0, 4.0]
+    one.write_text(json.dumps(plain))
+    done = json.loads(ftk(*again).out)
+    assert (done["num_shards_reused"], done["num_rejects"]) == (done["num_shards"], 3)
+    done = json.loads(ftk(*again, "--set", "data.worker_seconds=500").out)
+    assert (done["num_shards_reused"], done["num_rejects"]) == (done["num_shards"] - 1, 2)
 
 
 def test_duplicates_first_leaves_the_copies_out_and_error_writes_nothing(ftk, workspace, odd_pictures, tmp_path):

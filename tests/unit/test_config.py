@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from ftk.configs import load
-from ftk.configs.schema import MethodConfig, RunConfig
+from ftk.configs.schema import MethodConfig, RunConfig, SourceConfig
 from ftk.errors import ConfigError
 from ftk.methods import base as methods
 from ftk.pipeline.sources import base as sources
@@ -296,3 +296,47 @@ def test_the_workspace_holds_the_three_stages(tmp_path: Path) -> None:
 def test_zero_workers_means_one_a_core() -> None:
     assert load.default_workers(3) == 3
     assert load.default_workers(0) >= 1
+
+
+def test_a_misspelt_path_of_a_source_is_the_only_mistake_that_is_said(tmp_path: Path) -> None:
+    message = _message(tmp_path, data={"sources": [{"pth": "photos"}]})
+    assert "`pth` is not a setting. Did you mean `path`?" in message
+    assert "at least 1 item" not in message
+
+
+def test_no_sources_is_said(tmp_path: Path) -> None:
+    assert "at least 1 item" in _message(tmp_path, data={"sources": []})
+
+
+def test_one_value_for_a_list_asks_for_a_list(tmp_path: Path) -> None:
+    assert "should be a list" in _message(tmp_path, data={"sources": [{"path": "photos"}], "resolutions": 512})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"upscale_limit": 2.0},
+        {"crops": 2},
+        {"quality": 80, "image_format": "png"},
+        {"captions": {"keep_tags": 2}},
+        {"background": [0, 0, 300]},
+    ],
+)
+def test_a_setting_without_effect_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    assert _message(tmp_path, data={"sources": [{"path": "photos"}], **settings})
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("photos/dog", "dog"),
+        ("photos/dog.v2", "dog.v2"),
+        ("photos/metadata.jsonl", "photos"),
+        ("metadata.csv", "metadata"),
+        ("*.jsonl", "images"),
+        ("s3://bucket/laion/{00000..00010}.tar", "laion"),
+        ("/", "images"),
+    ],
+)
+def test_a_source_is_called_after_its_folder(path: str, name: str) -> None:
+    assert SourceConfig(path=path).source_name == name

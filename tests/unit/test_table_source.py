@@ -374,10 +374,10 @@ def test_images_lie_in_the_table_itself(tmp_path: Path, kind: pa.DataType) -> No
     assert [record.captions for record in records] == [(f"caption {data!r}",) for data in datas]
 
 
-def test_an_images_own_name_is_kept(tmp_path: Path) -> None:
+def test_an_images_own_name_is_kept_beside_its_row(tmp_path: Path) -> None:
     rows = [{"image": {"bytes": b"x", "path": path}, "text": "a cat"} for path in ["x.jpg", None, ""]]
     path = _bytes_table(tmp_path / "t.parquet", rows, STRUCT)
-    assert [record.identity for record in _good(path)] == ["x.jpg", "t/1", "t/2"]
+    assert [record.identity for record in _good(path)] == ["t/0-x.jpg", "t/1", "t/2"]
 
 
 def test_whole_row_groups_make_a_partition(tmp_path: Path) -> None:
@@ -417,7 +417,7 @@ def test_a_row_may_name_a_file_instead_and_then_nothing_vouches_for_it(photos: P
     assert isinstance(two, Record)
     assert [one.image.read(), two.image.read()] == [b"x", b"a.jpg"]
     assert [(reject.path, reject.reason) for reject in rejects if isinstance(reject, Reject)] == [
-        ("none.jpg", RejectReason.FILE_MISSING),
+        ("t/2-none.jpg", RejectReason.FILE_MISSING),
         ("t/3", RejectReason.FILE_MISSING),
     ]
 
@@ -500,3 +500,14 @@ def test_a_failing_disk_is_no_reject(photos: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Path, "stat", failing)
     with pytest.raises(EnvironmentFault, match=r"a\.jpg cannot be read: Input/output error"):
         _partitions(path)
+
+
+def test_rows_that_name_one_file_have_identities_of_their_own_in_whatever_partition(photos: Path) -> None:
+    rows = [{"file_name": "a.jpg", "text": f"caption {number}"} for number in range(3)]
+    path = _table(photos, rows)
+    config = SourceConfig(path=str(path))
+    settings = TableSettings()
+    records = [
+        record for partition in SOURCE.partitions(config, settings, 1) for record in SOURCE.read(config, settings, partition)
+    ]
+    assert [record.identity for record in records if isinstance(record, Record)] == ["a.jpg", "a.jpg#2", "a.jpg#3"]

@@ -2,6 +2,7 @@
 
 import difflib
 import posixpath
+import re
 from collections.abc import Iterator
 from itertools import groupby, islice
 from typing import Literal, Self
@@ -72,7 +73,7 @@ class Folder:
         if not found:
             raise SourceError(
                 f"data.sources: {_shown(config)} holds no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))}, also in "
-                f"subfolders). Found: {_contents(config.path)}."
+                f"subfolders). Found: {_contents(config.path)}.{_hint(config.path)}"
             )
 
     def read(self, config: SourceConfig, settings: FolderSettings, partition: Partition) -> Iterator[Record | Reject]:
@@ -122,7 +123,7 @@ def _listed(config: SourceConfig) -> Iterator[File]:
     except FileNotFoundError:
         raise SourceError(
             f"data.sources: {_shown(config)} does not exist.{_nearest_folder(config.path)} "
-            f"Name the folder that holds your images."
+            f"Name the folder that holds your images{_or_hub(config.path)}."
         ) from None
     except NotADirectoryError:
         raise SourceError(
@@ -274,6 +275,17 @@ def _contents(root: str) -> str:
     else:
         names = sorted(locations.printable(entry.name) for entry in locations.local_path(root).iterdir())
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
+
+
+def _hint(root: str) -> str:
+    """How to name what the folder holds instead of images."""
+    suffixes = {_suffix(file.relative) for file in islice(locations.list_files(root), 1000)}
+    kinds = sorted(suffixes & {".tar", ".parquet", ".jsonl", ".csv"})
+    return f" To read its tars or tables, name them: `path: {locations.join(root, '*' + kinds[0])}`." if kinds else ""
+
+
+def _or_hub(path: str) -> str:
+    return ", or add `format: hub` if this is a dataset of the Hub" if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) else ""
 
 
 def _nearest_folder(root: str) -> str:

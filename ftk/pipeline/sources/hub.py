@@ -78,14 +78,17 @@ class Hub:
         """
         path, is_local = _locate(config, settings)
         commit = None if is_local else _commit(config, path, settings.revision)
-        content = commit or _files_digest(config, path)
-        dataset = _opened(config, settings, path, commit, content)
+        files = [] if commit else _files(config, path)
+        _splits.cache_clear()
+        dataset = _opened(config, settings, path, commit)
         _columns(config, settings, dataset)
         num_shards: int = dataset.num_shards
+        names = storage.digest([file.relative for file in files])
+        content = storage.digest([commit, num_shards, [[file.relative, file.signature] for file in files]])
         vouched = _only_own_files(settings.data_files)
         for index in range(num_shards):
-            signature = storage.digest([content, num_shards, index]) if vouched else None
-            yield Partition(payload=(path, commit, content, index), signature=signature, num_records=None)
+            signature = storage.digest([content, index]) if vouched else None
+            yield Partition(payload=(path, commit, names, index), signature=signature, num_records=None)
 
     def read(self, config: SourceConfig, settings: HubSettings, partition: Partition) -> Iterator[Record | Reject]:
         """The shard's rows in their order, each under the name SPLIT/SHARD/ROW.
@@ -94,8 +97,8 @@ class Hub:
             SourceError: a file of the dataset is damaged.
             EnvironmentFault: the Hub cannot be reached.
         """
-        path, commit, content, index = partition.payload
-        dataset = _opened(config, settings, path, commit, content)
+        path, commit, _, index = partition.payload
+        dataset = _opened(config, settings, path, commit)
         columns = _columns(config, settings, dataset)
         shard = _undecoded(dataset, columns).shard(dataset.num_shards, index)
         rows = enumerate(shard)
@@ -252,9 +255,9 @@ def _commit(config: SourceConfig, path: str, revision: str | None) -> str:
     return str(commit)
 
 
-def _files_digest(config: SourceConfig, path: str) -> str:
+def _files(config: SourceConfig, path: str) -> list[locations.File]:
     try:
-        return storage.digest([[file.relative, file.signature] for file in locations.list_files(path)])
+        return list(locations.list_files(path))
     except OSError as error:
         raise SourceError(f"data.sources: {config.path} cannot be listed: {error.strerror or error}.") from None
 
@@ -266,12 +269,12 @@ def _only_own_files(data_files: DataFiles | None) -> bool:
     return not any(locations.is_url(file) or file.startswith(("/", "~")) or ".." in file.split("/") for file in files)
 
 
-def _opened(config: SourceConfig, settings: HubSettings, path: str, commit: str | None, content: str) -> Any:
+def _opened(config: SourceConfig, settings: HubSettings, path: str, commit: str | None) -> Any:
     """The split as an iterable dataset."""
     files = None if settings.data_files is None else json.dumps(settings.data_files)
     _library()
     with _explained(config):
-        splits = _splits(path, settings.config_name, commit, files, content)
+        splits = _splits(path, settings.config_name, commit, files)
     if settings.split not in splits:
         nearest = _nearest(settings.split, [str(name) for name in splits])
         raise SourceError(f"data.sources: {config.path} has no split `{settings.split}`.{nearest}")
@@ -279,11 +282,8 @@ def _opened(config: SourceConfig, settings: HubSettings, path: str, commit: str 
 
 
 @functools.lru_cache(maxsize=4)
-def _splits(path: str, config_name: str | None, commit: str | None, data_files: str | None, content: str) -> Any:
-    """All splits, without their data; kept, for a process reads many shards and each listing asks the Hub several times.
-
-    `content` is not used: what was kept of another content is not taken.
-    """
+def _splits(path: str, config_name: str | None, commit: str | None, data_files: str | None) -> Any:
+    """All splits, without their data; kept until the next listing, for a process reads many shards of one dataset."""
     files = None if data_files is None else json.loads(data_files)
     return _library().load_dataset(path, name=config_name, revision=commit, data_files=files, streaming=True)
 

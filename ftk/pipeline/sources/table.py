@@ -5,6 +5,7 @@ import os
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -22,9 +23,9 @@ IMAGE_COLUMNS = ("file_name", "image", "path", "url")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 _BATCH_IMAGES = 16
 
-Entry = tuple[str, tuple[str, ...], tuple[str, str] | None, str | None, tuple[str, ...]]
-"""A row in a partition: its file name; its captions; or reason and detail, if it can be no sample; its mask's file name
-(None where none is asked for) and its controls', empty where a row names none."""
+Entry = tuple[str, str, tuple[str, ...], tuple[str, str] | None, str | None, tuple[str, ...]]
+"""A row in a partition: its identity; its file name; its captions; or why it can be no sample; its mask's file
+name (None where none is asked for) and its controls', empty where a row names none."""
 
 
 class TableSettings(BaseModel):
@@ -71,12 +72,14 @@ class Table:
     def partitions(self, config: SourceConfig, settings: TableSettings, shard_samples: int) -> Iterator[Partition]:
         """Runs of `shard_samples` rows of one table, which carry the rows themselves; of image bytes, whole row groups."""
         found = 0
+        seen = _Seen()
         for label, location in _tables(config).items():
             with tables.open_table(location) as table:
                 if not table.columns:
                     continue
                 columns = _columns(config, settings, table)
-                cut = _row_groups if table.parquet and _holds_bytes(table.parquet, columns) else _runs
+                holds_bytes = table.parquet and _holds_bytes(table.parquet, columns)
+                cut = _row_groups if holds_bytes else partial(_runs, seen)
                 for partition in cut(config, settings, table, columns, label, shard_samples):
                     found += partition.num_records or 0
                     yield partition
@@ -105,20 +108,41 @@ def _tables(config: SourceConfig) -> dict[str, str]:
 # Rows that name files.
 
 
+class _Seen:
+    """Names that rows have used: several rows may name one file, each with a caption of its own."""
+
+    def __init__(self) -> None:
+        self._times: dict[int, int] = {}
+
+    def identity(self, name: str) -> str:
+        """The name, and from the second time on the number of the time."""
+        # 8 bytes of hash for a name: a table can have more rows than there is room for their names.
+        short = int(storage.digest(name, 16), 16)
+        times = self._times[short] = self._times.get(short, 0) + 1
+        return name if times == 1 else f"{name}#{times}"
+
+
 def _runs(
-    config: SourceConfig, settings: TableSettings, table: tables.OpenTable, columns: _Columns, label: str, shard_samples: int
+    seen: _Seen,
+    config: SourceConfig,
+    settings: TableSettings,
+    table: tables.OpenTable,
+    columns: _Columns,
+    label: str,
+    shard_samples: int,
 ) -> Iterator[Partition]:
     fallback = captions.fallback(config)
     signatures = _Signatures(_root(settings, table.location))
     rows = enumerate(table.rows(columns.names))
     entries = (_entry(row, where, columns, f"{label}/{number}", fallback) for number, (where, row) in rows)
-    while batch := tuple(islice(entries, shard_samples)):
-        found = signatures.of([each for name, _, _, mask, controls in batch for each in (name, mask, *controls) if each])
+    named = ((seen.identity(entry[0]), *entry) for entry in entries)
+    while batch := tuple(islice(named, shard_samples)):
+        found = signatures.of([each for _, name, _, _, mask, controls in batch for each in (name, mask, *controls) if each])
         signature = None if None in found else storage.digest([batch, found])
         yield Partition(payload=("rows", table.location, batch), signature=signature, num_records=len(batch))
 
 
-def _entry(row: tables.Row, where: str, columns: _Columns, label: str, fallback: str | None) -> Entry:
+def _entry(row: tables.Row, where: str, columns: _Columns, label: str, fallback: str | None) -> Any:
     name, mask, *controls = (_file_name(row.get(column)) if column else None for column in columns.by_role)
     wanted_mask = None if columns.mask is None else mask or ""
     others = wanted_mask, tuple(control or "" for control in controls)
@@ -214,14 +238,14 @@ def _read_rows(
     config: SourceConfig, settings: TableSettings, table: str, entries: tuple[Entry, ...]
 ) -> Iterator[Record | Reject]:
     root = _root(settings, table)
-    for name, texts, problem, mask, controls in entries:
+    for identity, name, texts, problem, mask, controls in entries:
         blob, *others = (Blob(location=_location(root, each)) if each else None for each in (name, mask, *controls))
         if problem is not None:
-            yield _reject(config, name, RejectReason(problem[0]), problem[1])
+            yield _reject(config, identity, RejectReason(problem[0]), problem[1])
         elif blob is None or _is_missing(blob):
-            yield _reject(config, name, RejectReason.FILE_MISSING, f"{_location(root, name)} does not exist")
+            yield _reject(config, identity, RejectReason.FILE_MISSING, f"{_location(root, name)} does not exist")
         else:
-            yield _record(config, settings, name, blob, texts, others)
+            yield _record(config, settings, identity, blob, texts, others)
 
 
 def _record(
@@ -313,7 +337,8 @@ def _read_row_groups(
             where = f"row {number} of {tables.shown(location)}"
             cells = [row.get(column) if column else None for column in columns.by_role]
             blob, *others = (_blob(cell, root, f"{label}/{number}") for cell in cells)
-            identity = _named_file(cells[0]) or f"{label}/{number}"
+            # The path beside the bytes is a name from elsewhere, often the same in every row.
+            identity = "-".join([f"{label}/{number}", *posixpath.basename(_named_file(cells[0]) or "").split()])
             texts = _captions(row, where, columns, fallback)
             if blob is None or _is_missing(blob):
                 yield _reject(config, identity, RejectReason.FILE_MISSING, f"{columns.image} in {where} holds no image")
