@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint check bench clean
+.PHONY: setup demo test lint check campaign-prepare bench clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,9 @@ lint: setup
 	$(BIN)/lint-imports
 
 check: lint test
+
+campaign-prepare: setup
+	$(BIN)/python -m pytest -q -s -m campaign tests/e2e/test_prepare_faults.py
 
 bench: setup
 	$(BIN)/python benchmarks/train_step.py

@@ -114,6 +114,9 @@ def _plan(config: RunConfig, directory: Path, damaged: Literal["skip", "drop"]) 
     rows = dataset.rows()
     if not rows:
         raise CacheError(f"{dataset.directory} holds no samples. Run `ftk prepare RUN.yaml` with images that can be used.")
+    unused = sum(row.has_mask or row.num_controls > 0 for row in rows)
+    if unused:
+        LOGGER.warning("%d samples have masks or control images: no method uses them yet, and they are not cached.", unused)
     model = models.locate(config.model, (*family.latent_components, *family.text_components))
     parts = {
         kind: fingerprint.with_libraries(kind, fingerprint.encoder_parts(kind, family, config.cache, model))
