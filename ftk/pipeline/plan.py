@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ftk import storage
+from ftk import locations, storage
 from ftk.configs.schema import DataConfig, SourceConfig
 from ftk.contracts import PREPARED_SCHEMA, Reject, RejectReason
 from ftk.errors import SourceError
@@ -66,6 +66,18 @@ def units(data: DataConfig, duplicates: dict[int, Duplicates]) -> Iterator[Unit]
         for partition in source.partitions(config, settings, data.shard_samples):
             yield Unit(number=number, source=config, partition=partition, duplicates=duplicates.get(number, {}))
             number += 1
+
+
+def look(data: DataConfig) -> None:
+    """Open every local source: what is missing or empty is said before anything is written.
+
+    Raises:
+        SourceError: a source is missing or empty.
+    """
+    for config in data.sources:
+        source, settings = sources.parse(config)
+        if not locations.is_url(config.path):
+            next(source.partitions(config, settings, data.shard_samples), None)
 
 
 def records(unit: Unit) -> Iterator[Record | Reject]:

@@ -91,6 +91,7 @@ def run(config: RunConfig, part: Part = WHOLE) -> PrepareReport:
         EnvironmentFault: disk, memory, network, or another writer.
     """
     job = Job(directory=workspace_paths(config)[0], recipe=image_recipe(config), data=config.data)
+    plan.look(config.data)
     with storage.lock(job.directory, part.label):
         if part == WHOLE:
             storage.sweep(job.directory)

@@ -29,6 +29,12 @@ def test_a_folder_that_does_not_exist_names_the_nearest(ftk, workspace, tmp_path
     assert f"Did you mean {tmp_path / 'pictures'}" in result.err
 
 
+def test_a_wrong_source_leaves_nothing_behind(ftk, workspace, tmp_path):
+    sources = [{"path": str(tmp_path / "pictures")}, {"path": str(tmp_path / "pitcures"), "name": "other"}]
+    assert ftk("prepare", workspace(data={"sources": sources})).code == 2
+    assert not (tmp_path / "work").exists()
+
+
 def test_a_missing_caption_is_a_counted_reject_and_the_rest_is_kept(ftk, workspace, tmp_path):
     images_in(tmp_path / "pictures")[0].with_suffix(".txt").unlink()
     result = ftk("prepare", workspace(), "--json")
