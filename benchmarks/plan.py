@@ -26,6 +26,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from ftk.locations import FRESH_SECONDS
+
 TABLES = ("csv", "jsonl", "parquet")
 FILES_A_FOLDER = 1000
 LINKS_A_FILE = 1000  # of a limit of 65,000 on ext4
@@ -90,6 +92,7 @@ def plan_once(source: str, workspace: str) -> dict[str, Any]:
     config = validate(RunConfig, tree, "the benchmark's run file")
     job = Job(directory=workspace_paths(config)[0], recipe=stage.image_recipe(config), data=config.data)
     cpu, started = time.process_time(), time.perf_counter()
+    plan.look(config.data)
     planned = stage._planned(job, plan.find_duplicates(config.data), stage.WHOLE)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
     assert not any(planned.made)
@@ -136,6 +139,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         link_images(images, options.files)
         write_captions(images, options.files)
         sources = {kind: str(write_table(tables, kind, options.rows)) for kind in TABLES} | {"folder": str(images)}
+        # Nothing vouches for files that changed a moment ago.
+        time.sleep(FRESH_SECONDS + 1)
         for _ in range(options.repeats):
             for kind, source in sources.items():
                 found.setdefault(kind, []).append(in_a_process("--plan", source, str(Path(folder) / "work")))

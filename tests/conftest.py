@@ -3,14 +3,21 @@
 import io
 import os
 import random
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from PIL import Image
 
+from ftk import storage
+from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, SampleRow, ShardRecord
 from ftk.models import base as families
+from ftk.pipeline import dataset
+from ftk.pipeline.dataset import PreparedDataset
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tiny tensors: on a busy machine OpenMP threads wait for each other a thousand times longer than they work.
@@ -58,3 +65,57 @@ def encoded() -> Callable[..., bytes]:
         return buffer.getvalue()
 
     return encode
+
+
+@pytest.fixture(scope="session")
+def written_dataset() -> Callable[..., PreparedDataset]:
+    """Write a prepared dataset without preparing anything: its shards' rows, rejects of its first shard, pairs of duplicates.
+
+    Pictures are of one colour, the first three characters of their key's digest. `totals` go into the manifest as they are.
+    """
+
+    def write(
+        directory: Path,
+        shards: Sequence[Sequence[SampleRow]],
+        rejects: Sequence[Reject] = (),
+        pairs: Sequence[tuple[str, str, int]] = (),
+        **totals: Any,
+    ) -> PreparedDataset:
+        records = [_written_shard(directory, f"{n:05d}", rows, () if n else rejects) for n, rows in enumerate(shards)]
+        storage.commit_table(directory / "rejects.parquet", dataset.reject_table(rejects))
+        duplicates = [dict(zip(("key", "like", "bits"), pair, strict=True)) for pair in pairs]
+        storage.commit_table(
+            directory / "duplicates.parquet", pa.Table.from_pylist(duplicates, schema=dataset.DUPLICATE_SCHEMA)
+        )
+        manifest = {
+            "schema_version": PREPARED_SCHEMA, "fingerprint": "abc", "recipe": {"captions": {"long_chars": 50}},
+            "num_inputs": sum(one.num_inputs for one in records), "num_samples": sum(one.num_samples for one in records),
+            "num_rejects": len(rejects), "num_upscaled": 0, "num_copied": 0, "num_long_captions": 0,
+            "num_duplicates": sum(pair[2] < 0 for pair in pairs), "num_near_duplicates": sum(pair[2] >= 0 for pair in pairs),
+            "rejects_by_reason": dict(Counter(one.reason.value for one in rejects)),
+            "buckets": dict(sum((Counter(one.buckets) for one in records), Counter())), "shards": records,
+        }  # fmt: skip
+        storage.commit_json(directory / dataset.MANIFEST, PreparedManifest(**{**manifest, **totals}))
+        return PreparedDataset.open(directory)
+
+    return write
+
+
+def _written_shard(directory: Path, name: str, rows: Sequence[SampleRow], rejects: Sequence[Reject]) -> ShardRecord:
+    tar_path, table_path = directory / "shards" / f"{name}.tar", directory / "shards" / f"{name}.parquet"
+    rows = [replace(row, shard=name) for row in rows]
+    with storage.committing(tar_path) as file:
+        tar = dataset.TarWriter(file)
+        for row in rows:
+            picture = io.BytesIO()
+            colour = tuple(storage.digest(row.key).encode()[:3])
+            Image.new("RGB", (row.bucket_width, row.bucket_height), colour).save(picture, "PNG")
+            tar.add(f"{row.key}.png", picture.getvalue())
+        tar.close()
+    storage.commit_table(table_path, dataset.sample_table(rows))
+    return ShardRecord(
+        name=name, is_last=True, recipe_fingerprint="", contents_fingerprint="", num_inputs=len(rows) + len(rejects),
+        num_samples=len(rows), num_upscaled=0, num_copied=0, num_long_captions=0,
+        buckets=dict(Counter(f"{row.bucket_width}x{row.bucket_height}" for row in rows)), bytes=tar_path.stat().st_size,
+        sha256=storage.sha256_file(tar_path), table_sha256=storage.sha256_file(table_path), rejects=list(rejects),
+    )  # fmt: skip

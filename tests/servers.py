@@ -139,11 +139,14 @@ def s3_endpoint(url: str) -> Iterator[None]:
 def s3_server() -> Iterator[Any]:
     """moto's S3 as AWS; yields a boto3 client with an empty bucket named `bucket`."""
     import boto3
+    from moto.backends import get_backend
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    # What earlier servers of this process held would still be there.
+    get_backend("s3").reset()
     host, port = server.get_host_and_port()
     try:
         with s3_endpoint(f"http://{host}:{port}"):

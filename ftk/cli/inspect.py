@@ -26,8 +26,9 @@ def inspect(
     """Show what a prepared dataset holds: in the terminal, as JSON, or as one HTML page that needs no network."""
     from ftk import storage
     from ftk.errors import ConfigError
-    from ftk.pipeline import inspect as pipeline_inspect
     from ftk.pipeline.dataset import PreparedDataset
+    from ftk.pipeline.inspect import summarise
+    from ftk.pipeline.inspect_page import page
 
     if out is not None and not html:
         raise ConfigError(f"--out {out}: it says where the page goes. Add --html.")
@@ -35,13 +36,13 @@ def inspect(
         raise ConfigError(f"--out {out} is a folder. Name a file in it, for example {out / 'inspect.html'}.")
     dataset = PreparedDataset.open(_prepared_directory(directory))
     if not html:
-        summary = pipeline_inspect.summarise(dataset)
+        summary = summarise(dataset)
         if json:
             show("inspect", summary, as_json=True)
         else:
             _print(summary)
         return
-    summary, data = pipeline_inspect.page(dataset)
+    summary, data = page(dataset)
     out = out or dataset.directory / "inspect.html"
     storage.commit_bytes(out, data)
     if json:

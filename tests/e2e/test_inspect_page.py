@@ -2,21 +2,15 @@
 
 import base64
 import hashlib
-import io
 import json
 import re
 import shutil
 import subprocess
-from collections import Counter
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
-from PIL import Image
 
-from ftk import storage
-from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, RejectReason, SampleRow, ShardRecord
-from ftk.pipeline import dataset
+from ftk.contracts import Reject, RejectReason, SampleRow
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH to open the page with")
@@ -37,37 +31,13 @@ def sample(number: int) -> SampleRow:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
+def prepared(tmp_path_factory, written_dataset) -> Path:
     """Six samples in two buckets, two rejects and a pair of images that look alike; read only."""
-    directory = tmp_path_factory.mktemp("inspect") / "work" / "prepared"
-    rows = [sample(number) for number in range(6)]
     rejects = [
         Reject(source="dogs", path=f"bad-{number}.png", reason=RejectReason.UNREADABLE, detail=HOSTILE) for number in range(2)
     ]
-    tar_path, table_path = (directory / "shards" / f"00000.{suffix}" for suffix in ("tar", "parquet"))
-    with storage.committing(tar_path) as file:
-        tar = dataset.TarWriter(file)
-        for row in rows:
-            image = io.BytesIO()
-            Image.new("RGB", (row.bucket_width, row.bucket_height), "teal").save(image, "PNG")
-            tar.add(f"{row.key}.png", image.getvalue())
-        tar.close()
-    storage.commit_table(table_path, dataset.sample_table(rows))
-    buckets = dict(Counter(f"{row.bucket_width}x{row.bucket_height}" for row in rows))
-    shard = ShardRecord(
-        name="00000", is_last=True, recipe_fingerprint="", contents_fingerprint="", num_inputs=8, num_samples=6, num_upscaled=0,
-        num_copied=0, num_long_captions=0, buckets=buckets, bytes=tar_path.stat().st_size, sha256=storage.sha256_file(tar_path),
-        table_sha256=storage.sha256_file(table_path), rejects=rejects,
-    )  # fmt: skip
-    pairs = [{"key": "dog-1", "like": "dog-0", "bits": 3}]
-    storage.commit_table(directory / "duplicates.parquet", pa.Table.from_pylist(pairs, schema=dataset.DUPLICATE_SCHEMA))
-    storage.commit_table(directory / "rejects.parquet", dataset.reject_table(rejects))
-    manifest = PreparedManifest(
-        schema_version=PREPARED_SCHEMA, fingerprint="abc", recipe={}, num_inputs=8, num_samples=6, num_rejects=2,
-        num_upscaled=0, num_copied=0, num_long_captions=0, num_duplicates=0, num_near_duplicates=1,
-        rejects_by_reason={"unreadable": 2}, buckets=buckets, shards=[shard],
-    )  # fmt: skip
-    storage.commit_json(directory / dataset.MANIFEST, manifest)
+    directory = tmp_path_factory.mktemp("inspect") / "work" / "prepared"
+    written_dataset(directory, [[sample(number) for number in range(6)]], rejects, [("dog-1", "dog-0", 3)])
     return directory
 
 

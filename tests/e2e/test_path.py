@@ -30,7 +30,7 @@ def reports(result):
 
 def hashes(directory: Path) -> dict[str, str]:
     # A shard's receipt also says when its sources were last looked at; what it says of the shard is in dataset.json.
-    receipts = set(directory.glob("shards/*.json"))
+    receipts = {*directory.glob("shards/*.json"), *directory.glob("prepared/shards/*.json")}
     files = [path for path in directory.rglob("*") if path.is_file() and path.name != ".lock" and path not in receipts]
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 

@@ -1,0 +1,237 @@
+"""A prepared dataset as one HTML page to look at: its numbers, contact sheets with crops, rejects, pairs that look alike."""
+
+import base64
+import hashlib
+import io
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from ftk.contracts import PreparedManifest, Reject, SampleRow, ShardRecord
+from ftk.pipeline import inspect
+from ftk.pipeline.dataset import PreparedDataset
+from ftk.progress import human_bytes, track
+
+_SHEET_OF_A_BUCKET, _SHEET_OF_ALL, _SHEET_LEAST = 24, 360, 4
+_MOST_REJECTS = 500
+_MOST_PAIRS = 100
+_MOST_CAPTIONS, _CAPTION_CHARS = 5, 400
+_THUMBNAIL_PX = 192
+# To show an image its whole shard is read and verified; of a larger dataset some shards are shown, so that it takes a minute.
+_READ_BYTES = 4 << 30
+
+
+def page(dataset: PreparedDataset) -> tuple[inspect.Summary, bytes]:
+    """The dataset's numbers, and one self-contained HTML page of them with samples to look at.
+
+    Raises:
+        DatasetError: a table, or a shard that is shown, is missing or damaged.
+    """
+    pairs = inspect.pairs(dataset, _MOST_PAIRS)
+    scan = inspect.scan(dataset, {pair[side] for pair in pairs for side in ("key", "like")})
+    summary = inspect.summary(dataset, scan, pairs[: inspect.EXAMPLES * 2])
+    opened = _shards_to_open(dataset.manifest)
+    sheets = _sheets(dataset, opened)
+    html = _template().render(
+        summary=summary,
+        name="/".join(dataset.directory.resolve().parts[-2:]),
+        recipe=json.dumps(dataset.manifest.recipe, indent=2, ensure_ascii=False),
+        long_chars=inspect.caption_settings(dataset.manifest).get("long_chars"),
+        sizes=_size_plot(scan, summary.buckets),
+        lengths=_length_bins(scan.characters.joined()),
+        sheets=[(bucket, sheets[f"{bucket.width}x{bucket.height}"]) for bucket in summary.buckets],
+        num_opened=len(opened),
+        rejects=_some_rejects(dataset.manifest),
+        pairs=_pair_cards(dataset, pairs, scan.shard_of, {shard.name for shard in opened}),
+    )
+    # A folder's name may hold bytes that are no UTF-8.
+    return summary, html.encode("utf-8", "backslashreplace")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Card:
+    """One sample as the page shows it; `image` is a data URI."""
+
+    row: SampleRow
+    image: str
+    captions: list[str]
+    badges: list[str]
+    loss: float
+
+
+def _shards_to_open(manifest: PreparedManifest) -> list[ShardRecord]:
+    """All shards, or of a large dataset some at even distances, and more where a bucket would have no sample."""
+    shards = manifest.shards
+    total_bytes = sum(shard.bytes for shard in shards)
+    number = len(shards) if total_bytes <= _READ_BYTES else max(1, len(shards) * _READ_BYTES // total_bytes)
+    chosen = set(_evenly(len(shards), number))
+    covered = {bucket for position in chosen for bucket in shards[position].buckets}
+    for position, shard in enumerate(shards):
+        if not shard.buckets.keys() <= covered:
+            chosen.add(position)
+            covered |= shard.buckets.keys()
+    return [shards[position] for position in sorted(chosen)]
+
+
+def _evenly(number: int, most: int) -> list[int]:
+    """At most `most` positions out of `number`, at even distances."""
+    shown = min(number, most)
+    return [position * number // shown for position in range(shown)]
+
+
+def _sheets(dataset: PreparedDataset, opened: Sequence[ShardRecord]) -> dict[str, list[_Card]]:
+    """For each bucket, samples from all over the opened shards."""
+    picks = _picks(dataset.manifest, opened)
+    total = sum(len(positions) for of_shard in picks.values() for positions in of_shard.values())
+    sheets: defaultdict[str, list[_Card]] = defaultdict(list)
+    with track("draw", total, "image") as progress:
+        for shard in opened:
+            for row in _picked_rows(dataset, shard, picks[shard.name]) if shard.name in picks else ():
+                sheets[f"{row.bucket_width}x{row.bucket_height}"].append(_card(dataset, row))
+                progress.advance(1)
+    return sheets
+
+
+def _picks(manifest: PreparedManifest, opened: Sequence[ShardRecord]) -> dict[str, dict[str, list[int]]]:
+    """By shard and bucket: which of the shard's samples in that bucket to show, counted from 0."""
+    most = max(_SHEET_LEAST, min(_SHEET_OF_A_BUCKET, _SHEET_OF_ALL // max(1, len(manifest.buckets))))
+    picks: defaultdict[str, dict[str, list[int]]] = defaultdict(dict)
+    for bucket in manifest.buckets:
+        positions = _evenly(sum(shard.buckets.get(bucket, 0) for shard in opened), most)
+        first = 0
+        for shard in opened:
+            end = first + shard.buckets.get(bucket, 0)
+            if inside := [position - first for position in positions if first <= position < end]:
+                picks[shard.name][bucket] = inside
+            first = end
+    return picks
+
+
+def _picked_rows(dataset: PreparedDataset, shard: ShardRecord, picks: Mapping[str, Sequence[int]]) -> list[SampleRow]:
+    table = inspect.samples(dataset, shard)
+    widths, heights = (table[name].to_numpy() for name in ("bucket_width", "bucket_height"))
+    chosen: list[int] = []
+    for bucket, positions in picks.items():
+        width, height = map(int, bucket.split("x"))
+        chosen.extend(np.flatnonzero((widths == width) & (heights == height))[list(positions)].tolist())
+    return [SampleRow(**row) for row in table.take(sorted(chosen)).to_pylist()]
+
+
+def _card(dataset: PreparedDataset, row: SampleRow) -> _Card:
+    with Image.open(io.BytesIO(dataset.image_bytes(row))) as image:
+        image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.LANCZOS, reducing_gap=2.0)
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "JPEG", quality=80)
+    upscaled = row.resize_width > row.width or row.resize_height > row.height
+    flags = {
+        "upscaled": upscaled,
+        "flipped": row.flipped,
+        "copied": row.copied,
+        "mask": row.has_mask,
+        f"{row.num_controls} control{'s' if row.num_controls > 1 else ''}": row.num_controls > 0,
+    }
+    return _Card(
+        row=row,
+        image="data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(),
+        captions=[_shortened(caption) for caption in row.captions[:_MOST_CAPTIONS]],
+        badges=[badge for badge, is_set in flags.items() if is_set],
+        loss=1 - row.bucket_width * row.bucket_height / (row.resize_width * row.resize_height),
+    )
+
+
+def _shortened(caption: str) -> str:
+    return caption if len(caption) <= _CAPTION_CHARS else f"{caption[:_CAPTION_CHARS]}… ({len(caption):,} characters)"
+
+
+def _pair_cards(
+    dataset: PreparedDataset, pairs: Sequence[dict[str, Any]], shard_of: Mapping[str, str], opened: set[str]
+) -> list[dict[str, Any]]:
+    """Each pair with its two cards; without them once too many shards would have to be read."""
+    shards = {shard.name: shard for shard in dataset.manifest.shards}
+    left_bytes = _READ_BYTES
+    wanted: defaultdict[str, set[str]] = defaultdict(set)
+    for pair in pairs:
+        places = {pair[side]: shard_of[pair[side]] for side in ("like", "key") if pair[side] in shard_of}
+        cost = sum(shards[name].bytes for name in set(places.values()) - opened)
+        if cost <= left_bytes:
+            left_bytes -= cost
+            opened = opened | set(places.values())
+            for key, name in places.items():
+                wanted[name].add(key)
+    cards: dict[str, _Card] = {}
+    with track("draw pairs", sum(map(len, wanted.values())), "image") as progress:
+        for name, keys in sorted(wanted.items()):
+            table = inspect.samples(dataset, shards[name])
+            for row in table.filter(pc.is_in(table["key"], value_set=pa.array(sorted(keys)))).to_pylist():
+                cards[row["key"]] = _card(dataset, SampleRow(**row))
+                progress.advance(1)
+    return [{**pair, "earlier": cards.get(pair["like"]), "later": cards.get(pair["key"])} for pair in pairs]
+
+
+def _some_rejects(manifest: PreparedManifest) -> list[Reject]:
+    """As many of each reason as there is room for; the rarest reason first, which the others would bury."""
+    groups: dict[str, list[Reject]] = {group.reason: [] for group in reversed(inspect.rejects_by_reason(manifest))}
+    for reject in inspect.rejects(manifest):
+        if len(groups[reject.reason]) < _MOST_REJECTS:
+            groups[reject.reason].append(reject)
+    shown: list[Reject] = []
+    for position, group in enumerate(groups.values()):
+        shown += group[: (_MOST_REJECTS - len(shown)) // (len(groups) - position)]
+    return shown
+
+
+def _size_plot(scan: inspect.Scan, buckets: Sequence[inspect.BucketSummary]) -> dict[str, Any]:
+    """Original sizes on two logarithmic axes from 0 to 1: (x, y, width, height, samples) of each cell that has any."""
+    sides = np.stack([scan.widths.joined(), scan.heights.joined()])
+    if not sides.size:
+        return {}
+    all_sides = [int(sides.min()), int(sides.max()), *(side for one in buckets for side in (one.width, one.height))]
+    low, high = int(np.floor(np.log2(min(all_sides)))), int(np.ceil(np.log2(max(all_sides) + 1)))
+    cells_an_octave = 12
+    cells, numbers = np.unique(np.round(np.log2(sides) * cells_an_octave), axis=1, return_counts=True)
+    places = (cells / cells_an_octave - low) / (high - low)
+    pixels = np.round(2 ** (cells / cells_an_octave))
+    return {
+        "dots": list(zip(*places.tolist(), *pixels.astype(int).tolist(), numbers.tolist(), strict=True)),
+        "buckets": [
+            ((np.log2(one.width) - low) / (high - low), (np.log2(one.height) - low) / (high - low), one) for one in buckets
+        ],
+        "ticks": [(2**power, (power - low) / (high - low)) for power in range(low, high + 1)],
+    }
+
+
+def _length_bins(characters: inspect.Integers) -> list[tuple[int, int | None, int]]:
+    """Captions by length: (from, below, captions) in steps of 1, 2 or 5 times a power of ten; the last bin has no end."""
+    if not len(characters):
+        return []
+    # A few very long captions would leave the rest in one bar.
+    top = max(min(float(characters.max()), max(float(np.percentile(characters, 95)), 3 * float(np.median(characters)))), 1.0)
+    step = next(size for power in range(9) for one in (1, 2, 5) if (size := one * 10**power) * 24 >= top)
+    edges = list(range(0, int(top) + step, step))
+    numbers = np.bincount(np.minimum(characters // step, len(edges) - 1), minlength=len(edges))
+    ends = [*edges[1:], edges[-1] + step if characters.max() < edges[-1] + step else None]
+    return list(zip(edges, ends, numbers.tolist(), strict=True))
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ftk.pipeline"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["commas"] = lambda number: f"{number:,}"
+    environment.filters["percent"] = lambda share: f"{share:.1%}"
+    environment.filters["number"] = lambda value: f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+    environment.filters["bytes"] = human_bytes
+    environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode()
+    return environment.get_template("prepared.html")
