@@ -1,9 +1,10 @@
 """How fast `ftk prepare` decodes, resizes, crops and encodes, and how well: against Pillow, img2dataset and a trainer's loader.
 
 Within one process every contestant takes every picture twice a round, forth and back (A B C, C B A), on one thread; what
-counts is the process's CPU time. Ratios are of one round, so that a machine that slows down slows all. Quality is measured
-against a full decode and Pillow's Lanczos, after turning and colour management. The last part runs whole commands instead,
-by the clock.
+counts is the process's CPU time. Ratios are of one round, so that a machine that slows down slows all. Each race has a fresh
+process: what an allocator has seen before decides whether it gives large blocks back to the system, and clearing them anew
+is a quarter of the time that Pillow takes for a large picture. Quality is measured against a full decode and Pillow's
+Lanczos, after turning and colour management. The last part runs whole commands instead, by the clock.
 """
 
 import os
@@ -26,8 +27,8 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,12 +194,9 @@ def ftk_encoded(item: Item, image_format: str) -> bytes:
 
 
 def peers() -> types.ModuleType | None:
-    """img2dataset's resizer, loaded without the rest of its package; None, with a message, when it is not installed."""
+    """img2dataset's resizer, loaded without the rest of its package; None when it is not installed."""
     package = importlib.util.find_spec("img2dataset")
     if package is None or package.origin is None:
-        Console(stderr=True).print(
-            f"img2dataset is not installed: it and sd-scripts' loader are left out. To add them: {PEERS}"
-        )
         return None
     spec = importlib.util.spec_from_file_location("img2dataset_resizer", Path(package.origin).parent / "resizer.py")
     assert spec is not None
@@ -353,6 +351,73 @@ def run_config(resolution: int, source: str, workspace: str, workers: int = 1) -
     return validate(RunConfig, tree, "the benchmark's run file")
 
 
+# The kinds of input.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """Files, and where they go. `is_plain`: they are upright and in sRGB. `environment`: of the process that races on them."""
+
+    files: Callable[[argparse.Namespace], list[bytes]]
+    resolution: int
+    is_plain: bool = True
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def jpegs(options: argparse.Namespace) -> list[bytes]:
+    """As from a camera of 12 megapixels."""
+    return encoded(camera_like(TWELVE_MEGAPIXELS, options.pictures), **CAMERA)
+
+
+def detailed_jpegs(options: argparse.Namespace) -> list[bytes]:
+    """The same, of foliage perhaps."""
+    return encoded(camera_like(TWELVE_MEGAPIXELS, options.pictures, detail=24.0), **CAMERA)
+
+
+def turned_jpegs(options: argparse.Namespace) -> list[bytes]:
+    """The same from a telephone held upright: to be turned, with a wide-gamut profile."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    pictures = camera_like(TWELVE_MEGAPIXELS, options.pictures)
+    return encoded(pictures, **CAMERA, exif=exif.tobytes(), icc_profile=wide_gamut_profile())
+
+
+def small_jpegs(options: argparse.Namespace) -> list[bytes]:
+    """The same of 8 megapixels: at 1024 px the shrink is too small for any of it to be left to the JPEG decoder."""
+    pictures = camera_like(TWELVE_MEGAPIXELS, options.pictures)
+    return encoded((picture.resize(EIGHT_MEGAPIXELS, LANCZOS) for picture in pictures), **CAMERA)
+
+
+def pngs(options: argparse.Namespace) -> list[bytes]:
+    """The same without loss."""
+    return encoded(camera_like(TWELVE_MEGAPIXELS, options.pictures), format="PNG", compress_level=6)
+
+
+def photographs(options: argparse.Namespace, suffixes: Sequence[str]) -> list[bytes]:
+    """Those in the folder that the command line names."""
+    paths = sorted(path for path in options.photos.rglob("*") if path.suffix.lower() in suffixes)
+    return [path.read_bytes() for path in paths]
+
+
+PHOTO_JPEGS = functools.partial(photographs, suffixes=(".jpg", ".jpeg"))
+PHOTO_PNGS = functools.partial(photographs, suffixes=(".png",))
+# glibc's: freed blocks are kept, so that large pictures get memory that is there already.
+KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
+KINDS = {
+    "JPEG 12 MP to 1024": Kind(files=jpegs, resolution=1024),
+    "JPEG 12 MP to 1024, memory kept": Kind(files=jpegs, resolution=1024, environment=KEEPS_MEMORY),
+    "JPEG 12 MP, much detail, to 1024": Kind(files=detailed_jpegs, resolution=1024),
+    "JPEG 12 MP to 512": Kind(files=jpegs, resolution=512),
+    "JPEG 12 MP, P3, on its side, to 1024": Kind(files=turned_jpegs, resolution=1024, is_plain=False),
+    "PNG 12 MP to 1024": Kind(files=pngs, resolution=1024),
+    "JPEG 8 MP to 1024": Kind(files=small_jpegs, resolution=1024),
+    "JPEG photographs to 512": Kind(files=PHOTO_JPEGS, resolution=512, is_plain=False),
+    "JPEG photographs to 256": Kind(files=PHOTO_JPEGS, resolution=256, is_plain=False),
+    "PNG photographs to 512": Kind(files=PHOTO_PNGS, resolution=512),
+    "PNG photographs to 256": Kind(files=PHOTO_PNGS, resolution=256),
+}
+
+
 # Measuring.
 
 
@@ -442,24 +507,46 @@ def aliasing(contestant: Contestant, item: Item, size: tuple[int, int]) -> float
     return float(np.sqrt(np.mean((pixels[hidden] - 127.5) ** 2)))
 
 
-def compare(
-    name: str, pictures: Sequence[Item], is_plain: bool, resizer: types.ModuleType | None, rounds: int
-) -> dict[str, Any]:
-    """Both races of one kind of input."""
-    makers, writers = pixel_contestants(resizer, is_plain), file_contestants(resizer)
-    pixels, files = (speeds(contestants, pictures, rounds) for contestants in (makers, writers))
-    for contestant, found in quality(makers, pictures).items():
-        pixels[contestant] |= found
-    for contestant in writers:
-        files[contestant.name]["mean_bytes"] = round(statistics.mean(len(contestant.run(item)) for item in pictures))
-    return {
+def race_pixels(kind: Kind, pictures: Sequence[Item], rounds: int) -> dict[str, dict[str, Any]]:
+    """Speed and quality of decoding, resizing and cropping."""
+    contestants = pixel_contestants(peers(), kind.is_plain)
+    found = speeds(contestants, pictures, rounds)
+    for name, judged in quality(contestants, pictures).items():
+        found[name] |= judged
+    return found
+
+
+def race_files(pictures: Sequence[Item], rounds: int) -> dict[str, dict[str, Any]]:
+    """Speed of the whole chain, and the sizes of what it writes."""
+    contestants = file_contestants(peers())
+    found = speeds(contestants, pictures, rounds)
+    for contestant in contestants:
+        found[contestant.name]["mean_bytes"] = round(statistics.mean(len(contestant.run(item)) for item in pictures))
+    return found
+
+
+def one_race(part: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a fresh process does: one of the two races of one kind of input."""
+    kind = KINDS[name]
+    pictures = items(kind.files(options), kind.resolution)
+    about = {
         "input": name,
         "num_images": len(pictures),
         "mean_bytes": round(statistics.mean(len(item.data) for item in pictures)),
         "sizes": sorted({f"{item.upright.bucket_width}x{item.upright.bucket_height}" for item in pictures}),
-        "pixels": pixels,
-        "files": files,
     }
+    raced = race_pixels(kind, pictures, options.rounds) if part == "pixels" else race_files(pictures, options.rounds)
+    return {**about, part: raced}
+
+
+def in_a_process(part: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """`one_race` in a fresh interpreter."""
+    flags = [f"--{flag}={getattr(options, flag)}" for flag in ("photos", "pictures", "rounds") if getattr(options, flag)]
+    command = [sys.executable, __file__, "--race", part, name, *flags]
+    environment = {**os.environ, **KINDS[name].environment}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def alias_table(resizer: types.ModuleType | None) -> dict[str, dict[str, float]]:
@@ -614,52 +701,34 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="runs of each whole command")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers and the machine's facts here")
     parser.add_argument("--pool", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--race", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def inputs(options: argparse.Namespace) -> Iterable[tuple[str, list[Item], bool]]:
-    """(name, files with their buckets, whether they are upright and in sRGB) of each kind; one kind in memory at a time."""
-    pictures = camera_like(TWELVE_MEGAPIXELS, options.pictures)
-    files = encoded(pictures, **CAMERA)
-    yield "JPEG 12 MP to 1024", items(files, 1024), True
-    yield "JPEG 12 MP to 512", items(files, 512), True
-    detailed = encoded(camera_like(TWELVE_MEGAPIXELS, options.pictures, detail=24.0), **CAMERA)
-    yield "JPEG 12 MP of much detail, to 1024", items(detailed, 1024), True
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    turned = encoded(pictures, **CAMERA, exif=exif.tobytes(), icc_profile=wide_gamut_profile())
-    yield "JPEG 12 MP, P3, on its side, to 1024", items(turned, 1024), False
-    yield "PNG 12 MP to 1024", items(encoded(pictures, format="PNG", compress_level=6), 1024), True
-    smaller = encoded((picture.resize(EIGHT_MEGAPIXELS, LANCZOS) for picture in pictures), **CAMERA)
-    yield "JPEG 8 MP to 1024", items(smaller, 1024), True
-    if options.photos is not None:
-        for kind, suffixes in (("JPEG", (".jpg", ".jpeg")), ("PNG", (".png",))):
-            paths = sorted(path for path in options.photos.rglob("*") if path.suffix.lower() in suffixes)
-            photos = [path.read_bytes() for path in paths]
-            for resolution in (512, 256) if photos else ():
-                yield f"photographs, {kind}, to {resolution}", items(photos, resolution), kind == "PNG"
-
-
 def main() -> None:
-    """Measure everything that was asked for."""
+    """Measure everything that was asked for; or, as a process of its own, a part of it."""
     options = parse_arguments()
     if options.pool:
         pool(Path(options.pool[0]), Path(options.pool[1]), int(options.pool[2]))
         return
-    resizer = peers()
-    compared = []
-    for name, pictures, is_plain in inputs(options):
-        Console(stderr=True).print(f"{name}: {len(pictures)} images")
-        compared.append(compare(name, pictures, is_plain, resizer, options.rounds))
-    files = encoded(camera_like(TWELVE_MEGAPIXELS, options.pictures), **CAMERA)
+    if options.race:
+        print(json.dumps(one_race(*options.race, options)))
+        return
+    if (resizer := peers()) is None:
+        Console(stderr=True).print(f"img2dataset and sd-scripts' loader are left out. To add them: {PEERS}")
+    raced = []
+    for name, kind in KINDS.items():
+        if options.photos or kind.files not in (PHOTO_JPEGS, PHOTO_PNGS):
+            Console(stderr=True).print(name)
+            raced.append(in_a_process("pixels", name, options) | in_a_process("files", name, options))
     report = {
         "command": "python benchmarks/prepare.py"
         + " --photos PHOTOS" * (options.photos is not None)
         + "".join(f" --{name} {getattr(options, name)}" for name in ("pictures", "rounds", "files", "repeats")),
         "machine": machine(),
-        "inputs": compared,
+        "inputs": raced,
         "aliasing": alias_table(resizer),
-        "commands": commands(files, options.files, options.repeats),
+        "commands": commands(jpegs(options), options.files, options.repeats),
     }
     show(report)
     if options.json:

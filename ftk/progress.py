@@ -86,6 +86,11 @@ def track(label: str, total: int | None, unit: str, done: int = 0) -> Iterator[T
         yield _Bar(label, total, unit, done, bar)
 
 
+def plain_text(text: str) -> str:
+    """Text for a terminal: names and captions are other people's, and may hold escape sequences."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
 def human_bytes(count: float) -> str:
     """A byte count for people: 3.2 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -89,11 +89,12 @@ def _os_message(error: OSError) -> str:
 
 def _fail(message: str, code: int, error: BaseException | None = None) -> None:
     from ftk.configs.load import redact
+    from ftk.progress import plain_text
 
     if error is not None and LOGGER.isEnabledFor(logging.DEBUG):
         import traceback
 
         sys.stderr.write(redact("".join(traceback.format_exception(error))))
-    sys.stderr.write(f"ftk: {redact(message)}\n")
+    sys.stderr.write(f"ftk: {plain_text(redact(message))}\n")
     sys.stderr.flush()
     raise SystemExit(code)

@@ -44,13 +44,16 @@ def show(title: str, report: Any, as_json: bool) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    from ftk.progress import plain_text
 
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in plain.items():
         for label, text in _lines(name, value):
-            table.add_row(label, text)
+            table.add_row(label, Text(plain_text(text)))
     Console().print(table)
 
 

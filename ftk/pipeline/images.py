@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageOps
 
-from ftk import storage
+from ftk import locations, storage
 from ftk.contracts import RejectReason
 from ftk.locations import NotAFileError
 from ftk.pipeline import decode, resize
@@ -225,7 +225,7 @@ def _blaming(file: _File) -> Iterator[None]:
         if file.kind == "image":
             raise
         reason = unfit.reason if unfit.reason == _MISSING[file.kind] else _UNREADABLE[file.kind]
-        raise Unfit(reason, f"{file.location}: {unfit.detail}") from None
+        raise Unfit(reason, f"{locations.redacted(file.location)}: {unfit.detail}") from None
 
 
 def _check_header(opened: Opened, recipe: ImageRecipe) -> None:

@@ -1,5 +1,6 @@
 """One opened image file at any size: sRGB, upright, and decoded in full only where that is needed."""
 
+import numpy as np
 from PIL import Image
 
 from ftk.pipeline import decode, resize
@@ -9,10 +10,10 @@ from ftk.pipeline.decode import Opened, Pixels
 class Picture:
     """An opened image (RGB) or mask (gray), to be had at any size; its full pixels are decoded at most once.
 
-    A JPEG that shrinks goes from its bytes to the size that was asked for; everything else is decoded first. Of an opaque
-    picture the pixels are resized as they are stored, and turned and converted to sRGB after that: on a megapixel rather
-    than on all of the original's, which is most of the time that colour management and rotation would take. A resize on
-    light (`linear`) has to know the colours before, as does a composition over the background.
+    A plain JPEG or PNG that shrinks goes from its bytes to the size that was asked for; everything else is decoded first.
+    Of an opaque picture the pixels are resized as they are stored, and turned and converted to sRGB after that: on a
+    megapixel rather than on all of the original's, which is most of the time that colour management and rotation would
+    take. A resize on light (`linear`) has to know the colours before, as does a composition over the background.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Picture:
         image = opened.image
         self._profile: bytes | None = None if is_mask else image.info.get("icc_profile")
         is_plain_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
-        self._streams = is_plain_jpeg and not (linear and self._profile)
+        self._streams = (is_plain_jpeg or _is_plain_png(opened)) and not (linear and self._profile)
         self._has_full_colour = is_plain_jpeg and image.mode == "RGB" and _has_full_colour(image)
 
     def at(self, width: int, height: int) -> Image.Image:
@@ -52,9 +53,7 @@ class Picture:
     def _as_stored(self, size: tuple[int, int]) -> Pixels:
         stored = self.opened.image.size
         if self._streams and size != stored and size[0] <= stored[0] and size[1] <= stored[1]:
-            factor = min(stored[0] / size[0], stored[1] / size[1])
-            shrink = 1 if self._linear else resize.shrink_on_load(factor, has_full_colour=self._has_full_colour)
-            array = resize.jpeg_at(self.opened.data, stored, size, shrink=shrink, linear=self._linear)
+            array = self._streamed(stored, size)
             if array is not None:
                 return Pixels(array_HWC=array, profile=self._profile)
         if self._decoded is None:
@@ -62,10 +61,24 @@ class Picture:
         resized = resize.resize(self._decoded.array_HWC, size, linear=self._linear)
         return Pixels(array_HWC=resized, profile=self._decoded.profile)
 
+    def _streamed(self, stored: tuple[int, int], size: tuple[int, int]) -> np.ndarray | None:
+        if self.opened.image.format == "PNG":
+            return resize.png_at(self.opened.data, stored, size, linear=self._linear)
+        factor = min(stored[0] / size[0], stored[1] / size[1])
+        shrink = 1 if self._linear else resize.shrink_on_load(factor, has_full_colour=self._has_full_colour)
+        return resize.jpeg_at(self.opened.data, stored, size, shrink=shrink, linear=self._linear)
+
     def _decode(self) -> Pixels:
         if self._is_mask:
             return decode.decode_mask(self.opened, max_pixels=self._max_pixels)
         return decode.decode(self.opened, self._background, max_pixels=self._max_pixels, to_srgb=self._linear)
+
+
+def _is_plain_png(opened: Opened) -> bool:
+    image = opened.image
+    # Byte 24 of a PNG is its bit depth: Pillow's mode does not tell 16 bits from 8.
+    is_8_bit = image.format == "PNG" and len(opened.data) > 24 and opened.data[24] == 8
+    return is_8_bit and image.mode in ("L", "RGB") and "transparency" not in image.info and not decode.is_animated(opened)
 
 
 def _has_full_colour(image: Image.Image) -> bool:

@@ -33,14 +33,26 @@ def shrink_on_load(factor: float, *, has_full_colour: bool) -> int:
     return 1 if has_full_colour else next((shrink for shrink, least in _SHRINKS if factor >= least), 1)
 
 
+def png_at(data: bytes, stored: tuple[int, int], size: tuple[int, int], *, linear: bool) -> np.ndarray | None:
+    """As `jpeg_at`, of an 8-bit gray or RGB PNG without transparency: libvips inflates it twice as fast as Pillow."""
+    return _loaded_at("pngload_buffer", data, stored, size, shrink=1, linear=linear)
+
+
 def jpeg_at(data: bytes, stored: tuple[int, int], size: tuple[int, int], *, shrink: int, linear: bool) -> np.ndarray | None:
     """The pixels of an 8-bit gray or RGB JPEG at a smaller `size`, as stored, without its full picture in memory.
 
     None when libvips finds anything wrong with it, or another size than `stored`: a full decode then says what it is.
     """
+    return _loaded_at("jpegload_buffer", data, stored, size, shrink=shrink, linear=linear)
+
+
+def _loaded_at(
+    loader: str, data: bytes, stored: tuple[int, int], size: tuple[int, int], *, shrink: int, linear: bool
+) -> np.ndarray | None:
     vips = _vips()
+    options = {"shrink": shrink} if shrink > 1 else {}
     try:
-        image = vips.Image.jpegload_buffer(data, shrink=shrink, fail_on="error", access="sequential")
+        image = getattr(vips.Image, loader)(data, fail_on="error", access="sequential", **options)
         is_expected = (image.width, image.height) == (stored[0] // shrink, stored[1] // shrink)
         if not is_expected or image.bands not in (1, 3) or image.format != "uchar":
             return None

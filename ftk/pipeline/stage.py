@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ftk import storage
+from ftk import locations, storage
 from ftk.configs.load import default_workers, workspace_paths
 from ftk.configs.schema import DataConfig, RunConfig
 from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, ShardRecord
@@ -201,11 +201,7 @@ def _make_missing(job: Job, equal: dict[int, plan.Duplicates], part: Part, plann
     """Make the part's shards that are not there; lists the sources a second time, so that no listing is held in memory."""
 
     def missing() -> Iterator[plan.Unit]:
-        for unit in plan.units(job.data, equal):
-            if unit.number >= len(planned.made) or unit.listing != planned.listings[unit.number]:
-                raise SourceError(
-                    f"{unit.source.path} changed while prepare was listing it. Finished shards are kept: run the command again."
-                )
+        for unit in _listed_again(job, equal, planned):
             if planned.made[unit.number] is None and part.has(unit.number):
                 yield unit
 
@@ -217,10 +213,28 @@ def _make_missing(job: Job, equal: dict[int, plan.Duplicates], part: Part, plann
             planned.made[made.unit] = made
 
 
+def _listed_again(job: Job, equal: dict[int, plan.Duplicates], planned: _Planned) -> Iterator[plan.Unit]:
+    """The units once more; `SourceError` when they are not the same ones."""
+    count = 0
+    for unit in plan.units(job.data, equal):
+        if unit.number >= len(planned.made) or unit.listing != planned.listings[unit.number]:
+            raise SourceError(_changed(unit.source.path))
+        count += 1
+        yield unit
+    if count < len(planned.made):
+        paths = [source.path for source in job.data.sources]
+        raise SourceError(_changed(paths[0] if len(paths) == 1 else "One of the sources"))
+
+
+def _changed(what: str) -> str:
+    what = locations.redacted(locations.printable(what))
+    return f"{what} changed while prepare was listing it. Finished shards are kept: run the command again."
+
+
 def _look_again(job: Job, equal: dict[int, plan.Duplicates], planned: _Planned) -> None:
     """See what other parts have made meanwhile: of parts that run at once, the one that ends last seals the dataset."""
     if None in planned.made:
-        for unit in plan.units(job.data, equal):
+        for unit in _listed_again(job, equal, planned):
             if planned.made[unit.number] is None:
                 planned.made[unit.number] = shards.committed_by_others(job, unit)
 
@@ -289,7 +303,9 @@ def _columns(directory: Path, made: Sequence[ShardRecord]) -> pa.Table:
 
 def check_rejects(report: PrepareReport, data: DataConfig) -> None:
     """Raise when nothing, or too little, was good."""
-    listed = "".join(f"\n  {row['path']}: {row['reason']} ({row['detail']})" for row in report.rejects[:10])
+    listed = "".join(
+        "\n  " + " ".join(f"{row['path']}: {row['reason']} ({row['detail']})".splitlines()) for row in report.rejects[:10]
+    )
     more = f"\n  and {report.num_rejects - 10:,} more" if report.num_rejects > 10 else ""
     table = f"{report.directory}/rejects.parquet"
     if not report.num_samples:

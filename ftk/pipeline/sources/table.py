@@ -116,6 +116,8 @@ class _Seen:
 
     def identity(self, name: str) -> str:
         """The name, and from the second time on the number of the time."""
+        # What follows the ? of a URL is often a signature that expires, or a secret.
+        name = name.partition("?")[0] if locations.is_url(name) else name
         # 8 bytes of hash for a name: a table can have more rows than there is room for their names.
         short = int(storage.digest(name, 16), 16)
         times = self._times[short] = self._times.get(short, 0) + 1
