@@ -158,8 +158,10 @@ def show(report: dict[str, Any]) -> None:
         console.print(table)
     console.print("PSNR in dB. Difference: RMS of latents, relative to their standard deviation. Medians and worst cases.")
     if report["is_random"]:
-        console.print("The VAE's weights are random, a stand-in: they rank the formats, but a trained VAE passes on")
-        console.print("another share of the difference. Give --model a Qwen-Image model for that.")
+        console.print(
+            "The VAE's weights are random, a stand-in: they rank the formats, but a trained VAE passes on another share of "
+            "the difference. Give --model a Qwen-Image model for that."
+        )
 
 
 def _file_cells(found: dict[str, Any]) -> list[str]:

@@ -401,7 +401,8 @@ def photographs(options: argparse.Namespace, suffixes: Sequence[str]) -> list[by
 
 PHOTO_JPEGS = functools.partial(photographs, suffixes=(".jpg", ".jpeg"))
 PHOTO_PNGS = functools.partial(photographs, suffixes=(".png",))
-# glibc's: freed blocks are kept, so that large pictures get memory that is there already.
+# glibc's: freed blocks are kept, so that large pictures get memory that is there already. By default a process that has
+# freed a block of 32 MB or more comes to this too.
 KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 KINDS = {
     "JPEG 12 MP to 1024": Kind(files=jpegs, resolution=1024),
@@ -525,27 +526,30 @@ def race_files(pictures: Sequence[Item], rounds: int) -> dict[str, dict[str, Any
     return found
 
 
-def one_race(part: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
+def one_race(part: str, name: str, folder: Path, rounds: int) -> dict[str, Any]:
     """What a fresh process does: one of the two races of one kind of input."""
     kind = KINDS[name]
-    pictures = items(kind.files(options), kind.resolution)
+    pictures = items((path.read_bytes() for path in sorted(folder.iterdir())), kind.resolution)
     about = {
         "input": name,
         "num_images": len(pictures),
         "mean_bytes": round(statistics.mean(len(item.data) for item in pictures)),
         "sizes": sorted({f"{item.upright.bucket_width}x{item.upright.bucket_height}" for item in pictures}),
     }
-    raced = race_pixels(kind, pictures, options.rounds) if part == "pixels" else race_files(pictures, options.rounds)
-    return {**about, part: raced}
+    return {**about, part: race_pixels(kind, pictures, rounds) if part == "pixels" else race_files(pictures, rounds)}
 
 
-def in_a_process(part: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """`one_race` in a fresh interpreter."""
-    flags = [f"--{flag}={getattr(options, flag)}" for flag in ("photos", "pictures", "rounds") if getattr(options, flag)]
-    command = [sys.executable, __file__, "--race", part, name, *flags]
-    environment = {**os.environ, **KINDS[name].environment}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+def both_races(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Each in a fresh interpreter, which has made no picture before."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="ftk-bench-") as folder:
+        for number, data in enumerate(KINDS[name].files(options)):
+            (Path(folder) / f"{number:04d}").write_bytes(data)
+        for part in ("pixels", "files"):
+            command = [sys.executable, __file__, f"--rounds={options.rounds}", "--race", part, name, folder]
+            environment = {**os.environ, **KINDS[name].environment}
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+            found |= json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -660,7 +664,7 @@ def show(report: dict[str, Any]) -> None:
         for name, found in result["files"].items():
             table.add_row(name, *_speed_cells(found), f"{found['mean_bytes'] / 1000:,.0f}")
         console.print(table)
-    table = _table("Left of what the small picture cannot show, RMS of 90 grey levels", list(report["aliasing"]))
+    table = _table("Left of rings too fine to show (RMS)", list(report["aliasing"]))
     for name in report["aliasing"]["JPEG"]:
         table.add_row(name, *(f"{levels[name]:.1f}" for levels in report["aliasing"].values()))
     console.print(table)
@@ -670,7 +674,10 @@ def show(report: dict[str, Any]) -> None:
         table.add_row(f"{result['workers']} workers", *both, *_ranged(result["ratio"]))
     console.print(table)
     console.print("×: times the speed of the Pillow loop, with the same encoder; median, least and greatest of the rounds.")
-    console.print("PSNR in dB, median and worst, against full decode and Lanczos in sRGB. *: leaves it on its side.")
+    console.print("PSNR in dB, median and worst, against full decode and Lanczos in sRGB. *: leaves the picture on its side.")
+    console.print(
+        "Rings: root mean square of what is left beyond 1.25 times the Nyquist frequency; 90 grey levels is all of it."
+    )
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
@@ -701,7 +708,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="runs of each whole command")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers and the machine's facts here")
     parser.add_argument("--pool", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--race", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--race", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -712,7 +719,8 @@ def main() -> None:
         pool(Path(options.pool[0]), Path(options.pool[1]), int(options.pool[2]))
         return
     if options.race:
-        print(json.dumps(one_race(*options.race, options)))
+        part, name, folder = options.race
+        print(json.dumps(one_race(part, name, Path(folder), options.rounds)))
         return
     if (resizer := peers()) is None:
         Console(stderr=True).print(f"img2dataset and sd-scripts' loader are left out. To add them: {PEERS}")
@@ -720,7 +728,7 @@ def main() -> None:
     for name, kind in KINDS.items():
         if options.photos or kind.files not in (PHOTO_JPEGS, PHOTO_PNGS):
             Console(stderr=True).print(name)
-            raced.append(in_a_process("pixels", name, options) | in_a_process("files", name, options))
+            raced.append(both_races(name, options))
     report = {
         "command": "python benchmarks/prepare.py"
         + " --photos PHOTOS" * (options.photos is not None)

@@ -5,6 +5,7 @@ refused by name. Runs in worker processes; never imports torch.
 """
 
 import contextlib
+import functools
 import importlib.util
 import io
 import struct
@@ -172,6 +173,8 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return ImageCms.applyTransform(image, transform)  # type: ignore[return-value]
 
 
+# A camera writes one profile into all its files, and building a transform takes milliseconds.
+@functools.lru_cache(maxsize=16)
 def icc_transform(profile: bytes | None, mode: str | None) -> ImageCms.ImageCmsTransform | None:
     """From an embedded profile to sRGB; None where there is no profile, or none that describes this pixel format."""
     if not profile or mode is None:

@@ -80,7 +80,8 @@ def run(config: RunConfig, fresh: bool = False) -> TrainReport:
     if fresh:
         _set_aside(directory)
     with storage.lock(directory):
-        storage.sweep(directory / "checkpoints")
+        for folder in (directory, directory / "checkpoints", directory / "adapter", directory / "samples"):
+            storage.sweep(folder)
         build = build_trainer(config)
         first = build.trainer.step
         if first < config.train.steps:

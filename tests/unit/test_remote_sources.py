@@ -217,7 +217,7 @@ def test_a_table_of_urls(server: FaultServer, tmp_path: Path) -> None:
     first, second = _records(table, str(tmp_path / "t.jsonl"))
     assert isinstance(first, Record)
     assert isinstance(second, Record)
-    assert (first.identity, first.image.read()) == (urls[0], IMAGE)
+    assert (first.identity, first.image.read()) == (f"{server.url}/a.jpg", IMAGE)
     with pytest.raises(FileNotFoundError):
         second.image.read()
     server.files["/t.csv"] = b"file_name,text\na.jpg,a cat\nb #.jpg,a dog\n"
