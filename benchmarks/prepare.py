@@ -401,8 +401,8 @@ def photographs(options: argparse.Namespace, suffixes: Sequence[str]) -> list[by
 
 PHOTO_JPEGS = functools.partial(photographs, suffixes=(".jpg", ".jpeg"))
 PHOTO_PNGS = functools.partial(photographs, suffixes=(".png",))
-# glibc's: freed blocks are kept, so that large pictures get memory that is there already. By default a process that has
-# freed a block of 32 MB or more comes to this too.
+# glibc's: freed blocks are kept, so that large pictures get memory that is there already. By default the sizes of what was
+# freed before decide it.
 KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 KINDS = {
     "JPEG 12 MP to 1024": Kind(files=jpegs, resolution=1024),
