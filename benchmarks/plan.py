@@ -78,7 +78,7 @@ def write_captions(root: Path, count: int) -> None:
 
 def plan_once(source: str, workspace: str) -> dict[str, Any]:
     """The measurement itself; runs in a process of its own."""
-    from ftk.configs.load import validate, workspace_paths
+    from ftk.configs.load import prepared_path, validate
     from ftk.configs.schema import RunConfig
     from ftk.pipeline import plan, stage
     from ftk.pipeline.shards import Job
@@ -90,7 +90,7 @@ def plan_once(source: str, workspace: str) -> dict[str, Any]:
         "data": {"sources": [{"path": source}], "workers": 1},
     }
     config = validate(RunConfig, tree, "the benchmark's run file")
-    job = Job(directory=workspace_paths(config)[0], recipe=stage.image_recipe(config), data=config.data)
+    job = Job(directory=prepared_path(config), recipe=stage.image_recipe(config), data=config.data)
     cpu, started = time.process_time(), time.perf_counter()
     plan.look(config.data)
     planned = stage._planned(job, plan.find_duplicates(config.data), stage.WHOLE)

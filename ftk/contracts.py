@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any, Literal
 
 PREPARED_SCHEMA = 2
-CACHE_SCHEMA = 1
+CACHE_SCHEMA = 2
 RUN_SCHEMA = 1
 
 Role = Literal["instance", "class"]
@@ -130,9 +130,11 @@ class PreparedManifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheManifest:
-    """`cache.json`: what encoded the items, and from which prepared dataset. No absolute path.
+    """`cache.json`: what encoded the items, from which prepared dataset, and the tables that list them. No absolute path.
 
     `encoders` maps `latents` and `texts` to the parts of their fingerprint, so that a mismatch can be shown part by part.
+    `tables` maps `samples`, `latents`, `texts` and `shards` to the BLAKE3 of the Parquet file; `digest` is the BLAKE3 of
+    this file with an empty `digest`.
     """
 
     schema_version: int
@@ -144,19 +146,34 @@ class CacheManifest:
     prepared_fingerprint: str
     prepared_recipe: dict[str, Any]
     num_samples: int
-    samples_blake3: str
     empty_text: str
     prompts: dict[str, str]
+    tables: dict[str, str]
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachedSample:
-    """One row of `samples.parquet`: which cached items a training sample consists of."""
+    """One row of the samples' table: which cached items a training sample consists of, and its geometry in pixels.
+
+    `latents`, `controls` and `mask` (empty when there is none) are items of `latents`; `texts` has an item of `texts` for
+    each caption and `text_lengths` their tokens. Sizes, crop and flip are those of the prepared sample.
+    """
 
     key: str
     latents: str
+    controls: list[str]
+    mask: str
     texts: list[str]
+    text_lengths: list[int]
+    width: int
+    height: int
     bucket_width: int
     bucket_height: int
+    resize_width: int
+    resize_height: int
+    crop_x: int
+    crop_y: int
+    flipped: bool
     repeats: int
     role: Role

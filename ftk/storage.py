@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import blake3
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
@@ -77,15 +78,27 @@ def commit_bytes(path: Path, data: bytes) -> None:
 
 
 def commit_json(path: Path, value: Any) -> None:
-    """Write a dataclass or plain value as JSON with sorted keys: equal values give equal bytes."""
-    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    commit_bytes(path, (json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    """Write a dataclass or plain value as JSON with sorted keys."""
+    commit_bytes(path, json_bytes(value))
 
 
 def commit_table(path: Path, table: pa.Table) -> None:
     """Write an Arrow table as Parquet (zstd) under the commit protocol."""
     with committing(path) as file:
         pq.write_table(table, file, compression="zstd")
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """An Arrow table as the bytes of a Parquet file (zstd)."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def json_bytes(value: Any) -> bytes:
+    """A dataclass or plain value as JSON with sorted keys: equal values give equal bytes."""
+    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    return (json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 @contextlib.contextmanager
@@ -165,9 +178,20 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())
 
 
-def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Read a Parquet file, or some of its columns, as an Arrow table."""
-    return pq.read_table(path, columns=columns)
+def read_table(path: Path | pa.NativeFile, columns: list[str] | None = None, dictionary: list[str] | None = None) -> pa.Table:
+    """Read a Parquet file, or some of its columns, as an Arrow table; `dictionary` columns keep each value once."""
+    return pq.read_table(path, columns=columns, read_dictionary=dictionary)
+
+
+_NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "9p", "lustre", "beegfs", "ceph", "gpfs", "afs", "fuse", "virtiofs", "glusterfs")
+
+
+def is_network(path: Path) -> bool:
+    """Whether a path lies on a network or user-space file system, where a mapped file can vanish under its reader."""
+    place = path.resolve()
+    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
+    kind = next((mounts[parent] for parent in (place, *place.parents) if parent in mounts), "")
+    return kind.startswith(_NETWORK_FILE_SYSTEMS)
 
 
 def sha256_file(path: Path) -> str:
@@ -191,12 +215,12 @@ def digest(value: Any, length: int = 32) -> str:
     return blake3.blake3(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:length]
 
 
-def item_checksum(*buffers: memoryview | bytes) -> str:
+def item_checksum(*buffers: memoryview | bytes) -> bytes:
     """XXH3-128 of one cached item's tensors, in the order given: a flipped bit is found when the item is read."""
     hasher = xxhash.xxh3_128()
     for buffer in buffers:
         hasher.update(buffer)
-    return hasher.hexdigest()
+    return hasher.digest()
 
 
 def canonical_safetensors(payload: bytes, metadata: Mapping[str, str]) -> bytes:

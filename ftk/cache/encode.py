@@ -1,81 +1,413 @@
-"""Encodes one shard's images or captions. One component is in memory at a time; the caller frees it."""
+"""Encodes units: pictures through the VAE, captions through the text encoder. One component is in memory at a time.
 
+Reading and decoding run ahead in threads (Pillow frees the interpreter while it decodes); copies to and from a GPU have
+streams of their own; a thread writes finished shards. What a batch holds depends on its unit and the settings alone, so
+whoever encodes a unit gives the same bytes.
+
+Shape legend: B batch, C channels, H W pixels, h w latent cells.
+"""
+
+import gc
 import io
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 
-from ftk.cache.plan import Unit, text_id
-from ftk.contracts import SampleRow
-from ftk.errors import CacheError
+from ftk.cache import shards
+from ftk.cache.plan import Picture, Text, Unit
+from ftk.configs.load import default_workers
+from ftk.configs.schema import CacheConfig
+from ftk.errors import CacheError, EnvironmentFault
+from ftk.models import base as models
 from ftk.models.base import Family
 from ftk.pipeline.dataset import PreparedDataset
+from ftk.pipeline.engine import worker_place
+from ftk.progress import human_bytes
 
-Items = list[tuple[str, dict[str, torch.Tensor]]]
-Advance = Callable[[int], None]
+LOGGER = logging.getLogger("ftk")
 
+Tensors = dict[str, torch.Tensor]
+Advance = Callable[[int, str], None]
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
-def encode_latents(
-    unit: Unit[SampleRow],
-    dataset: PreparedDataset,
-    family: Family,
-    vae: object,
-    dtype: torch.dtype,
-    batch_size: int,
-    advance: Advance,
-) -> Items:
-    """`mean` and `std` [C,h,w] of each image, in the order of the unit; a batch holds one bucket."""
-    encoded: dict[str, dict[str, torch.Tensor]] = {}
-    buckets: dict[tuple[int, int], list[SampleRow]] = {}
-    for row in unit.items:
-        buckets.setdefault((row.bucket_height, row.bucket_width), []).append(row)
-    with ThreadPoolExecutor(4) as pool:
-        for rows in buckets.values():
-            for start in range(0, len(rows), batch_size):
-                batch = rows[start : start + batch_size]
-                pixels_BCHW = torch.stack(list(pool.map(lambda row: read_pixels(dataset, row), batch)))
-                mean, std = family.encode_images(vae, pixels_BCHW)
-                for row, one_mean, one_std in zip(batch, mean, std, strict=True):
-                    item = {"mean": one_mean.to("cpu", dtype), "std": one_std.to("cpu", dtype)}
-                    encoded[row.image_id] = {name: _finite(tensor, row.key, dtype) for name, tensor in item.items()}
-                advance(len(batch))
-    return [(row.image_id, encoded[row.image_id]) for row in unit.items]
+_GIB = 1 << 30
+_DEFAULT_MEMORY_GIB = {"cpu": 1.0}
+_DEFAULT_GPU_MEMORY_GIB = 8.0
+_MAX_BATCH = 256
+_BATCHES_AHEAD = 2
+_SPEED_SECONDS = 0.2
+_SHARDS_IN_WRITING = 1
 
 
-def encode_texts(
-    unit: Unit[str], family: Family, encoder: object, dtype: torch.dtype, batch_size: int, advance: Advance
-) -> Items:
-    """The family's tensors of each caption, in the order of the unit; captions of like length share a batch."""
-    captions = sorted(unit.items, key=lambda caption: (len(caption), caption))
-    encoded: dict[str, dict[str, torch.Tensor]] = {}
-    for start in range(0, len(captions), batch_size):
-        batch = captions[start : start + batch_size]
-        for caption, item in zip(batch, family.encode_texts(encoder, batch), strict=True):
-            # clone: an item that is a view would keep, and save, its whole batch
-            encoded[caption] = {name: tensor.to("cpu", dtype).clone() for name, tensor in item.items()}
-        advance(len(batch))
-    return [(text_id(caption), encoded[caption]) for caption in unit.items]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """All that a process needs to encode units of one kind, here or on another machine."""
+
+    kind: str
+    family: str
+    model: Path
+    folder: Path
+    prepared: Path
+    config: CacheConfig
+    workers: int
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process: with several GPUs, the one of its place among its pool's workers."""
+        device = models.resolve_device(self.config.device)
+        return torch.device("cuda", worker_place() % torch.cuda.device_count()) if device.type == "cuda" else device
+
+    @property
+    def memory_bytes(self) -> float:
+        """The working memory that a batch may take."""
+        default = _DEFAULT_MEMORY_GIB.get(models.resolve_device(self.config.device).type, _DEFAULT_GPU_MEMORY_GIB)
+        return (self.config.memory_gib or default) * _GIB
 
 
-def read_pixels(dataset: PreparedDataset, row: SampleRow) -> torch.Tensor:
-    """[3,H,W] fp32 in [-1, 1] of one prepared sample."""
-    with Image.open(io.BytesIO(dataset.image_bytes(row))) as image:
-        pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
-    return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1.0
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """A unit that is committed."""
+
+    unit: int
+    num_items: int
+    num_bytes: int
+    peak_memory_bytes: int
 
 
-def total_bytes(items: Sequence[tuple[str, dict[str, torch.Tensor]]]) -> int:
-    """Bytes of all tensors."""
-    return sum(tensor.nbytes for _, tensors in items for tensor in tensors.values())
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Items of one unit that go through the encoder together; `pixels` is None for texts."""
+
+    unit: int
+    items: Sequence[Any]
+    pixels_BHWC: torch.Tensor | None = None
 
 
-def _finite(tensor: torch.Tensor, key: str, dtype: torch.dtype) -> torch.Tensor:
-    if not torch.isfinite(tensor).all():
-        raise CacheError(
-            f"The VAE gave values that {str(dtype).removeprefix('torch.')} cannot hold for sample {key}. "
-            f"Set cache.latents_dtype: float32, or cache.vae_dtype: float32 if it is not."
-        )
-    return tensor
+@dataclass(slots=True)
+class _Encoder:
+    """A component in memory, and how large a batch may still be after the device was out of memory."""
+
+    job: Job
+    family: Family
+    component: Any
+    device: torch.device
+    limits: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, job: Job) -> "_Encoder":
+        family, device = models.get(job.family), job.device
+        if job.kind == "latents":
+            component = family.load_vae(job.model, getattr(torch, job.config.vae_dtype), device)
+        else:
+            component = family.load_text_encoder(job.model, getattr(torch, job.config.text_dtype), device)
+        return cls(job, family, component, device)
+
+    def encode(self, batch: _Batch) -> list[Tensors]:
+        """The tensors of each item on the device, in stored precision."""
+        if batch.pixels_BHWC is None:
+            return self._halving((0,), batch.items, self._texts)
+        key = tuple(batch.pixels_BHWC.shape[1:])
+        return self._halving(key, batch.pixels_BHWC, self._masks if batch.items[0].is_mask else self._pictures)
+
+    def _texts(self, texts: Sequence[Text]) -> list[Tensors]:
+        dtype = getattr(torch, self.job.config.stored_text_dtype)
+        encoded = self.family.encode_texts(self.component, [text.caption for text in texts])
+        return [
+            {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in item.items()}
+            for item in encoded
+        ]
+
+    def _pictures(self, pixels_BHWC: torch.Tensor) -> list[Tensors]:
+        dtype = getattr(torch, self.job.config.latents_dtype)
+        pixels_BCHW = pixels_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        mean, std = self.family.encode_images(self.component, pixels_BCHW)
+        return [{"mean": one_mean, "std": one_std} for one_mean, one_std in zip(mean.to(dtype), std.to(dtype), strict=True)]
+
+    def _masks(self, pixels_BHWC: torch.Tensor) -> list[Tensors]:
+        dtype = getattr(torch, self.job.config.latents_dtype)
+        masks_BHW = pixels_BHWC[..., 0].float() / 255.0
+        cells_Bhw = torch.nn.functional.avg_pool2d(masks_BHW, self.family.geometry.factor)
+        return [{"mask": cells} for cells in cells_Bhw.to(dtype)]
+
+    def _halving(self, key: tuple[int, ...], batch: Any, encode: Callable[[Any], list[Tensors]]) -> list[Tensors]:
+        """Encode a batch, in halves of halves once the device is out of memory; batches of this size stay halved."""
+        encoded: list[Tensors] = []
+        while len(encoded) < len(batch):
+            size = min(self.limits.get(key, len(batch)), len(batch) - len(encoded))
+            try:
+                encoded += encode(batch[len(encoded) : len(encoded) + size])
+                continue
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            free_memory()
+            if size == 1:
+                raise EnvironmentFault(
+                    f"{self.device} is out of memory encoding one {self._describe(key)}: {reason}. Close what else uses it, "
+                    f"set cache.vae_dtype or cache.text_dtype to bfloat16, or cache.device to cpu. Finished shards are kept."
+                )
+            self.limits[key] = size // 2
+            LOGGER.warning("%s is out of memory with %d x %s: going on with %d at a time", self.device, size,
+                           self._describe(key), size // 2)  # fmt: skip
+        return encoded
+
+    @staticmethod
+    def _describe(key: tuple[int, ...]) -> str:
+        return f"image of {key[1]}x{key[0]} px" if len(key) > 1 else "caption"
+
+
+_loaded: dict[str, _Encoder] = {}
+
+
+def release() -> None:
+    """Free the component that this process holds."""
+    _loaded.clear()
+    free_memory()
+
+
+def _encoder(job: Job) -> _Encoder:
+    """The job's component: the one that this process holds, else that one is freed and the job's is loaded."""
+    name = repr(job)
+    if name not in _loaded:
+        release()
+        _loaded[name] = _Encoder.load(job)
+    return _loaded[name]
+
+
+def load(job: Job) -> None:
+    """Load the job's component into this process, where it stays until `release`."""
+    _encoder(job)
+
+
+def encode_unit(job: Job, unit: Unit[Any]) -> Done:
+    """Encode and commit one unit; the component stays in this process for the next."""
+    (done,) = encode_units(job, [unit], lambda *_: None)
+    return done
+
+
+def encode_units(job: Job, units: Iterable[Unit[Any]], advance: Advance) -> Iterator[Done]:
+    """Encode and commit units, one after another; the next one is under way while one is written.
+
+    Raises:
+        CacheError: the stored precision cannot hold a value.
+        DatasetError: a prepared shard is damaged.
+        EnvironmentFault: the device has no memory for a single item.
+    """
+    encoder = _encoder(job)
+    copies = _Copies(encoder.device)
+    listed = list(units)
+    by_number = {unit.number: unit for unit in listed}
+    finished: deque[Future[Done]] = deque()
+    gathered: dict[str, Tensors] = {}
+    left = {unit.number: len(unit.items) for unit in listed}
+    with ThreadPoolExecutor(1, "ftk-writer") as writer:
+        for batch in _batches(encoder, listed):
+            tensors = copies.to_host(encoder.encode(copies.to_device(batch)))
+            gathered |= {item.id: one for item, one in zip(batch.items, tensors, strict=True)}
+            advance(len(batch.items), human_bytes(memory_bytes(encoder.device)))
+            left[batch.unit] -= len(batch.items)
+            if not left[batch.unit]:
+                finished.append(writer.submit(_write, job, by_number[batch.unit], gathered, copies.event()))
+                gathered = {}
+            while finished and (len(finished) > _SHARDS_IN_WRITING or finished[0].done()):
+                yield finished.popleft().result()
+        while finished:
+            yield finished.popleft().result()
+
+
+def _write(job: Job, unit: Unit[Any], gathered: dict[str, Tensors], copied: "torch.cuda.Event | None") -> Done:
+    if copied is not None:
+        copied.synchronize()
+    items = []
+    for item in unit.items:
+        _refuse_infinite(job, item, gathered[item.id])
+        # clone: a view would be saved with its whole batch
+        items.append((item.id, {name: tensor.clone() for name, tensor in gathered.pop(item.id).items()}))
+    receipt = shards.write(job.folder, items)
+    return Done(
+        unit=unit.number, num_items=len(items), num_bytes=receipt.bytes, peak_memory_bytes=memory_bytes(job.device, peak=True)
+    )
+
+
+def _refuse_infinite(job: Job, item: Any, tensors: Tensors) -> None:
+    if all(torch.isfinite(tensor).all() for tensor in tensors.values() if tensor.is_floating_point()):
+        return
+    if isinstance(item, Text):
+        what, setting, dtype = f"caption {item.caption[:60]!r}", "text_stored", job.config.stored_text_dtype
+    else:
+        what, setting, dtype = f"sample {item.key}", "latents_dtype", job.config.latents_dtype
+    raise CacheError(
+        f"The encoder gave values that {dtype} cannot hold, or that are no numbers, for {what}. Set cache.{setting}: float32, "
+        f"and compute in float32 too if that is not enough."
+    )
+
+
+def _batches(encoder: _Encoder, units: Sequence[Unit[Any]]) -> Iterator[_Batch]:
+    """Batches in the order of the units, made ready ahead of time."""
+    if encoder.job.kind == "texts":
+        with ThreadPoolExecutor(1, "ftk-tokenizer") as pool:
+            for batches in _mapped(pool, lambda unit: _text_batches(encoder, unit), units, 1):
+                yield from batches
+        return
+    dataset = PreparedDataset.open(encoder.job.prepared)
+    planned = [(unit.number, items) for unit in units for items in _picture_batches(encoder, unit)]
+    tasks = ((dataset, picture) for _, items in planned for picture in items)
+    workers = default_workers(encoder.job.workers)
+    largest = max((len(items) for _, items in planned), default=0)
+    with ThreadPoolExecutor(workers, "ftk-decoder") as pool:
+        decoded = _mapped(pool, _decode, tasks, workers + _BATCHES_AHEAD * largest)
+        for number, items in planned:
+            pixels_BHWC = torch.from_numpy(np.stack(list(itertools.islice(decoded, len(items)))))
+            yield _Batch(number, items, pixels_BHWC)
+
+
+def _picture_batches(encoder: _Encoder, unit: Unit[Picture]) -> list[Sequence[Picture]]:
+    """Pictures of one size and kind together, as many as the memory allows."""
+    groups: dict[tuple[int, int, bool], list[Picture]] = {}
+    for picture in unit.items:
+        groups.setdefault((picture.height, picture.width, picture.is_mask), []).append(picture)
+    batches: list[Sequence[Picture]] = []
+    for (height, width, _), pictures in groups.items():
+        size = encoder.job.config.image_batch
+        if size is None:
+            fitting = encoder.job.memory_bytes // encoder.family.image_memory(encoder.component, height, width)
+            size = max(1, min(_MAX_BATCH, int(fitting)))
+        batches += [pictures[start : start + size] for start in range(0, len(pictures), size)]
+    return batches
+
+
+def _text_batches(encoder: _Encoder, unit: Unit[Text]) -> list[_Batch]:
+    """Captions of like length together: a batch is as long as its longest."""
+    lengths = encoder.family.text_lengths(encoder.component, [text.caption for text in unit.items])
+    ordered = sorted(zip(lengths, unit.items, strict=True), key=lambda pair: (pair[0], pair[1].id))
+    batches: list[_Batch] = []
+    batch: list[Text] = []
+    for length, text in ordered:
+        most = encoder.job.config.text_batch
+        if most is None:
+            fitting = encoder.job.memory_bytes // encoder.family.text_memory(encoder.component, length)
+            most = max(1, min(_MAX_BATCH, int(fitting)))
+        if len(batch) >= most:
+            batches.append(_Batch(unit.number, tuple(batch)))
+            batch = []
+        batch.append(text)
+    return [*batches, _Batch(unit.number, tuple(batch))]
+
+
+def _mapped(
+    pool: ThreadPoolExecutor, function: Callable[[Argument], Result], arguments: Iterable[Argument], ahead: int
+) -> Iterator[Result]:
+    """As `pool.map`, with at most `ahead` results waiting."""
+    waiting: deque[Future[Result]] = deque()
+    iterator = iter(arguments)
+    try:
+        for argument in iterator:
+            waiting.append(pool.submit(function, argument))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _decode(task: tuple[PreparedDataset, Picture]) -> npt.NDArray[np.uint8]:
+    """[H,W,3] of an image, [H,W,1] of a mask, 8 bits."""
+    dataset, picture = task
+    with Image.open(io.BytesIO(dataset.span(picture.shard, picture.key, picture.part).read())) as image:
+        pixels = np.asarray(image.convert("L" if picture.is_mask else "RGB"))
+    return pixels[..., None] if picture.is_mask else pixels
+
+
+class _Copies:
+    """Copies between host and device; on a GPU from pinned memory, on a stream for each direction."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        is_cuda = device.type == "cuda"
+        self._in: torch.cuda.Stream | None = torch.cuda.Stream(device) if is_cuda else None
+        self._out: torch.cuda.Stream | None = torch.cuda.Stream(device) if is_cuda else None
+
+    def to_device(self, batch: _Batch) -> _Batch:
+        """The batch with its pixels on the device; the copy runs beside the encoding of the batch before."""
+        if batch.pixels_BHWC is None:
+            return batch
+        if self._in is None:
+            return _Batch(batch.unit, batch.items, batch.pixels_BHWC.to(self._device))
+        current = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._in):
+            pixels_BHWC = batch.pixels_BHWC.pin_memory().to(self._device, non_blocking=True)
+        current.wait_stream(self._in)
+        pixels_BHWC.record_stream(current)
+        return _Batch(batch.unit, batch.items, pixels_BHWC)
+
+    def to_host(self, items: list[Tensors]) -> list[Tensors]:
+        """The tensors on the host; on a GPU they are only there once `event` has come to pass."""
+        if self._out is None:
+            return [{name: tensor.cpu() for name, tensor in item.items()} for item in items]
+        self._out.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._out):
+            copied = [{name: tensor.to("cpu", non_blocking=True) for name, tensor in item.items()} for item in items]
+        for item in items:
+            for tensor in item.values():
+                tensor.record_stream(self._out)
+        return copied
+
+    def event(self) -> "torch.cuda.Event | None":
+        """Comes to pass when all copies to the host so far are done; None where copies are done at once."""
+        if self._out is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(self._out)
+        return event
+
+
+def speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second that this device does now, by a fifth of a second of matrix products."""
+    side = 1024 if device.type == "cpu" else 4096
+    matrix = torch.ones(side, side, device=device, dtype=dtype)
+    product = matrix @ matrix
+    _wait(device)
+    began, count = time.monotonic(), 0
+    while time.monotonic() - began < _SPEED_SECONDS:
+        torch.mm(matrix, matrix, out=product)
+        _wait(device)
+        count += 1
+    return 2.0 * side**3 * count / (time.monotonic() - began)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the CPU's allocator, had no memory left."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def memory_bytes(device: torch.device, peak: bool = False) -> int:
+    """Memory in use: what torch allocated on a GPU, elsewhere this process's resident set."""
+    return models.memory_bytes(device) if peak or device.type != "cuda" else int(torch.cuda.memory_allocated(device))
+
+
+def free_memory() -> None:
+    """Give back what a dropped component or a failed batch held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

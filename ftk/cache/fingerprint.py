@@ -1,6 +1,8 @@
 """What a cached item depends on, part by part, so that a mismatch can be shown and not only felt."""
 
 import importlib.metadata
+import json
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,29 +11,38 @@ import blake3
 
 from ftk import storage
 from ftk.configs.schema import CacheConfig
+from ftk.errors import ModelError
 from ftk.models.base import Family
 
 Parts = dict[str, Any]
-KINDS = ("latents", "texts")
-
-_BLOCK_BYTES = 1 << 16
-_SAMPLED_BLOCKS = 64
-_HASHED_WHOLE_BYTES = _BLOCK_BYTES * _SAMPLED_BLOCKS
+_SAMPLED, _FULL = "sampled:", "full:"
+_MAX_HEADER_BYTES = 100 << 20
+_BLOCK_BYTES = 4096
 _RELEVANT = frozenset({".safetensors", ".json", ".txt", ".model"})
 _LIBRARIES = {"latents": ("torch", "diffusers"), "texts": ("torch", "transformers", "tokenizers")}
 
 
-def encoder_parts(kind: str, family: Family, config: CacheConfig, directory: Path | None) -> Parts:
-    """The parts of an encoder's fingerprint; `directory` is the model's, or None where its weights are not at hand."""
+def encoder_parts(kind: str, family: Family, config: CacheConfig, directory: Path | None, full: bool | None = None) -> Parts:
+    """The parts of an encoder's fingerprint; `directory` is the model's, or None where its weights are not at hand.
+
+    Args:
+        full: digest all bytes of the weights instead of samples of each tensor; `cache.full_hash` when None.
+    """
     parts: Parts = {"family": family.name, "encoder_version": family.encoder_version}
     if kind == "latents":
         parts |= {"dtype": config.vae_dtype, "stored": config.latents_dtype}
     else:
-        parts |= {"dtype": config.text_dtype, "stored": config.text_dtype, **family.text_options()}
+        parts |= {"dtype": config.text_dtype, "stored": config.stored_text_dtype, **family.text_options()}
     if directory is not None:
         components = family.latent_components if kind == "latents" else family.text_components
-        parts["weights"] = {name: weights_digest(directory / name) for name in components}
+        full = config.full_hash if full is None else full
+        parts["weights"] = {name: weights_digest(directory / name, full) for name in components}
     return parts
+
+
+def is_full(parts: Parts) -> bool:
+    """Whether the weights in these parts were digested whole."""
+    return any(str(digest).startswith(_FULL) for digest in parts.get("weights", {}).values())
 
 
 def with_libraries(kind: str, parts: Parts) -> Parts:
@@ -44,25 +55,40 @@ def of_parts(parts: Parts) -> str:
     return storage.digest(parts, 16)
 
 
-def weights_digest(directory: Path) -> str:
-    """Digest of a component's files: small ones whole; of large ones the size, the head and evenly spaced blocks.
+def weights_digest(directory: Path, full: bool = False) -> str:
+    """BLAKE3 of a component's files: of safetensors files the header and samples of every tensor, of the others all bytes.
 
-    The head of a safetensors file lists every tensor's name, type, shape and place.
+    The samples are the first, middle and last 4 KiB of each tensor: training moves them all, so a fine-tuned or merged model
+    differs from its base. A model of the Hub has the same digest as its copy elsewhere, and a commit that changes no weight
+    leaves it alone. With `full`, every byte of every file.
     """
-    hasher = blake3.blake3()
+    hasher = blake3.blake3(max_threads=blake3.blake3.AUTO)
     for path in sorted(directory.rglob("*")):
         if path.suffix not in _RELEVANT or not path.is_file():
             continue
-        size = path.stat().st_size
-        hasher.update(f"{path.relative_to(directory).as_posix()}\0{size}\0".encode())
-        with path.open("rb") as file:
-            if size <= _HASHED_WHOLE_BYTES:
-                hasher.update(file.read())
-                continue
-            for block in range(_SAMPLED_BLOCKS):
-                file.seek((size - _BLOCK_BYTES) * block // (_SAMPLED_BLOCKS - 1))
-                hasher.update(file.read(_BLOCK_BYTES))
-    return hasher.hexdigest()[:32]
+        hasher.update(f"{path.relative_to(directory).as_posix()}\0{path.stat().st_size}\0".encode())
+        if path.suffix == ".safetensors" and not full:
+            _sample(path, hasher)
+        else:
+            hasher.update_mmap(path)
+    return f"{_FULL if full else _SAMPLED}{hasher.hexdigest()[:32]}"
+
+
+def _sample(path: Path, hasher: blake3.blake3) -> None:
+    with path.open("rb") as file:
+        size = file.read(8)
+        (header_bytes,) = struct.unpack("<Q", size) if len(size) == 8 else (0,)
+        header = file.read(min(header_bytes, _MAX_HEADER_BYTES))
+        hasher.update(size + header)
+        try:
+            tensors = sorted(entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__")
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ModelError(f"{path} is no safetensors file: its header cannot be read. Download the model again.") from None
+        for begin, end in tensors:
+            for place in (begin, (begin + end - _BLOCK_BYTES) // 2, end - _BLOCK_BYTES):
+                start = max(begin, place)
+                file.seek(8 + header_bytes + start)
+                hasher.update(file.read(min(_BLOCK_BYTES, end - start)))
 
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple[str, str, str]]:

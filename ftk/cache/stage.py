@@ -1,31 +1,49 @@
-"""`ftk cache`: encode what is not there yet. The text encoder first, freed, then the VAE; then the view of samples."""
+"""`ftk cache`: encode what is not there yet. The text encoder first, freed, then the VAE; then the view that readers open."""
 
-import gc
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
-from ftk import storage
-from ftk.cache import encode, fingerprint, plan, store
-from ftk.configs.load import workspace_paths
+from ftk import locations, storage
+from ftk.cache import encode, fingerprint, plan, shards, view
+from ftk.cache.encode import Done, Job
+from ftk.cache.shards import KINDS, Damage, Receipt
+from ftk.configs.load import cache_location, default_workers, prepared_path
 from ftk.configs.schema import RunConfig
-from ftk.contracts import CachedSample, SampleRow
+from ftk.contracts import CacheManifest
 from ftk.errors import CacheError, DatasetError
 from ftk.models import base as models
 from ftk.models.base import Family
 from ftk.pipeline.dataset import PreparedDataset, recipe
-from ftk.progress import human_bytes, track
+from ftk.pipeline.engine import WHOLE, Part, map_units
+from ftk.progress import Tracker, human_bytes, track
 
 LOGGER = logging.getLogger("ftk")
+
+_NOUNS = {"latents": "image", "texts": "text"}
+_LISTED = 5
+# For the estimate: encoders reach about half the speed of plain matrix products, and each item has a cost of its own.
+_EFFICIENCY = 0.5
+_SECONDS_AN_ITEM = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheReport:
-    """What `ftk cache` did; `num_bytes` counts every item that the samples' encoders have stored."""
+    """What `ftk cache` did; `num_bytes` counts every item that the samples' encoders have stored.
+
+    Images are pictures of samples, control images and masks. `num_shards_missing` is of a part of a job array that ended
+    before the others: the last one seals the cache. Memory is that of the device; on a CPU the process's.
+    """
 
     num_samples: int
     num_latents_encoded: int
@@ -33,210 +51,335 @@ class CacheReport:
     num_texts_encoded: int
     num_texts_reused: int
     num_texts_truncated: int
+    num_shards_missing: int
+    images_per_second: float
+    texts_per_second: float
+    peak_memory_bytes: int
     num_bytes: int
     directory: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    """What the samples need, and which of it has to be encoded."""
+@dataclass(slots=True, kw_only=True)
+class _Kind:
+    """The work on latents or on texts: what is there, what is damaged, and the units that lack something."""
 
+    kind: str
+    parts: fingerprint.Parts
+    folder: Path
+    found: list[Receipt]
+    damages: list[Damage]
+    differences: list[tuple[str, str, str]]
+    num_needed: int = 0
+    num_missing: int = 0
+    missing_bytes: int = 0
+    units: list[plan.Unit[Any]] = field(default_factory=list)
+    done: list[Done] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Items a second; loading counts only where it happens in other processes."""
+        return sum(done.num_items for done in self.done) / self.seconds if self.seconds else 0.0
+
+    @property
+    def fingerprint(self) -> str:
+        return self.folder.name
+
+    def reasons(self) -> list[str]:
+        """Why what is encoded now was not there."""
+        lines = [f"damaged: {damage}" for damage in self.damages]
+        if self.differences:
+            lines.append(f"the {self.kind} that are there were made by another encoder:")
+            lines += [f"  {part}: expected {expected}, found {found}" for part, expected, found in self.differences]
+        elif self.num_missing and not lines:
+            lines.append("new or edited since the cache was made" if self.found else "nothing is there yet")
+        return lines
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """All of it."""
+
+    config: RunConfig
     family: Family
     model: Path
-    dataset: PreparedDataset
-    rows: list[SampleRow]
-    parts: dict[str, fingerprint.Parts]
-    captions: list[str]
-    images: list[SampleRow]
-    missing_captions: list[str]
-    missing_images: list[SampleRow]
     directory: Path
+    dataset: PreparedDataset
+    captions: pa.ChunkedArray
+    kinds: dict[str, _Kind]
 
-    def folder(self, kind: str) -> Path:
-        return self.directory / kind / fingerprint.of_parts(self.parts[kind])
 
-
-def run(config: RunConfig) -> CacheReport:
+def run(config: RunConfig, part: Part = WHOLE) -> CacheReport:
     """Encode what is missing and rebuild the view; a second run encodes nothing.
 
     Raises:
-        DatasetError: there is no prepared dataset, or it is damaged.
+        DatasetError: there is no prepared dataset, it is damaged, or was made with other settings.
         ModelError: the model's VAE or text encoder cannot be loaded.
+        EnvironmentFault: disk, memory, network, or another writer.
     """
-    directory = workspace_paths(config)[1]
-    with storage.lock(directory):
-        work = _plan(config, directory, damaged="drop")
-        for kind in fingerprint.KINDS:
-            storage.sweep(work.folder(kind))
-        storage.sweep(directory)
-        _encode_texts(config, work)
-        normalisation = _encode_latents(config, work)
-        manifest = _commit_view(config, work, normalisation)
-    opened = store.CacheStore(directory, manifest, [])
-    return CacheReport(
-        num_samples=manifest.num_samples,
-        num_latents_encoded=len(work.missing_images),
-        num_latents_reused=len(work.images) - len(work.missing_images),
-        num_texts_encoded=len(work.missing_captions),
-        num_texts_reused=len(work.captions) - len(work.missing_captions),
-        num_texts_truncated=sum(
-            opened.text_length(plan.text_id(caption)) >= work.family.max_text_tokens for caption in work.captions
-        ),
-        num_bytes=opened.num_bytes(),
-        directory=str(directory),
-    )
+    directory = locations.local_path(cache_location(config))
+    with storage.lock(directory, part.label):
+        work = _plan(config, directory)
+        if part == WHOLE:
+            _sweep(work)
+        for kind in ("texts", "latents"):
+            _announce(work, work.kinds[kind])
+            _encode(work, work.kinds[kind], part)
+        num_left = _look_again(work, part)
+        if num_left:
+            return _report_of_part(work, num_left)
+        manifest, tables = _seal(work)
+    return _report(work, manifest, tables)
 
 
-def dry_run(config: RunConfig) -> dict[str, Any]:
-    """Counts and bytes of what `run` would encode and reuse."""
-    work = _plan(config, workspace_paths(config)[1], damaged="skip")
-    latents, texts = _sizes(config, work)
+def dry_run(config: RunConfig, part: Part = WHOLE) -> dict[str, Any]:
+    """Counts, bytes and time of what `run` would encode, what it would reuse, and why not the rest; writes nothing."""
+    work = _plan(config, locations.local_path(cache_location(config)))
+    latents, texts = work.kinds["latents"], work.kinds["texts"]
     return {
-        "num_samples": len(work.rows),
-        "num_latents_to_encode": len(work.missing_images),
-        "num_latents_reused": len(work.images) - len(work.missing_images),
-        "num_texts_to_encode": len(work.missing_captions),
-        "num_texts_reused": len(work.captions) - len(work.missing_captions),
-        "latent_bytes": sum(latents),
-        "text_bytes_estimated": sum(texts),
+        "num_samples": work.dataset.manifest.num_samples,
+        "num_latents_to_encode": latents.num_missing,
+        "num_latents_reused": latents.num_needed - latents.num_missing,
+        "num_texts_to_encode": texts.num_missing,
+        "num_texts_reused": texts.num_needed - texts.num_missing,
+        "latent_bytes": latents.missing_bytes,
+        "estimated_text_bytes": texts.missing_bytes,
+        "estimated_latents_seconds": _seconds(work, latents),
+        "estimated_texts_seconds": _seconds(work, texts),
+        "num_shards_to_write": sum(part.has(unit.number) for kind in work.kinds.values() for unit in kind.units),
+        "why_latents": latents.reasons(),
+        "why_texts": texts.reasons(),
+        "device": str(models.resolve_device(config.cache.device)),
     }
 
 
-def _plan(config: RunConfig, directory: Path, damaged: Literal["skip", "drop"]) -> _Plan:
+def _plan(config: RunConfig, directory: Path) -> _Work:
     family = models.get(config.model.family)
-    dataset = PreparedDataset.open(workspace_paths(config)[0])
+    dataset = PreparedDataset.open(prepared_path(config))
     differs = fingerprint.differences(recipe(config), dataset.manifest.recipe)
     if differs:
         raise DatasetError(
             f"{dataset.directory} was prepared with other settings:\n{fingerprint.table(differs, 'data.')}\n"
             f"Run `ftk prepare RUN.yaml`: it makes anew what changed."
         )
-    rows = dataset.rows()
-    if not rows:
+    if not dataset.manifest.num_samples:
         raise CacheError(f"{dataset.directory} holds no samples. Run `ftk prepare RUN.yaml` with images that can be used.")
-    unused = sum(row.has_mask or row.num_controls > 0 for row in rows)
-    if unused:
-        LOGGER.warning("%d samples have masks or control images: no method uses them yet, and they are not cached.", unused)
     model = models.locate(config.model, (*family.latent_components, *family.text_components))
-    parts = {
-        kind: fingerprint.with_libraries(kind, fingerprint.encoder_parts(kind, family, config.cache, model))
-        for kind in fingerprint.KINDS
-    }
-    folders = {kind: directory / kind / fingerprint.of_parts(parts[kind]) for kind in fingerprint.KINDS}
-    there = {kind: store.read_index(folder, damaged) for kind, folder in folders.items()}
-    captions = plan.needed_captions(rows, config.sample)
-    images = plan.needed_images(rows)
-    return _Plan(
-        family=family,
-        model=model,
-        dataset=dataset,
-        rows=rows,
-        parts=parts,
-        captions=captions,
-        images=images,
-        missing_captions=[caption for caption in captions if plan.text_id(caption) not in there["texts"]],
-        missing_images=[row for row in images if row.image_id not in there["latents"]],
-        directory=directory,
+    previous = _previous(directory)
+    kinds = {kind: _look(config, family, model, directory, kind, previous) for kind in KINDS}
+    tables = list(dataset.tables())
+    captions = pa.chunked_array([chunk for table in tables for chunk in table["captions"].chunks], pa.list_(pa.string()))
+    work = _Work(
+        config=config, family=family, model=model, directory=directory, dataset=dataset, captions=captions, kinds=kinds
     )
-
-
-def _sizes(config: RunConfig, work: _Plan) -> tuple[list[int], list[int]]:
     itemsize = getattr(torch, config.cache.latents_dtype).itemsize
-    latents = [plan.latent_bytes(row, work.family.geometry, itemsize) for row in work.missing_images]
-    texts = [plan.text_bytes(caption, work.family.text_token_bytes) for caption in work.missing_captions]
-    return latents, texts
+    _cut(work, "latents", plan.needed_pictures(tables), lambda item: plan.picture_bytes(item, family.geometry, itemsize))
+    _cut(work, "texts", plan.needed_texts(captions, config.sample), lambda item: plan.text_bytes(item, family.text_token_bytes))
+    return work
 
 
-def _encode_texts(config: RunConfig, work: _Plan) -> None:
-    if not work.missing_captions:
+def _previous(directory: Path) -> CacheManifest | None:
+    """The manifest that is there; a damaged one is said and made anew, one of a newer ftk is left alone."""
+    try:
+        return view.read_manifest(directory)
+    except view.NewerCacheError:
+        raise
+    except CacheError as error:
+        LOGGER.warning("%s", error)
+        return None
+
+
+def _look(config: RunConfig, family: Family, model: Path, directory: Path, kind: str, previous: CacheManifest | None) -> _Kind:
+    parts = fingerprint.with_libraries(kind, fingerprint.encoder_parts(kind, family, config.cache, model))
+    folder = directory / kind / fingerprint.of_parts(parts)
+    known = view.receipt_digests(directory, previous) if previous else {}
+    found, damages = shards.receipts(folder, known)
+    differences = fingerprint.differences(parts, previous.encoders[kind]) if previous else []
+    return _Kind(kind=kind, parts=parts, folder=folder, found=found, damages=damages, differences=differences)
+
+
+def _cut(work: _Work, kind: str, needed: Iterable[Any], size: Callable[[Any], int]) -> None:
+    """Find the units that lack something, and count."""
+    one = work.kinds[kind]
+
+    def counted() -> Iterator[Any]:
+        for item in needed:
+            one.num_needed += 1
+            yield item
+
+    there = {item for receipt in one.found for item in receipt.items["id"].to_pylist()}
+    one.units = list(plan.units(counted(), size, work.config.cache.shard_bytes, there))
+    one.num_missing = sum(len(unit.items) for unit in one.units)
+    one.missing_bytes = sum(size(item) for unit in one.units for item in unit.items)
+
+
+def _sweep(work: _Work) -> None:
+    """Remove what killed runs left behind, and the receipts of damaged shards, so that these are encoded again."""
+    for folder in (work.directory, work.directory / "view", *(kind.folder for kind in work.kinds.values())):
+        storage.sweep(folder)
+    for kind in work.kinds.values():
+        for damage in kind.damages:
+            shards.drop(kind.folder, Path(damage.shard).name)
+
+
+def _announce(work: _Work, kind: _Kind) -> None:
+    num_reused = kind.num_needed - kind.num_missing
+    cost = ""
+    if kind.num_missing:
+        clock = time.strftime("%H:%M:%S", time.gmtime(_seconds(work, kind)))
+        cost = f" (about {human_bytes(kind.missing_bytes)} in {len(kind.units)} shards, {clock} a device)"
+    LOGGER.info("%s: %d to encode%s, %d reused", kind.kind, kind.num_missing, cost, num_reused)
+    reasons = kind.reasons() if num_reused or kind.differences or kind.damages else []
+    for line in reasons[:_LISTED]:
+        LOGGER.info("  %s", line)
+    if len(reasons) > _LISTED:
+        LOGGER.info("  and %d more", len(reasons) - _LISTED)
+
+
+def _seconds(work: _Work, kind: _Kind) -> float:
+    """About how long one device takes for what is missing: its speed now, and the work as the family counts it."""
+    if not kind.num_missing:
+        return 0.0
+    family, config = work.family, work.config.cache
+    sizes: Counter[tuple[int, ...]] = Counter()
+    for unit in kind.units:
+        for item in unit.items:
+            tokens = plan.text_bytes(item, 1) if isinstance(item, plan.Text) else 0
+            sizes[(tokens,) if tokens else (item.height, item.width)] += 1
+    flops = sum(
+        count * (family.image_flops(work.model, *size) if len(size) == 2 else family.text_flops(work.model, *size))
+        for size, count in sizes.items()
+    )
+    dtype = getattr(torch, config.vae_dtype if kind.kind == "latents" else config.text_dtype)
+    speed = encode.speed(models.resolve_device(config.device), dtype)
+    return flops / (_EFFICIENCY * speed) + _SECONDS_AN_ITEM * kind.num_missing
+
+
+def _encode(work: _Work, kind: _Kind, part: Part) -> None:
+    """Encode and commit the part's units that lack something."""
+    mine = [unit for unit in kind.units if part.has(unit.number)]
+    if not mine:
         return
-    device, dtype = models.resolve_device(config.cache.device), getattr(torch, config.cache.text_dtype)
-    _log_reuse("texts", len(work.captions), len(work.missing_captions), sum(_sizes(config, work)[1]), device)
-    encoder = work.family.load_text_encoder(work.model, dtype, device)
-    folder = work.folder("texts")
-    units = plan.cut(
-        work.missing_captions,
-        lambda caption: plan.text_bytes(caption, work.family.text_token_bytes),
-        config.cache.shard_bytes,
-        store.next_number(folder),
+    config = work.config.cache
+    processes = _processes(config.processes, config.device)
+    job = Job(
+        kind=kind.kind,
+        family=work.family.name,
+        model=work.model.resolve(),
+        folder=kind.folder.resolve(),
+        prepared=work.dataset.directory.resolve(),
+        config=config,
+        workers=max(1, default_workers(work.config.data.workers) // processes),
     )
-    with track("texts", len(work.missing_captions), "text") as progress:
-        for unit in units:
-            items = encode.encode_texts(unit, work.family, encoder, dtype, config.cache.text_batch, progress.advance)
-            store.write_shard(folder, unit.number, items)
-    del encoder
-    free_memory()
+    if config.engine == "local" and processes == 1:
+        encode.load(job)
+    began = time.monotonic()
+    with track(kind.kind, sum(len(unit.items) for unit in mine), _NOUNS[kind.kind]) as progress:
+        kind.done += list(_done(job, mine, processes, progress))
+    kind.seconds = time.monotonic() - began
+    encode.release()
 
 
-def _encode_latents(config: RunConfig, work: _Plan) -> dict[str, Any]:
-    """Encode the missing images; returns the normalisation that the latents carry."""
-    device = models.resolve_device(config.cache.device)
-    manifest = store.read_manifest(work.directory)
-    if not work.missing_images and manifest and manifest.latents_fingerprint == work.folder("latents").name:
-        return manifest.normalisation
-    vae = work.family.load_vae(work.model, getattr(torch, config.cache.vae_dtype), device)
-    normalisation = work.family.normalisation(vae)
-    if work.missing_images:
-        _log_reuse("latents", len(work.images), len(work.missing_images), sum(_sizes(config, work)[0]), device)
-        _encode_images(config, work, vae)
-    del vae
-    free_memory()
-    return normalisation
+def _done(job: Job, units: Sequence[plan.Unit[Any]], processes: int, progress: Tracker) -> Iterator[Done]:
+    if job.config.engine == "local" and processes == 1:
+        yield from encode.encode_units(job, units, progress.advance)
+        return
+    encode_one = partial(encode.encode_unit, job)
+    gpu = job.config.device in ("auto", "cuda")
+    for done in map_units(job.config.engine, encode_one, units, workers=job.workers, processes=processes, gpu=gpu):
+        progress.advance(done.num_items, human_bytes(done.peak_memory_bytes))
+        yield done
 
 
-def _encode_images(config: RunConfig, work: _Plan, vae: Any) -> None:
-    folder, dtype = work.folder("latents"), getattr(torch, config.cache.latents_dtype)
-    units = plan.cut(
-        work.missing_images,
-        lambda row: plan.latent_bytes(row, work.family.geometry, dtype.itemsize),
-        config.cache.shard_bytes,
-        store.next_number(folder),
+def _processes(configured: int, device: str) -> int:
+    """`cache.processes`, where 0 means one a GPU."""
+    if configured:
+        return configured
+    return torch.cuda.device_count() if models.resolve_device(device).type == "cuda" else 1
+
+
+def _look_again(work: _Work, part: Part) -> int:
+    """Read the receipts once more, those of other parts too; returns how many units still lack something."""
+    num_left = 0
+    for kind in work.kinds.values():
+        if part != WHOLE or kind.done:
+            kind.found, kind.damages = shards.receipts(kind.folder, {})
+        there = {item for receipt in kind.found for item in receipt.items["id"].to_pylist()} if kind.units else set()
+        num_left += sum(any(item.id not in there for item in unit.items) for unit in kind.units)
+    return num_left
+
+
+def _seal(work: _Work) -> tuple[CacheManifest, dict[str, pa.Table]]:
+    """Commit the view of everything that is there, for these samples."""
+    tables = view.merged({(name, kind.fingerprint): kind.found for name, kind in work.kinds.items()})
+    tables["samples"] = _samples(work, tables["texts"])
+    latents, texts = work.kinds["latents"], work.kinds["texts"]
+    facts = {
+        "family": work.family.name,
+        "latents_fingerprint": latents.fingerprint,
+        "texts_fingerprint": texts.fingerprint,
+        "encoders": {name: kind.parts for name, kind in work.kinds.items()},
+        "normalisation": work.family.normalisation(work.model),
+        "prepared_fingerprint": work.dataset.manifest.fingerprint,
+        "prepared_recipe": work.dataset.manifest.recipe,
+        "empty_text": plan.text_id(""),
+        "prompts": {prompt: plan.text_id(prompt) for prompt in plan.prompts(work.config.sample)},
+    }
+    return view.commit(work.directory, tables, facts), tables
+
+
+def _samples(work: _Work, texts: pa.Table) -> pa.Table:
+    """The samples' table, from the prepared dataset's columns."""
+    captions = work.captions.combine_chunks()
+    flat = captions.flatten().dictionary_encode()
+    ids = pa.array([plan.text_id(caption) for caption in flat.dictionary.to_pylist()], pa.string())
+    rows = pc.index_in(ids, value_set=texts["id"].combine_chunks())
+    lengths = texts["length"].combine_chunks().take(rows)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(captions.value_lengths().to_numpy())]), pa.int32())
+    table = pa.concat_tables(list(work.dataset.tables()))
+    columns = {
+        "latents": table["image_id"],
+        "controls": table["control_ids"],
+        "mask": table["mask_id"],
+        "texts": pa.ListArray.from_arrays(offsets, ids.take(flat.indices)),
+        "text_lengths": pa.ListArray.from_arrays(offsets, lengths.take(flat.indices)),
+    }
+    return pa.table(
+        [columns.get(entry.name, table[entry.name] if entry.name not in columns else None) for entry in view.SAMPLE_SCHEMA],
+        schema=view.SAMPLE_SCHEMA,
     )
-    with track("latents", len(work.missing_images), "image") as progress:
-        for unit in units:
-            items = encode.encode_latents(
-                unit, work.dataset, work.family, vae, dtype, config.cache.image_batch, progress.advance
-            )
-            store.write_shard(folder, unit.number, items)
 
 
-def _commit_view(config: RunConfig, work: _Plan, normalisation: dict[str, Any]) -> Any:
-    samples = [
-        CachedSample(
-            key=row.key,
-            latents=row.image_id,
-            texts=[plan.text_id(caption) for caption in row.captions],
-            bucket_width=row.bucket_width,
-            bucket_height=row.bucket_height,
-            repeats=row.repeats,
-            role=row.role,
-        )
-        for row in work.rows
-    ]
-    prompts: Sequence[str] = [*config.sample.prompts, config.sample.negative_prompt] if config.sample.prompts else ()
-    return store.commit_samples(
-        work.directory,
-        samples,
-        {
-            "family": work.family.name,
-            "latents_fingerprint": work.folder("latents").name,
-            "texts_fingerprint": work.folder("texts").name,
-            "encoders": work.parts,
-            "normalisation": normalisation,
-            "prepared_fingerprint": work.dataset.manifest.fingerprint,
-            "prepared_recipe": work.dataset.manifest.recipe,
-            "empty_text": plan.text_id(""),
-            "prompts": {prompt: plan.text_id(prompt) for prompt in prompts},
-        },
+def _report_of_part(work: _Work, num_left: int) -> CacheReport:
+    LOGGER.info("%d shards are other parts' to make, or not done there yet: the last part to end seals the cache.", num_left)
+    return _summary(work, num_shards_missing=num_left, num_texts_truncated=0, num_bytes=sum(
+        done.num_bytes for kind in work.kinds.values() for done in kind.done
+    ))  # fmt: skip
+
+
+def _report(work: _Work, manifest: CacheManifest, tables: dict[str, pa.Table]) -> CacheReport:
+    needed = pc.is_in(tables["texts"]["id"], value_set=_all_texts(work, manifest, tables))
+    cut = pc.and_(needed, pc.greater_equal(tables["texts"]["length"], work.family.max_text_tokens))
+    num_bytes = sum(int(pc.sum(tables[kind]["bytes"]).as_py() or 0) for kind in KINDS)
+    return _summary(work, num_shards_missing=0, num_texts_truncated=int(pc.sum(cut).as_py() or 0), num_bytes=num_bytes)
+
+
+def _all_texts(work: _Work, manifest: CacheManifest, tables: dict[str, pa.Table]) -> pa.Array:
+    others = pa.array([manifest.empty_text, *manifest.prompts.values()], pa.string())
+    return pa.concat_arrays([pc.unique(pc.list_flatten(tables["samples"]["texts"])), others])
+
+
+def _summary(work: _Work, **counts: int) -> CacheReport:
+    latents, texts = work.kinds["latents"], work.kinds["texts"]
+    return CacheReport(
+        num_samples=work.dataset.manifest.num_samples,
+        num_latents_encoded=sum(done.num_items for done in latents.done),
+        num_latents_reused=latents.num_needed - latents.num_missing,
+        num_texts_encoded=sum(done.num_items for done in texts.done),
+        num_texts_reused=texts.num_needed - texts.num_missing,
+        images_per_second=latents.rate,
+        texts_per_second=texts.rate,
+        peak_memory_bytes=max((done.peak_memory_bytes for kind in work.kinds.values() for done in kind.done), default=0),
+        directory=str(work.directory),
+        **counts,
     )
-
-
-def _log_reuse(kind: str, total: int, missing: int, num_bytes: int, device: torch.device) -> None:
-    LOGGER.info("%s: %d to encode on %s (about %s), %d reused", kind, missing, device, human_bytes(num_bytes), total - missing)
-
-
-def free_memory() -> None:
-    """Give back what the component that was just dropped held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,239 +1,383 @@
-"""The cache on disk: shards of safetensors with a Parquet index each, written once, and the one reader training uses.
+"""The one reader of a cache. Items are mapped from their shards and checked on their first use; threads may share a store.
 
-A shard counts once its index is there: the index is committed after the shard and holds the shard's size and BLAKE3 and
-an XXH3 for each item. Everything is named relative to the cache's directory, so a cache can be moved or copied.
+Shape legend: C latent channels, h w latent cells, L text tokens, D text width.
 """
 
-import logging
+import os
 import threading
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Protocol
 
-import blake3
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
-from ftk import storage
-from ftk.contracts import CACHE_SCHEMA, CachedSample, CacheManifest
+from ftk import locations, storage
+from ftk.cache import fetch, shards, view
+from ftk.contracts import CachedSample, CacheManifest
 from ftk.errors import CacheError
 
-LOGGER = logging.getLogger("ftk")
+_OPEN_TRIES = 3
+_LISTED = 10
+_ADVICE = "Run `ftk verify` on this cache, then `ftk cache RUN.yaml`: it encodes damaged shards again and keeps the rest."
+# As safetensors names them in a header.
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+           "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}  # fmt: skip
 
-MANIFEST = "cache.json"
-SAMPLES = "samples.parquet"
-_INDEX_SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string()),
-        pa.field("tensors", pa.list_(pa.string())),
-        pa.field("length", pa.int32()),
-        pa.field("bytes", pa.int64()),
-        pa.field("checksum", pa.string()),
-    ]
-)
-_SAMPLE_SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.string()),
-        pa.field("latents", pa.string()),
-        pa.field("texts", pa.list_(pa.string())),
-        pa.field("bucket_width", pa.int32()),
-        pa.field("bucket_height", pa.int32()),
-        pa.field("repeats", pa.int32()),
-        pa.field("role", pa.string()),
-    ]
-)
+Rows = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """Where one item lies. `length` is the first dimension of its first tensor: for texts, the number of tokens."""
+class ShardFiles(Protocol):
+    """Where the shards are: in this machine's file system, or fetched from object storage as they are needed."""
 
-    shard: Path
-    tensors: tuple[str, ...]
-    length: int
-    bytes: int
-    checksum: str
+    on_removed: Callable[[int], None]
+    """Called with each shard whose file is removed to make room for others."""
+    max_open: int
+    """Shards that a reader may keep open."""
 
+    def path(self, shard: int) -> Path:
+        """A local file with the shard of this row of the shards' table."""
 
-def write_shard(directory: Path, number: int, items: list[tuple[str, dict[str, torch.Tensor]]]) -> int:
-    """Commit one shard, then the index that makes it count; returns the shard's bytes."""
-    tensors = {f"{item}.{name}": tensor.contiguous() for item, parts in items for name, tensor in parts.items()}
-    payload = save(tensors)
-    rows = [
-        {
-            "id": item,
-            "tensors": sorted(parts),
-            "length": parts[min(parts)].shape[0],
-            "bytes": sum(tensor.nbytes for tensor in parts.values()),
-            "checksum": _checksum(parts),
-        }
-        for item, parts in items
-    ]
-    receipt = {"shard_bytes": str(len(payload)), "shard_blake3": blake3.blake3(payload).hexdigest()}
-    table = pa.Table.from_pylist(rows, schema=_INDEX_SCHEMA.with_metadata(receipt))
-    storage.commit_bytes(directory / f"{number:05d}.safetensors", payload)
-    storage.commit_table(directory / f"{number:05d}.parquet", table)
-    return len(payload)
+    def used(self, shard: int) -> None:
+        """The shard is used now."""
+
+    def advice(self, path: Path) -> str:
+        """What a user does about a damaged file."""
+
+    def ahead(self, wanted: Sequence[int]) -> None:
+        """These shards will be needed soon, in this order."""
+
+    def close(self) -> None:
+        """Stop what is under way."""
 
 
-def read_index(directory: Path, damaged: Literal["raise", "skip", "drop"] = "raise") -> dict[str, Entry]:
-    """Every item of one fingerprint's folder.
+class LocalShards:
+    """Shards in the cache's own directory."""
 
-    Args:
-        damaged: what becomes of a shard that is not the one its index was written for, or of an index that cannot be read:
-            raise `CacheError`, skip its items, or drop its index as well, so that its items are encoded again.
-    """
-    entries: dict[str, Entry] = {}
-    for index in sorted(directory.glob("[0-9]*.parquet")):
-        try:
-            entries |= _read_one_index(index)
-        except CacheError as error:
-            if damaged == "raise":
-                raise
-            LOGGER.warning("%s", error)
-            if damaged == "drop":
-                index.unlink()
-    return entries
+    max_open = 4096
+
+    def __init__(self, directory: Path, table: pa.Table) -> None:
+        self.on_removed: Callable[[int], None] = lambda _: None
+        self.directory = directory
+        self.table = table
+
+    def path(self, shard: int) -> Path:
+        """Where the shard lies."""
+        kind, fingerprint, name = (str(self.table[column][shard]) for column in ("kind", "fingerprint", "name"))
+        return self.directory / kind / fingerprint / f"{name}{shards.SHARD}"
+
+    def used(self, shard: int) -> None:
+        """Nothing to note."""
+
+    def advice(self, path: Path) -> str:
+        """Set aside, then encode again."""
+        return _ADVICE
+
+    def ahead(self, wanted: Sequence[int]) -> None:
+        """Nothing to fetch."""
+
+    def close(self) -> None:
+        """Nothing is under way."""
+
+    def damages(self) -> list[shards.Damage]:
+        """Shards whose file is missing or of another size, without opening any."""
+        found = []
+        for shard, expected in enumerate(self.table["bytes"].to_pylist()):
+            path = self.path(shard)
+            try:
+                size = f"{os.stat(path).st_size:,} bytes"  # noqa: PTH116 - thousands of shards: half the time of Path.stat
+            except FileNotFoundError:
+                size = "it was set aside by `ftk verify`" if shards.aside(path).exists() else "no file"
+            if size != f"{expected:,} bytes":
+                found.append(shards.Damage(path=str(path), problem="size", expected=f"{expected:,} bytes", found=size))
+        return found
 
 
-def _read_one_index(index: Path) -> dict[str, Entry]:
-    shard = index.with_suffix(".safetensors")
-    advice = "`ftk cache RUN.yaml` encodes that shard's items again."
-    try:
-        table = storage.read_table(index)
-    except (pa.ArrowException, OSError) as error:
-        raise CacheError(f"{index} is damaged: {error}. {advice}") from None
-    expected = int((table.schema.metadata or {}).get(b"shard_bytes", b"-1"))
-    found = shard.stat().st_size if shard.exists() else None
-    if found != expected:
-        size = "no file" if found is None else f"{found:,}"
-        raise CacheError(f"{shard} is damaged: expected {expected:,} bytes, found {size}. {advice}")
-    return {
-        row["id"]: Entry(
-            shard=shard,
-            tensors=tuple(row["tensors"]),
-            length=row["length"],
-            bytes=row["bytes"],
-            checksum=row["checksum"],
+class _Mapped:
+    """A shard read through mmap: tensors are views of the file's pages."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: Any = safe_open(str(path), framework="pt")
+
+    def tensor(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
+
+
+class _Positioned:
+    """A shard read with `pread`: where files can vanish under a reader, a mapped one would kill the process."""
+
+    def __init__(self, path: Path) -> None:
+        self._header, self._start = shards.read_header(path)
+        self._file = path.open("rb", buffering=0)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        entry = self._header[name]
+        begin, end = entry["data_offsets"]
+        data = torch.empty(end - begin, dtype=torch.uint8)
+        left = memoryview(data.numpy())
+        while left:
+            count = os.preadv(self._file.fileno(), [left], self._start + end - len(left))
+            if not count:
+                raise OSError(f"it ends within {name}")
+            left = left[count:]
+        return data.view(getattr(torch, _DTYPES[entry["dtype"]])).reshape(entry["shape"])
+
+
+@dataclass(slots=True)
+class _Items:
+    """All items of one kind, by row; `checked` are those whose checksum was seen to hold."""
+
+    ids: pa.ChunkedArray
+    tensors: pa.ChunkedArray
+    lengths: Rows
+    shards: Rows
+    checksums: pa.ChunkedArray
+    num_bytes: int
+    checked: npt.NDArray[np.bool_]
+    by_id: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "_Items":
+        return cls(
+            ids=table["id"],
+            tensors=table["tensors"],
+            lengths=table["length"].to_numpy(),
+            shards=table["shard"].to_numpy(),
+            checksums=table["checksum"],
+            num_bytes=int(pc.sum(table["bytes"]).as_py() or 0),
+            checked=np.zeros(len(table), dtype=np.bool_),
         )
-        for row in table.to_pylist()
-    }
 
+    def rows(self, ids: pa.ChunkedArray | pa.Array) -> Rows:
+        """The row of each id; -1 for those that are not there."""
+        found = pc.fill_null(pc.index_in(ids, value_set=self.ids.combine_chunks()), -1)
+        rows: Rows = found.to_numpy()
+        return rows
 
-def next_number(directory: Path) -> int:
-    """The first shard number above all indexed ones: shards are appended, never rewritten."""
-    numbers = [int(index.stem) for index in directory.glob("[0-9]*.parquet")]
-    return max(numbers, default=-1) + 1
-
-
-def read_manifest(directory: Path) -> CacheManifest | None:
-    """`cache.json`, or None when there is none; `CacheError` when it is damaged or of another version."""
-    path = directory / MANIFEST
-    try:
-        plain = storage.read_json(path)
-        version = plain.get("schema_version")
-        if version == CACHE_SCHEMA:
-            return CacheManifest(**plain)
-    except FileNotFoundError:
-        return None
-    except (ValueError, AttributeError, TypeError) as error:
-        advice = "Delete it and run `ftk cache RUN.yaml`: encoded items are kept."
-        raise CacheError(f"{path} is damaged: {error}. {advice}") from None
-    raise CacheError(f"{path} has schema version {version}; this ftk reads version {CACHE_SCHEMA}. Use a new workspace.")
-
-
-def commit_samples(directory: Path, samples: list[CachedSample], manifest: Mapping[str, Any]) -> CacheManifest:
-    """Swap in the view of samples, then the manifest that names its hash."""
-    path = directory / SAMPLES
-    storage.commit_table(path, pa.Table.from_pylist([asdict(sample) for sample in samples], schema=_SAMPLE_SCHEMA))
-    complete = CacheManifest(
-        schema_version=CACHE_SCHEMA,
-        num_samples=len(samples),
-        samples_blake3=storage.blake3_file(path),
-        **manifest,
-    )
-    storage.commit_json(directory / MANIFEST, complete)
-    return complete
+    def row(self, item: str) -> int:
+        """The row of one id; the first call makes the table for all."""
+        if not self.by_id:
+            self.by_id = {name: row for row, name in enumerate(self.ids.to_pylist())}
+        return self.by_id[item]
 
 
 class CacheStore:
-    """Reads a sealed cache. Items are mapped from their shard and checked against their checksum; threads may share it."""
+    """Reads a sealed cache, by the number of a sample or by the id of an item, each in constant time.
 
-    def __init__(self, directory: Path, manifest: CacheManifest, samples: list[CachedSample]) -> None:
-        self.directory = directory
+    Tensors may be views of a mapped file: copy one before changing it. An item's checksum is compared when the item is read
+    for the first time by this store.
+    """
+
+    def __init__(self, location: str, manifest: CacheManifest, tables: Mapping[str, pa.Table], files: ShardFiles) -> None:
+        self.location = location
         self.manifest = manifest
-        self.samples = samples
-        self._latents = read_index(directory / "latents" / manifest.latents_fingerprint)
-        self._texts = read_index(directory / "texts" / manifest.texts_fingerprint)
-        self._open: dict[Path, Any] = {}
+        self.table: pa.Table = tables["samples"].combine_chunks()
+        """Every sample: the columns of `ftk.contracts.CachedSample`."""
+        self.shard_table = tables["shards"]
+        self._indexes = {kind: tables[kind].combine_chunks() for kind in shards.KINDS}
+        self._items = {kind: _Items.of(table) for kind, table in self._indexes.items()}
+        self._files = files
+        files.on_removed = self._forget
+        self._open: OrderedDict[int, _Mapped | _Positioned] = OrderedDict()
+        self._positioned: dict[Path, bool] = {}
         self._lock = threading.Lock()
+        self._resolve()
 
     @classmethod
-    def open(cls, directory: Path) -> "CacheStore":
-        """Open a cache; `CacheError` names what is missing or damaged.
+    def open(cls, location: str | Path, download: fetch.Download | None = None) -> "CacheStore":
+        """Open the cache in a directory or at an fsspec URL.
 
-        Every item that a sample names must be indexed, so nothing is found missing in the middle of a training.
+        Args:
+            download: where shards of a URL are kept, and how much of them.
+
+        Raises:
+            CacheError: it is missing, unfinished or damaged; a table names every file that differs. Every item that a
+                sample names is there, so nothing is found missing in the middle of a training.
+            EnvironmentFault: object storage cannot be reached.
         """
-        manifest = read_manifest(directory)
-        path = directory / SAMPLES
-        if manifest is None or not path.exists():
-            raise CacheError(f"{directory} holds no finished cache. Run `ftk cache RUN.yaml` first.")
-        if storage.blake3_file(path) != manifest.samples_blake3:
-            raise CacheError(f"{path} is not the one that {MANIFEST} names. Run `ftk cache RUN.yaml`: it rebuilds the view.")
-        samples = [CachedSample(**row) for row in storage.read_table(path).to_pylist()]
-        store = cls(directory, manifest, samples)
-        store._check_complete()
-        return store
+        if locations.is_url(str(location)):
+            return cls(str(location), *fetch.open_remote(str(location), download or fetch.Download()))
+        directory = locations.local_path(str(location))
+        manifest, tables = _read_view(directory)
+        files = LocalShards(directory, tables["shards"])
+        _refuse(directory, files.damages())
+        return cls(str(directory), manifest, tables, files)
 
-    def _check_complete(self) -> None:
-        missing = [s.key for s in self.samples if s.latents not in self._latents or any(t not in self._texts for t in s.texts)]
-        prompts = [text for text in self.manifest.prompts.values() if text not in self._texts]
-        if missing or prompts or self.manifest.empty_text not in self._texts:
-            named = ", ".join(missing[:3]) or "a prompt"
-            raise CacheError(
-                f"{self.directory}: items of {len(missing) or 'some'} samples are not there ({named}). "
-                f"Run `ftk cache RUN.yaml`: it encodes what is missing."
-            )
+    def _resolve(self) -> None:
+        """Turn the ids that samples name into rows, all at once."""
+        latents, texts = self._items["latents"], self._items["texts"]
+        self._latents = latents.rows(self.table["latents"])
+        self._masks = latents.rows(self.table["mask"])
+        self._controls, self._first_control = _flat(self.table["controls"], latents)
+        self._texts, self._first_text = _flat(self.table["texts"], texts)
+        has_mask = pc.not_equal(self.table["mask"], "").to_numpy()
+        missing = {
+            "latents": int((self._latents < 0).sum() + (self._controls < 0).sum() + (self._masks[has_mask] < 0).sum()),
+            "texts": int((self._texts < 0).sum()),
+        }
+        named = pa.array([self.manifest.empty_text, *self.manifest.prompts.values()], pa.string())
+        missing["texts"] += int((texts.rows(named) < 0).sum())
+        if any(missing.values()):
+            listed = ", ".join(f"{count:,} {kind}" for kind, count in missing.items() if count)
+            raise CacheError(f"{self.location}: {listed} that samples name are not there. Run `ftk cache RUN.yaml` again.")
 
-    def latents(self, item: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Posterior (mean, std), each [C,h,w], in the denoiser's normalised space."""
-        tensors = self._read(self._latents[item], item)
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def sample(self, number: int) -> CachedSample:
+        """One row of `table`."""
+        return CachedSample(**{entry.name: self.table[entry.name][number].as_py() for entry in fields(CachedSample)})
+
+    def latents(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior (mean, std) of a sample's image, each [C,h,w], in the denoiser's normalised space."""
+        tensors = self._read("latents", int(self._latents[number]))
         return tensors["mean"], tensors["std"]
 
-    def text(self, item: str) -> dict[str, torch.Tensor]:
-        """The family's tensors of one caption, unpadded."""
-        return self._read(self._texts[item], item)
+    def controls(self, number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Posterior (mean, std) of each of a sample's control images."""
+        rows = self._controls[self._first_control[number] : self._first_control[number + 1]]
+        read = [self._read("latents", int(row)) for row in rows]
+        return [(tensors["mean"], tensors["std"]) for tensors in read]
 
-    def text_length(self, item: str) -> int:
-        """Tokens of one caption."""
-        return self._texts[item].length
+    def mask(self, number: int) -> torch.Tensor | None:
+        """A sample's mask [h,w] in [0, 1], a mean over each latent cell; None when it has none."""
+        row = int(self._masks[number])
+        return None if row < 0 else self._read("latents", row)["mask"]
+
+    def text(self, number: int, caption: int = 0) -> dict[str, torch.Tensor]:
+        """The family's tensors of one of a sample's captions, unpadded; for Qwen-Image `embeds` [L,D]."""
+        return self._read("texts", int(self._texts[self._first_text[number] + caption]))
+
+    def num_texts(self, number: int) -> int:
+        """How many captions a sample has."""
+        return int(self._first_text[number + 1] - self._first_text[number])
+
+    def empty_text(self) -> dict[str, torch.Tensor]:
+        """The empty caption."""
+        return self.item("texts", self.manifest.empty_text)
+
+    def prompt(self, text: str) -> dict[str, torch.Tensor]:
+        """A prompt of the run file; `KeyError` when it is not cached."""
+        return self.item("texts", self.manifest.prompts[text])
+
+    def item(self, kind: str, item: str) -> dict[str, torch.Tensor]:
+        """All tensors of an item of `latents` or `texts`; `KeyError` when there is none."""
+        return self._read(kind, self._items[kind].row(item))
+
+    def index(self, kind: str) -> pa.Table:
+        """Every item of `latents` or `texts`: the columns of `ftk.cache.view.INDEX_SCHEMA`."""
+        return self._indexes[kind]
+
+    def length(self, kind: str, item: str) -> int:
+        """The first dimension of an item's first tensor; of a text its tokens."""
+        items = self._items[kind]
+        return int(items.lengths[items.row(item)])
 
     def num_bytes(self) -> int:
-        """Bytes of every item in the two folders that the manifest names."""
-        return sum(entry.bytes for entries in (self._latents, self._texts) for entry in entries.values())
+        """Bytes of every item of the two kinds."""
+        return sum(items.num_bytes for items in self._items.values())
 
-    def _read(self, entry: Entry, item: str) -> dict[str, torch.Tensor]:
+    def ahead(self, numbers: Iterable[int]) -> None:
+        """These samples will be read soon, in this order: shards that are elsewhere are fetched meanwhile."""
+        wanted: dict[int, None] = {}
+        for number in numbers:
+            texts = self._texts[self._first_text[number] : self._first_text[number + 1]]
+            controls = self._controls[self._first_control[number] : self._first_control[number + 1]]
+            pictures = [self._latents[number], self._masks[number], *controls]
+            wanted |= dict.fromkeys(int(self._items["latents"].shards[row]) for row in pictures if row >= 0)
+            wanted |= dict.fromkeys(int(self._items["texts"].shards[row]) for row in texts)
+        self._files.ahead(list(wanted))
+
+    def close(self) -> None:
+        """Stop fetching, and close the shards."""
+        self._files.close()
+        with self._lock:
+            self._open.clear()
+
+    def _read(self, kind: str, row: int) -> dict[str, torch.Tensor]:
+        items = self._items[kind]
+        item, names = items.ids[row].as_py(), items.tensors[row].as_py().split()
+        number = int(items.shards[row])
         try:
-            with self._lock:
-                if entry.shard not in self._open:
-                    self._open[entry.shard] = safe_open(str(entry.shard), framework="pt")
-                shard = self._open[entry.shard]
-            tensors = {name: shard.get_tensor(f"{item}.{name}") for name in entry.tensors}
-        except (SafetensorError, OSError) as error:
-            raise CacheError(
-                f"{entry.shard} is damaged: {error}. Delete it and run `ftk cache RUN.yaml`: its items are encoded again."
-            ) from None
-        if _checksum(tensors) != entry.checksum:
-            raise CacheError(
-                f"{entry.shard} is damaged: item {item} does not have its checksum. Delete that file and run "
-                f"`ftk cache RUN.yaml`: its items are encoded again."
-            )
+            shard = self._shard(number)
+            tensors = {name: shard.tensor(f"{item}.{name}") for name in names}
+            if not items.checked[row]:
+                if shards.checksum(tensors) != items.checksums[row].as_py():
+                    raise ValueError(f"item {item} does not have its checksum")
+                items.checked[row] = True
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            path = self._files.path(number)
+            raise CacheError(f"{path} is damaged: {error}. {self._files.advice(path)}") from None
         return tensors
 
+    def _shard(self, number: int) -> _Mapped | _Positioned:
+        with self._lock:
+            opened = self._open.get(number)
+            if opened is not None:
+                self._open.move_to_end(number)
+        if opened is None:
+            opened = self._open_shard(number)
+            with self._lock:
+                self._open[number] = opened
+                while len(self._open) > self._files.max_open:
+                    self._open.popitem(last=False)
+        self._files.used(number)
+        return opened
 
-def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    ordered = [tensors[name].contiguous().view(torch.uint8).numpy() for name in sorted(tensors)]
-    return storage.item_checksum(*(memoryview(array).cast("B") if array.size else b"" for array in ordered))
+    def _open_shard(self, number: int) -> _Mapped | _Positioned:
+        expected = self.shard_table["header_blake3"][number].as_py()
+        for attempt in range(1, _OPEN_TRIES + 1):
+            path = self._files.path(number)
+            try:
+                if (found := shards.header_digest(path)) != expected:
+                    raise ValueError(f"its header has the digest {found}, expected {expected}")
+                return _Positioned(path) if self._is_positioned(path.parent) else _Mapped(path)
+            except FileNotFoundError:
+                # Another process that shares the folder has removed it since, to make room.
+                if attempt == _OPEN_TRIES:
+                    raise
+        raise AssertionError
+
+    def _forget(self, number: int) -> None:
+        with self._lock:
+            self._open.pop(number, None)
+
+    def _is_positioned(self, folder: Path) -> bool:
+        if folder not in self._positioned:
+            self._positioned[folder] = storage.is_network(folder)
+        return self._positioned[folder]
+
+
+def _flat(column: pa.ChunkedArray, items: _Items) -> tuple[Rows, npt.NDArray[np.int64]]:
+    """The rows of a column of lists one after another, and where each list begins."""
+    lengths = pc.list_value_length(column).to_numpy()
+    return items.rows(pc.list_flatten(column)), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def _read_view(directory: Path) -> tuple[CacheManifest, dict[str, pa.Table]]:
+    manifest = view.read_manifest(directory)
+    if manifest is None:
+        raise CacheError(f"{directory} holds no finished cache. Run `ftk cache RUN.yaml` first.")
+    try:
+        return manifest, view.read_tables(directory, manifest)
+    except FileNotFoundError:
+        # A new view may have taken the place of this one since the manifest was read.
+        newer = view.read_manifest(directory)
+        if newer is None or newer == manifest:
+            _refuse(directory, view.check(directory, manifest))
+            raise
+        return newer, view.read_tables(directory, newer)
+
+
+def _refuse(directory: Path, damages: list[shards.Damage]) -> None:
+    if damages:
+        lines = "".join(f"\n  {damage}" for damage in damages[:_LISTED])
+        more = f"\n  and {len(damages) - _LISTED:,} more" if len(damages) > _LISTED else ""
+        raise CacheError(f"{directory} is damaged:{lines}{more}\n{_ADVICE}")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ftk.cli import cache, demo, init, inspect, prepare, run, sample, tiny, train
+from ftk.cli import cache, demo, gc, init, inspect, prepare, run, sample, tiny, train, verify
 from ftk.errors import FtkError
 
 LOGGER = logging.getLogger("ftk")
@@ -30,6 +30,8 @@ app.command("run")(run.run)
 app.command("demo")(demo.demo)
 app.command("init")(init.init)
 app.command("inspect")(inspect.inspect)
+app.command("verify")(verify.verify)
+app.command("gc")(gc.gc)
 app.command("tiny")(tiny.tiny)
 
 

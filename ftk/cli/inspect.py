@@ -1,5 +1,7 @@
 """`ftk inspect`."""
 
+import logging
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,188 +10,185 @@ import typer
 from ftk.cli.options import Json, show
 
 if TYPE_CHECKING:
+    from ftk.cache.inspect import Summary as CacheSummary
+    from ftk.cache.store import CacheStore
+    from ftk.pipeline.dataset import PreparedDataset
     from ftk.pipeline.inspect import Summary
 
-_EXAMPLE_CHARS = 120
+LOGGER = logging.getLogger("ftk")
+_CACHE = "cache.json"
+_PAGE = "inspect.html"
+_ADVICE = "Name a prepared dataset, a cache, or the workspace that holds them."
 
 
 def inspect(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A prepared dataset, or the workspace that holds it.", show_default=False)
+        Path, typer.Argument(metavar="DIR", help="A prepared dataset, a cache, or their workspace.", show_default=False)
     ],
-    html: Annotated[bool, typer.Option("--html", help="Write a page with samples, crops and rejects to look at.")] = False,
+    html: Annotated[bool, typer.Option("--html", help="Write a page to look at: samples, crops, rejects; latents.")] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Where --html writes; inspect.html in the dataset by default.")
+        Path | None, typer.Option("--out", metavar="FILE", help="Where --html writes; inspect.html in DIR by default.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="DIR", help="Of a cache: decode some latents with this model's VAE.")
+    ] = None,
+    prepared: Annotated[
+        Path | None, typer.Option("--prepared", metavar="DIR", help="What the cache was made from, unless beside it.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show what a prepared dataset holds: in the terminal, as JSON, or as one HTML page that needs no network."""
-    from ftk import storage
-    from ftk.errors import ConfigError
+    """Show what a prepared dataset or a cache holds: in the terminal, as JSON, or as an HTML page that needs no network."""
+    _check(html, out, model, prepared)
+    found = _find(directory)
+    _check_found(found, out, model)
     from ftk.pipeline.dataset import PreparedDataset
-    from ftk.pipeline.inspect import summarise
-    from ftk.pipeline.inspect_page import page
+
+    dataset = PreparedDataset.open(found.prepared) if found.prepared else None
+    parts: list[_Part] = []
+    store = _open_cache(found.cache) if found.cache else None
+    if dataset is not None:
+        parts.append(_prepared_part(dataset, out or dataset.directory / _PAGE if html else None))
+    if store is not None:
+        sources = _sources(store, prepared, dataset) if model else None
+        parts.append(_cache_part(store, out or Path(store.location) / _PAGE if html else None, model, sources))
+    _show(parts, json)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """The folders to show; at least one."""
+
+    prepared: Path | None
+    cache: Path | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """What is shown of one of them; `page` is the file that was written."""
+
+    summary: "Summary | CacheSummary"
+    page: Path | None
+
+
+def _check(html: bool, out: Path | None, model: Path | None, prepared: Path | None) -> None:
+    from ftk.errors import ConfigError
 
     if out is not None and not html:
         raise ConfigError(f"--out {out}: it says where the page goes. Add --html.")
     if out is not None and out.is_dir():
-        raise ConfigError(f"--out {out} is a folder. Name a file in it, for example {out / 'inspect.html'}.")
-    dataset = PreparedDataset.open(_prepared_directory(directory))
-    if not html:
-        summary = summarise(dataset)
-        if json:
-            show("inspect", summary, as_json=True)
-        else:
-            _print(summary)
-        return
-    summary, data = page(dataset)
-    out = out or dataset.directory / "inspect.html"
-    storage.commit_bytes(out, data)
-    if json:
-        from dataclasses import asdict
-
-        show("inspect", {**asdict(summary), "page": str(out)}, as_json=True)
-    else:
-        typer.echo(out)
+        raise ConfigError(f"--out {out} is a folder. Name a file in it, for example {out / _PAGE}.")
+    if model is not None and not html:
+        raise ConfigError(f"--model {model}: decoded latents are on the page. Add --html.")
+    if prepared is not None and model is None:
+        raise ConfigError(f"--prepared {prepared}: its pictures stand beside decoded latents. Add --html --model DIR.")
 
 
-def _prepared_directory(directory: Path) -> Path:
+def _check_found(found: _Found, out: Path | None, model: Path | None) -> None:
+    from ftk.errors import ConfigError
+
+    if found.cache is None and model is not None:
+        raise ConfigError(f"--model {model}: {found.prepared} is a prepared dataset and has no latents to decode.")
+    if out is not None and found.prepared and found.cache:
+        raise ConfigError(
+            f"--out {out}: there are two pages to write. Name the one to show, {found.prepared} or {found.cache}."
+        )
+
+
+def _find(directory: Path) -> _Found:
     """What to show of a folder: the one place that tells kinds of folders apart."""
+    from ftk.pipeline.dataset import MANIFEST
+
+    is_either = any((directory / name).exists() for name in (MANIFEST, _CACHE))
+    prepared, cache = (directory, directory) if is_either else (directory / "prepared", directory / "cache")
+    has_prepared, has_cache = (prepared / MANIFEST).exists(), (cache / _CACHE).exists()
+    unfinished = next((one for one in (directory, cache) if _is_unfinished_cache(one)), None)
+    if not has_prepared and not has_cache and unfinished is None:
+        _refuse(directory)
+    if has_prepared and unfinished is not None:
+        LOGGER.info("%s is not finished and not shown. Run `ftk cache RUN.yaml`.", unfinished)
+        unfinished = None
+    return _Found(prepared=prepared if has_prepared else None, cache=cache if has_cache else unfinished)
+
+
+def _is_unfinished_cache(directory: Path) -> bool:
+    return not (directory / _CACHE).exists() and any((directory / kind).is_dir() for kind in ("latents", "texts"))
+
+
+def _refuse(directory: Path) -> None:
+    """Say what a folder holds instead."""
     from ftk.errors import ConfigError, DatasetError
     from ftk.pipeline.dataset import MANIFEST
 
-    for candidate in (directory, directory / "prepared"):
-        if (candidate / MANIFEST).exists():
-            return candidate
-    advice = "Name a prepared dataset, or the workspace that holds it."
     if not directory.exists():
-        raise DatasetError(f"{directory} does not exist. {advice}")
+        raise DatasetError(f"{directory} does not exist. {_ADVICE}")
     if not directory.is_dir():
-        raise ConfigError(f"{directory} is a file. {advice}")
+        raise ConfigError(f"{directory} is a file. {_ADVICE}")
     unfinished = next((one for one in (directory, directory / "prepared") if (one / "shards").is_dir()), None)
-    if unfinished and not (unfinished / "cache.json").exists():
+    if unfinished:
         raise DatasetError(f"{unfinished} has shards but no {MANIFEST}: prepare has not ended. Run `ftk prepare RUN.yaml`.")
     names = sorted(path.name for path in directory.iterdir())
     found = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
-    raise DatasetError(f"{directory} is no prepared dataset: it holds {found}, and no {MANIFEST}. {advice}")
+    raise DatasetError(
+        f"{directory} is no prepared dataset and no cache: it holds {found}, and no {MANIFEST} or {_CACHE}. {_ADVICE}"
+    )
 
 
-def _print(summary: "Summary") -> None:
-    from rich.console import Console
+def _open_cache(directory: Path) -> "CacheStore":
+    from ftk.cache.store import CacheStore
 
-    console = Console(highlight=False)
-    for table in (_totals(summary), _buckets(summary), _captions(summary), _sources(summary), _rejects(summary)):
-        if table is not None:
-            console.print(table)
-            console.print()
-    if summary.duplicates:
-        console.print(_duplicates(summary))
-        console.print()
-    console.print(f"To look at the samples: ftk inspect {summary.directory} --html", markup=False, soft_wrap=True)
+    return CacheStore.open(directory)
 
 
-def _table(title: str, *columns: str, header: bool = True) -> Any:
-    """A column called `#NAME` holds numbers."""
-    from rich.table import Table
+def _sources(store: "CacheStore", named: Path | None, shown: "PreparedDataset | None") -> "PreparedDataset | None":
+    """The prepared dataset that a user named, that is shown too, or that lies beside the cache."""
+    from ftk.pipeline.dataset import MANIFEST, PreparedDataset
 
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=header, box=None, padding=(0, 2, 0, 0))
-    for column in columns:
-        is_number = column.startswith("#")
-        table.add_column(column.removeprefix("#"), justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
-    return table
-
-
-def _text(text: str, most: int = _EXAMPLE_CHARS) -> Any:
-    """Names and captions are shown as they are: no markup, no control characters, no line breaks."""
-    from rich.text import Text
-
-    printable = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))
-    return Text(printable if len(printable) <= most else f"{printable[:most]}…")
-
-
-def _totals(summary: "Summary") -> Any:
-    from ftk.progress import human_bytes
-
-    table = _table(summary.directory, "", "", header=False)
-    loss, size = summary.crop_loss, summary.original_megapixels
-    rows = {
-        "inputs": f"{summary.num_inputs:,}",
-        "samples": f"{summary.num_samples:,}",
-        "rejects": f"{summary.num_rejects:,}",
-        "shards": f"{summary.num_shards:,}, {human_bytes(summary.num_bytes)}",
-        "lost to the crop": f"median {loss.median:.1%}, worst {loss.most:.1%} of the pixels" if loss else "-",
-        "megapixels": f"{size.least:.2f} / {size.median:.2f} / {size.most:.2f} of the originals (min, median, max)"
-        if size
-        else "-",
-        "upscaled": f"{summary.num_upscaled:,}",
-        "copied": f"{summary.num_copied:,} as they were",
-        "flipped": f"{summary.num_flipped:,}",
-        "masks, controls": f"{summary.num_masks:,}, {summary.num_controls:,}",
-        "long captions": f"{summary.num_long_captions:,}",
-        "duplicates": f"{summary.num_duplicates:,} equal, {summary.num_near_duplicates:,} look alike",
-    }
-    for label, value in rows.items():
-        table.add_row(label, value)
-    return table
-
-
-def _buckets(summary: "Summary") -> Any:
-    from rich.bar import Bar
-
-    if not summary.buckets:
+    beside = Path(store.location).resolve().parent / "prepared"
+    if named is None and shown is not None:
+        return shown
+    if named is None and not (beside / MANIFEST).exists():
         return None
-    table = _table("buckets", "#size", "#aspect", "#samples", "#share", "")
-    largest = max(bucket.num_samples for bucket in summary.buckets)
-    for bucket in summary.buckets:
-        table.add_row(
-            f"{bucket.width}x{bucket.height}",
-            f"{bucket.width / bucket.height:.2f}",
-            f"{bucket.num_samples:,}",
-            f"{bucket.share:.1%}",
-            Bar(size=largest, begin=0, end=bucket.num_samples, width=24),
-        )
-    return table
+    return PreparedDataset.open(named or beside)
 
 
-def _captions(summary: "Summary") -> Any:
-    captions = summary.captions
-    if captions.characters is None:
-        return None
-    table = _table("captions", "", "", header=False)
-    characters = captions.characters
-    several = ", ".join(f"{number} in {samples:,} samples" for number, samples in captions.captions_a_sample.items())
-    table.add_row("captions", f"{captions.num_captions:,}")
-    table.add_row("a sample", several)
-    lengths = f"{characters.least:,.0f} / {characters.median:,.0f} / {characters.most:,.0f} (min, median, max)"
-    table.add_row("characters", lengths)
-    for position, (tag, number) in enumerate(captions.leading_tags.items()):
-        table.add_row("" if position else "start with", _text(f"{tag} ({number:,})"))
-    return table
+def _prepared_part(dataset: "PreparedDataset", page: Path | None) -> _Part:
+    from ftk import storage
+    from ftk.pipeline import inspect as numbers
+    from ftk.pipeline import inspect_page
+
+    if page is None:
+        return _Part(summary=numbers.summarise(dataset), page=None)
+    summary, data = inspect_page.page(dataset)
+    storage.commit_bytes(page, data)
+    return _Part(summary=summary, page=page)
 
 
-def _sources(summary: "Summary") -> Any:
-    if not summary.sources:
-        return None
-    table = _table("sources", "source", "#samples", "#rejects", "#repeats", "role")
-    for source in summary.sources:
-        repeats = "-" if source.repeats is None else f"{source.repeats:,}"
-        table.add_row(_text(source.name), f"{source.num_samples:,}", f"{source.num_rejects:,}", repeats, source.role or "-")
-    return table
+def _cache_part(store: "CacheStore", page: Path | None, model: Path | None, sources: "PreparedDataset | None") -> _Part:
+    from ftk import storage
+    from ftk.cache import inspect as numbers
+    from ftk.cache import inspect_page
+
+    if page is None:
+        return _Part(summary=numbers.summarise(store), page=None)
+    summary, data = inspect_page.page(store, model, sources)
+    storage.commit_bytes(page, data)
+    return _Part(summary=summary, page=page)
 
 
-def _rejects(summary: "Summary") -> Any:
-    if not summary.rejects:
-        return None
-    table = _table("rejects", "reason", "#inputs", "for example")
-    for group in summary.rejects:
-        for position, example in enumerate(group.examples):
-            labels = ("", "") if position else (group.reason, f"{group.num_inputs:,}")
-            table.add_row(*labels, _text(f"{example['path']}: {example['detail']}"))
-    return table
+def _show(parts: list[_Part], json: bool) -> None:
+    """As JSON the first one's numbers, and the cache's as `cache` where the first one is the prepared dataset."""
+    from ftk.cli import inspect_tables
+    from ftk.pipeline.inspect import Summary
 
-
-def _duplicates(summary: "Summary") -> Any:
-    table = _table("duplicates, for example", "sample", "is like", "#bits that differ")
-    for pair in summary.duplicates:
-        table.add_row(_text(pair["key"]), _text(pair["like"]), "equal file" if pair["bits"] < 0 else f"{pair['bits']} of 64")
-    return table
+    if json:
+        first, *rest = ({**asdict(part.summary), **({"page": str(part.page)} if part.page else {})} for part in parts)
+        plain: dict[str, Any] = {**first, **({"cache": rest[0]} if rest else {})}
+        show("inspect", plain, as_json=True)
+        return
+    for part in parts:
+        if part.page is not None:
+            typer.echo(part.page)
+        elif isinstance(part.summary, Summary):
+            inspect_tables.print_prepared(part.summary)
+        else:
+            inspect_tables.print_cache(part.summary)

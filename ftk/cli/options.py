@@ -36,6 +36,15 @@ def load_config(run_file: Path, overrides: list[str] | None, workspace: str | No
     return config
 
 
+def cache_directory(directory: Path) -> Path:
+    """The cache that a user means by its folder or by the workspace around it."""
+    from ftk import locations
+
+    directory = locations.local_path(str(directory))
+    inner = directory / "cache"
+    return inner if not (directory / "cache.json").exists() and inner.is_dir() else directory
+
+
 def show(title: str, report: Any, as_json: bool) -> None:
     """Render a report: a table for people on stderr's terminal, or one JSON object on stdout."""
     plain = asdict(report) if is_dataclass(report) and not isinstance(report, type) else report

@@ -20,6 +20,7 @@ def prepare(
     """Bucket, resize and crop images into tar shards with tables; every input is a sample or a reject with a reason."""
     config = load_config(run_file, overrides, workspace)
     from ftk.pipeline import stage
+    from ftk.pipeline.engine import Part
 
-    share = stage.Part.parse(part)
+    share = Part.parse(part)
     show("prepare", stage.dry_run(config, share) if dry_run else stage.run(config, share), json)

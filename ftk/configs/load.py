@@ -119,10 +119,19 @@ def default_workers(configured: int) -> int:
     return configured or available
 
 
-def workspace_paths(config: RunConfig) -> tuple[Path, Path, Path]:
-    """Where a run's outputs lie: (prepared, cache, runs/NAME)."""
-    workspace = locations.local_path(config.workspace)
-    return workspace / "prepared", workspace / "cache", workspace / "runs" / config.run
+def prepared_path(config: RunConfig) -> Path:
+    """Where the prepared dataset lies."""
+    return locations.local_path(config.workspace) / "prepared"
+
+
+def cache_location(config: RunConfig) -> str:
+    """Where the cache lies: a folder, or a URL that training reads."""
+    return config.cache.path or str(locations.local_path(config.workspace) / "cache")
+
+
+def run_path(config: RunConfig) -> Path:
+    """Where the run lies."""
+    return locations.local_path(config.workspace) / "runs" / config.run
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -171,19 +171,38 @@ class DataConfig(Section):
 
 
 class CacheConfig(Section):
-    """How images and captions are encoded."""
+    """How images and captions are encoded, and where what was encoded lies."""
 
+    path: str | None = Field(
+        default=None, min_length=1, description="folder of the cache, WORKSPACE/cache by default; training reads URLs too"
+    )
     device: Device = "auto"
     vae_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="precision the VAE computes in")
-    text_dtype: Literal["bfloat16", "float32"] = Field(
-        default="bfloat16", description="precision the text encoder computes and is stored in"
-    )
+    text_dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="precision the text encoder computes in")
     latents_dtype: Literal["float16", "bfloat16", "float32"] = Field(
         default="float16", description="stored precision of normalised latents"
     )
-    image_batch: int = Field(default=1, ge=1, description="images a VAE call")
-    text_batch: int = Field(default=16, ge=1, description="captions a text encoder call")
+    text_stored: Literal["computed", "float16", "bfloat16", "float32"] = Field(
+        default="computed", description="stored precision of texts; as they were computed by default"
+    )
+    memory_gib: float | None = Field(
+        default=None, gt=0, description="working memory of one batch, which sets its size; 8 on a GPU, 1 on a CPU by default"
+    )
+    image_batch: int | None = Field(default=None, ge=1, description="images a VAE call, instead of by memory")
+    text_batch: int | None = Field(default=None, ge=1, description="captions a text encoder call, instead of by memory")
     shard_bytes: int = Field(default=256 << 20, ge=1 << 10, description="bytes a cache shard")
+    engine: Literal["local", "ray"] = Field(default="local", description="where shards are made: processes here, or Ray")
+    processes: int = Field(default=0, ge=0, le=512, description="encoding processes here; 0 means one a GPU")
+    full_hash: bool = Field(
+        default=False, description="know the encoders by all bytes of their weights, not by samples of each tensor"
+    )
+    download_dir: str = Field(default="~/.cache/ftk", min_length=1, description="where shards of a URL are kept")
+    download_gib: float = Field(default=64.0, gt=0, description="how much of them")
+
+    @property
+    def stored_text_dtype(self) -> str:
+        """The precision that texts are stored in."""
+        return self.text_dtype if self.text_stored == "computed" else self.text_stored
 
 
 class MethodConfig(BaseModel):
@@ -241,8 +260,8 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     sigma: SigmaConfig = SigmaConfig()
-    posterior: Literal["sample", "mean"] = Field(
-        default="sample", description="draw latents afresh each epoch, or use the mean"
+    posterior: Literal["sample", "mean", "frozen"] = Field(
+        default="sample", description="draw latents afresh each epoch, use the mean, or one draw for good"
     )
     caption_dropout: float = Field(default=0.0, ge=0, le=1, description="share of samples that train on the empty caption")
     precision: Literal["bf16", "fp32"] = "bf16"

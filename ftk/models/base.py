@@ -9,6 +9,8 @@ D text width.
 import importlib
 import pkgutil
 import re
+import resource
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,13 +74,25 @@ class Family(Protocol):
         """What shapes text embeddings besides the weights (the template): part of the fingerprint."""
 
     def load_vae(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
-        """The VAE alone, frozen."""
+        """The VAE alone, frozen, ready for `encode_images` and `decode`: its own encoding may be replaced by a faster one."""
 
-    def normalisation(self, vae: Any) -> dict[str, Any]:
-        """The constants that `encode_images` applied, for the record in `cache.json`."""
+    def normalisation(self, directory: Path) -> dict[str, Any]:
+        """The constants that `encode_images` applies, for the record in `cache.json`; no weights are read."""
+
+    def image_flops(self, directory: Path, height: int, width: int) -> float:
+        """About how many floating-point operations one image of these sides (px) takes in `encode_images`."""
+
+    def text_flops(self, directory: Path, tokens: int) -> float:
+        """About how many floating-point operations one text of so many tokens takes in `encode_texts`."""
 
     def encode_images(self, vae: Any, pixels_BCHW: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
-        """Posterior (mean, std), each [B,C,H/f,W/f] fp32 and normalised, of pixels in [-1, 1]."""
+        """Posterior (mean, std), each [B,C,H/f,W/f] fp32 and normalised, of pixels in [-1, 1].
+
+        An image's result does not depend on the other images of its batch, beyond the rounding of the precision.
+        """
+
+    def image_memory(self, vae: Any, height: int, width: int) -> int:
+        """About how many bytes `encode_images` works in for each image of a batch, weights left out; sides in pixels."""
 
     def decode(self, vae: Any, latents_BCHW: "torch.Tensor") -> "torch.Tensor":
         """Pixels [B,3,H,W] in [-1, 1] of normalised latents."""
@@ -89,7 +103,16 @@ class Family(Protocol):
     def encode_texts(
         self, encoder: Any, captions: Sequence[str], references: Sequence["torch.Tensor"] = ()
     ) -> list[dict[str, "torch.Tensor"]]:
-        """One dict of unpadded tensors a caption, on the encoder's device. `references`: images of an edit model."""
+        """One dict of unpadded tensors a caption, on the encoder's device. `references`: images of an edit model.
+
+        A caption's result does not depend on the other captions of its batch, beyond the rounding of the precision.
+        """
+
+    def text_lengths(self, encoder: Any, captions: Sequence[str]) -> list[int]:
+        """How many tokens `encode_texts` will keep of each caption, at most `max_text_tokens`; no model runs."""
+
+    def text_memory(self, encoder: Any, tokens: int) -> int:
+        """About how many bytes `encode_texts` works in for each text of a batch padded to `tokens`, weights left out."""
 
     def load_denoiser(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> "torch.nn.Module":
         """The denoiser, frozen, in training mode. On the `meta` device: its shapes alone, no weights are read."""
@@ -195,3 +218,13 @@ def resolve_device(name: str) -> "torch.device":
     if name == "mps" and not torch.backends.mps.is_available():
         raise EnvironmentFault("device mps was asked for, but torch sees no Metal device. Set the device to auto or cpu.")
     return torch.device(name)
+
+
+def memory_bytes(device: "torch.device") -> int:
+    """Peak memory: what torch allocated on a CUDA device, elsewhere this process's resident set."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

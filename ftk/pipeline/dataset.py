@@ -2,8 +2,10 @@
 
 import io
 import tarfile
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,6 +47,7 @@ _FROM_DATA = (
     *("resolutions", "max_aspect", "bucket_step", "upscale", "upscale_limit", "min_size", "crop", "crops", "flip", "resize"),
     *("captions", "duplicates", "image_format", "quality", "background", "animated"),
 )
+_INDEXED_SHARDS = 64
 _NOT_THE_SAMPLES = {"path", "format", "name"}
 
 
@@ -87,6 +90,21 @@ class TarWriter:
         self._tar.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A file within a shard."""
+
+    path: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """Its bytes."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
 class PreparedDataset:
     """Reads what `ftk prepare` committed: rows as objects, images as file bytes."""
 
@@ -94,7 +112,9 @@ class PreparedDataset:
         self.directory = directory
         self.manifest = manifest
         self._shards = {shard.name: shard for shard in manifest.shards}
-        self._members: dict[str, dict[str, tuple[int, int]]] = {}
+        self._members: OrderedDict[str, dict[str, tuple[int, int]]] = OrderedDict()
+        self._verified: set[str] = set()
+        self._lock = threading.Lock()
 
     @classmethod
     def open(cls, directory: Path) -> "PreparedDataset":
@@ -135,38 +155,48 @@ class PreparedDataset:
         rows: list[dict[str, Any]] = storage.read_table(self.directory / "duplicates.parquet").to_pylist()
         return rows
 
+    def tables(self) -> Iterator[pa.Table]:
+        """The samples shard by shard, in order: the columns of `SAMPLE_SCHEMA`."""
+        return (self._table(shard) for shard in self.manifest.shards)
+
     def image_bytes(self, row: SampleRow) -> bytes:
         """The encoded image of one sample, read from its shard by offset."""
-        index = self._index(row.shard)
-        name = next(name for suffix in IMAGE_SUFFIXES if (name := f"{row.key}.{suffix}") in index)
-        return self._read(row.shard, name)
+        return self.span(row.shard, row.key, "image").read()
 
     def mask_bytes(self, row: SampleRow) -> bytes | None:
         """The sample's mask as an 8-bit grey PNG of the bucket's size; None when it has none."""
-        return self._read(row.shard, f"{row.key}.mask.png") if row.has_mask else None
+        return self.span(row.shard, row.key, "mask").read() if row.has_mask else None
 
     def control_bytes(self, row: SampleRow) -> list[bytes]:
         """The sample's control images as PNG files of the bucket's size."""
-        return [self._read(row.shard, f"{row.key}.control{number}.png") for number in range(row.num_controls)]
+        return [self.span(row.shard, row.key, f"control{number}").read() for number in range(row.num_controls)]
 
-    def _read(self, shard: str, name: str) -> bytes:
-        offset, size = self._index(shard)[name]
-        with (self.directory / "shards" / f"{shard}.tar").open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
+    def span(self, shard: str, key: str, part: str) -> "Span":
+        """Where a sample's `image`, `mask` or `controlN` lies; the shard's checksum is verified before its first use."""
+        index = self._index(shard)
+        suffixes = IMAGE_SUFFIXES if part == "image" else (f"{part}.png",)
+        name = next(name for suffix in suffixes if (name := f"{key}.{suffix}") in index)
+        return Span(self.directory / "shards" / f"{shard}.tar", *index[name])
 
     def _index(self, shard: str) -> dict[str, tuple[int, int]]:
-        """Where each member of a shard lies; the shard's checksum is verified before its first use."""
-        if shard not in self._members:
-            path = self.directory / "shards" / f"{shard}.tar"
-            if storage.sha256_file(path) != self._shards[shard].sha256:
-                raise DatasetError(
-                    f"{path} is damaged: it does not have its checksum. "
-                    f"Run `ftk prepare RUN.yaml` again: it makes this shard anew."
-                )
-            with tarfile.open(path, mode="r:") as tar:
-                self._members[shard] = {member.name: (member.offset_data, member.size) for member in tar}
-        return self._members[shard]
+        """Where each member of a shard lies; the shard's checksum is verified before its first use. Threads may ask."""
+        with self._lock:
+            if shard not in self._members:
+                self._members[shard] = self._read_index(shard)
+            self._members.move_to_end(shard)
+            while len(self._members) > _INDEXED_SHARDS:
+                self._members.popitem(last=False)
+            return self._members[shard]
+
+    def _read_index(self, shard: str) -> dict[str, tuple[int, int]]:
+        path = self.directory / "shards" / f"{shard}.tar"
+        if shard not in self._verified and storage.sha256_file(path) != self._shards[shard].sha256:
+            raise DatasetError(
+                f"{path} is damaged: it does not have its checksum. Run `ftk prepare RUN.yaml` again: it makes this shard anew."
+            )
+        self._verified.add(shard)
+        with tarfile.open(path, mode="r:") as tar:
+            return {member.name: (member.offset_data, member.size) for member in tar}
 
 
 def read_manifest(directory: Path) -> PreparedManifest | None:

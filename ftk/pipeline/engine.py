@@ -7,6 +7,7 @@ own. The function and its tasks are pickled, so the function stands at module le
 import atexit
 import importlib
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -44,6 +45,9 @@ _STARTING = -2
 # A signal to the whole process group must not turn tasks into crashes: the parent alone decides, and workers die with it.
 _LEFT_TO_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SIGNAL_NAMES = {number.value: number.name for number in signal.Signals}
+_UNIT_TRIES = 3
+
+_place = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,8 +150,9 @@ class WorkerPool:
 
     def _idle_worker(self) -> "_Worker | None":
         while len(self._workers) < self._count:
+            place = min(set(range(self._count)) - {worker.place for worker in self._workers})
             try:
-                self._workers.append(_Worker(self._context, self._clock + _START_SECONDS))
+                self._workers.append(_Worker(self._context, self._clock + _START_SECONDS, place))
             except (OSError, EOFError) as error:
                 raise EnvironmentFault(f"A worker process cannot be started: {error!r}. Try a smaller data.workers.") from error
         return next((worker for worker in self._workers if worker.task == _IDLE), None)
@@ -218,9 +223,10 @@ class WorkerPool:
 class _Worker:
     """A worker process, the pipe to it, and what it is at."""
 
-    def __init__(self, context: ForkServerContext | SpawnContext, deadline: float) -> None:
+    def __init__(self, context: ForkServerContext | SpawnContext, deadline: float, place: int) -> None:
+        self.place = place
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, place), daemon=True)
         self.process.start()
         # Only the worker holds its end now, so its death is the end of the pipe.
         theirs.close()
@@ -258,8 +264,10 @@ def _end_of(worker: _Worker) -> str:
     return f"exit code {code}" if code >= 0 else f"killed by {_SIGNAL_NAMES.get(-code, f'signal {-code}')}"
 
 
-def _serve(parent: "connection.Connection[Any, Any]") -> None:
+def _serve(parent: "connection.Connection[Any, Any]", place: int) -> None:
     """The life of a worker: say that it is there, then answer messages until the parent is gone."""
+    global _place
+    _place = place
     for number in _LEFT_TO_THE_PARENT:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -267,6 +275,11 @@ def _serve(parent: "connection.Connection[Any, Any]") -> None:
         parent.send_bytes(b"")
         while True:
             parent.send_bytes(_answer(parent.recv_bytes()))
+
+
+def worker_place() -> int:
+    """The number of this process among the workers of its pool, from 0: which GPU is its own. 0 outside of a pool."""
+    return _place
 
 
 def _die_with_parent() -> None:
@@ -293,25 +306,82 @@ def _answer(message: bytes) -> memoryview:
         return pickled
 
 
-def map_units(
-    engine: Literal["local", "ray"], function: Callable[[Task], Result], units: Iterable[Task], *, workers: int
-) -> Iterator[Result]:
-    """The function's results over units of work: one after another in this process, or many at once on a Ray cluster.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One machine's share of a job array: the units whose number leaves `index` (from 0) when divided by `count`."""
 
-    Units are taken as they are needed. On Ray they run in any order, and each reserves `workers` CPUs. One whose node dies
-    is run again, possibly while a first attempt is still alive: the function must be idempotent, and its result must say
-    which unit it is of. The cluster is the one that is connected to, that of RAY_ADDRESS, or one that runs on this machine;
-    else, and where RAY_ADDRESS is `local`, one that is started here and shut down at the end.
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """From I/N, where I counts from 1."""
+        first, _, last = text.partition("/")
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            raise ConfigError(f"--part {text}: expected I/N with I from 1 to N, for example --part 3/8")
+        return cls(index=int(first) - 1, count=int(last))
+
+    def has(self, unit: int) -> bool:
+        """Whether a unit is this part's to make."""
+        return unit % self.count == self.index
+
+    @property
+    def label(self) -> str:
+        """The name of this part's lock; empty for the whole."""
+        return f"{self.index + 1}-of-{self.count}" if self.count > 1 else ""
+
+
+WHOLE = Part(index=0, count=1)
+
+
+def map_units(
+    engine: Literal["local", "ray"],
+    function: Callable[[Task], Result],
+    units: Iterable[Task],
+    *,
+    workers: int,
+    processes: int = 1,
+    gpu: bool = False,
+) -> Iterator[Result]:
+    """The function's results over units of work: one after another in this process, or many at once in others.
+
+    Units are taken as they are needed. On Ray they run in any order, and each reserves `workers` CPUs, and one GPU with
+    `gpu` where the cluster has any. Locally, with several `processes`, each unit runs in one of these (`worker_place` tells
+    which). A unit whose node or process dies is run again, on Ray possibly while a first attempt is still alive: the
+    function must be idempotent, and its result must say which unit it is of. The cluster is the one that is connected to,
+    that of RAY_ADDRESS, or one that runs on this machine; else, and where RAY_ADDRESS is `local`, one that is started here
+    and shut down at the end.
 
     Raises:
         ConfigError: Ray is not installed.
         EnvironmentFault: no cluster answers at RAY_ADDRESS, or a unit's process died again and again.
     """
-    if engine == "local":
+    if engine == "ray":
+        yield from _map_on_ray(_import_ray(), function, units, workers, gpu)
+    elif processes > 1:
+        yield from _map_in_processes(function, list(units), processes)
+    else:
         for unit in units:
             yield function(unit)
-    else:
-        yield from _map_on_ray(_import_ray(), function, units, workers)
+
+
+def _map_in_processes(function: Callable[[Task], Result], units: list[Task], processes: int) -> Iterator[Result]:
+    with WorkerPool(min(processes, len(units) or 1), math.inf, sys.maxsize) as pool:
+        for attempt in range(1, _UNIT_TRIES + 1):
+            lost = []
+            for unit, result in zip(units, pool.map(function, units), strict=True):
+                if isinstance(result, Lost):
+                    lost.append((unit, result))
+                else:
+                    yield result
+            if not lost:
+                return
+            LOGGER.warning("%d units of work lost their process (%s); try %d", len(lost), lost[0][1].detail, attempt)
+            units = [unit for unit, _ in lost]
+    raise EnvironmentFault(
+        f"{len(units)} units of work lost their process {_UNIT_TRIES} times ({lost[0][1].detail}). "
+        "Finished units are kept: mend the cause, often too little memory, and run the command again."
+    )
 
 
 def _import_ray() -> Any:
@@ -321,11 +391,14 @@ def _import_ray() -> Any:
         raise ConfigError('data.engine is ray, but Ray is not installed. Run: pip install "ftk[ray]"') from error
 
 
-def _map_on_ray(ray: Any, function: Callable[[Task], Result], units: Iterable[Task], workers: int) -> Iterator[Result]:
+def _map_on_ray(
+    ray: Any, function: Callable[[Task], Result], units: Iterable[Task], workers: int, gpu: bool
+) -> Iterator[Result]:
     # Ray prints what befalls its nodes on stdout, which is for the report alone.
     with redirect_stdout(sys.stderr), _cluster(ray, workers):
         _warn_if_too_wide(ray, workers)
-        remote = ray.remote(num_cpus=workers, max_retries=_RAY_RETRIES)(_call)
+        num_gpus = 1 if gpu and ray.cluster_resources().get("GPU", 0) else 0
+        remote = ray.remote(num_cpus=workers, num_gpus=num_gpus, max_retries=_RAY_RETRIES)(_call)
         pending: list[Any] = []
         try:
             for unit in units:

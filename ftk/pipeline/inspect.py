@@ -1,7 +1,7 @@
 """What a prepared dataset holds, in numbers: from its manifest and its tables, shard by shard, and without an image."""
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -257,12 +257,32 @@ def _spread(numbers: npt.NDArray[Any]) -> Spread | None:
 
 
 def _buckets(manifest: PreparedManifest) -> list[BucketSummary]:
-    """From the tallest to the widest."""
-    sized = [(*map(int, name.split("x")), number) for name, number in manifest.buckets.items()]
+    sizes = (name.split("x") for name in manifest.buckets)
+    return buckets(
+        [(int(width), int(height), number) for (width, height), number in zip(sizes, manifest.buckets.values(), strict=True)]
+    )
+
+
+def buckets(counted: Sequence[tuple[int, int, int]]) -> list[BucketSummary]:
+    """Of (width, height, samples): from the tallest to the widest."""
+    total = sum(number for *_, number in counted)
     return [
-        BucketSummary(width=width, height=height, num_samples=number, share=number / manifest.num_samples)
-        for width, height, number in sorted(sized, key=lambda one: (one[0] / one[1], one[0]))
+        BucketSummary(width=width, height=height, num_samples=number, share=number / total)
+        for width, height, number in sorted(counted, key=lambda one: (one[0] / one[1], one[0]))
     ]
+
+
+def length_bins(lengths: Integers, most: int = 24) -> list[tuple[int, int | None, int]]:
+    """Captions by length: (from, below, captions) in steps of 1, 2 or 5 times a power of ten; the last bin may have no end."""
+    if not len(lengths):
+        return []
+    # A few very long captions would leave the rest in one bar.
+    top = max(min(float(lengths.max()), max(float(np.percentile(lengths, 95)), 3 * float(np.median(lengths)))), 1.0)
+    step = next(size for power in range(9) for one in (1, 2, 5) if (size := one * 10**power) * most >= top)
+    edges = list(range(0, int(top) + step, step))
+    numbers = np.bincount(np.minimum(lengths // step, len(edges) - 1), minlength=len(edges))
+    ends = [*edges[1:], edges[-1] + step if lengths.max() < edges[-1] + step else None]
+    return list(zip(edges, ends, numbers.tolist(), strict=True))
 
 
 def _shared(leading_tags: Counter[str], num_captions: int) -> dict[str, int]:

@@ -1,7 +1,5 @@
 """A prepared dataset as one HTML page to look at: its numbers, contact sheets with crops, rejects, pairs that look alike."""
 
-import base64
-import hashlib
 import io
 import json
 from collections import defaultdict
@@ -16,14 +14,13 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from ftk.contracts import PreparedManifest, Reject, SampleRow, ShardRecord
-from ftk.pipeline import inspect
+from ftk.pipeline import inspect, page_parts
 from ftk.pipeline.dataset import PreparedDataset
-from ftk.progress import human_bytes, track
+from ftk.progress import track
 
 _SHEET_OF_A_BUCKET, _SHEET_OF_ALL, _SHEET_LEAST = 24, 360, 4
 _MOST_REJECTS = 500
 _MOST_PAIRS = 100
-_MOST_CAPTIONS, _CAPTION_CHARS = 5, 400
 _THUMBNAIL_PX = 192
 # To show an image its whole shard is read and verified; of a larger dataset some shards are shown, so that it takes a minute.
 _READ_BYTES = 4 << 30
@@ -42,18 +39,17 @@ def page(dataset: PreparedDataset) -> tuple[inspect.Summary, bytes]:
     sheets = _sheets(dataset, opened)
     html = _template().render(
         summary=summary,
-        name="/".join(dataset.directory.resolve().parts[-2:]),
+        name=page_parts.short_name(dataset.directory),
         recipe=json.dumps(dataset.manifest.recipe, indent=2, ensure_ascii=False),
         long_chars=inspect.caption_settings(dataset.manifest).get("long_chars"),
         sizes=_size_plot(scan, summary.buckets),
-        lengths=_length_bins(scan.characters.joined()),
+        lengths=inspect.length_bins(scan.characters.joined()),
         sheets=[(bucket, sheets[f"{bucket.width}x{bucket.height}"]) for bucket in summary.buckets],
         num_opened=len(opened),
         rejects=_some_rejects(dataset.manifest),
         pairs=_pair_cards(dataset, pairs, scan.shard_of, {shard.name for shard in opened}),
     )
-    # A folder's name may hold bytes that are no UTF-8.
-    return summary, html.encode("utf-8", "backslashreplace")
+    return summary, page_parts.encoded(html)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,9 +123,7 @@ def _picked_rows(dataset: PreparedDataset, shard: ShardRecord, picks: Mapping[st
 
 def _card(dataset: PreparedDataset, row: SampleRow) -> _Card:
     with Image.open(io.BytesIO(dataset.image_bytes(row))) as image:
-        image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.LANCZOS, reducing_gap=2.0)
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "JPEG", quality=80)
+        thumbnail = page_parts.thumbnail(image, _THUMBNAIL_PX)
     upscaled = row.resize_width > row.width or row.resize_height > row.height
     flags = {
         "upscaled": upscaled,
@@ -140,15 +134,11 @@ def _card(dataset: PreparedDataset, row: SampleRow) -> _Card:
     }
     return _Card(
         row=row,
-        image="data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(),
-        captions=[_shortened(caption) for caption in row.captions[:_MOST_CAPTIONS]],
+        image=thumbnail,
+        captions=page_parts.shortened(row.captions),
         badges=[badge for badge, is_set in flags.items() if is_set],
         loss=1 - row.bucket_width * row.bucket_height / (row.resize_width * row.resize_height),
     )
-
-
-def _shortened(caption: str) -> str:
-    return caption if len(caption) <= _CAPTION_CHARS else f"{caption[:_CAPTION_CHARS]}… ({len(caption):,} characters)"
 
 
 def _pair_cards(
@@ -208,30 +198,5 @@ def _size_plot(scan: inspect.Scan, buckets: Sequence[inspect.BucketSummary]) -> 
     }
 
 
-def _length_bins(characters: inspect.Integers) -> list[tuple[int, int | None, int]]:
-    """Captions by length: (from, below, captions) in steps of 1, 2 or 5 times a power of ten; the last bin has no end."""
-    if not len(characters):
-        return []
-    # A few very long captions would leave the rest in one bar.
-    top = max(min(float(characters.max()), max(float(np.percentile(characters, 95)), 3 * float(np.median(characters)))), 1.0)
-    step = next(size for power in range(9) for one in (1, 2, 5) if (size := one * 10**power) * 24 >= top)
-    edges = list(range(0, int(top) + step, step))
-    numbers = np.bincount(np.minimum(characters // step, len(edges) - 1), minlength=len(edges))
-    ends = [*edges[1:], edges[-1] + step if characters.max() < edges[-1] + step else None]
-    return list(zip(edges, ends, numbers.tolist(), strict=True))
-
-
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("ftk.pipeline"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["commas"] = lambda number: f"{number:,}"
-    environment.filters["percent"] = lambda share: f"{share:.1%}"
-    environment.filters["number"] = lambda value: f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
-    environment.filters["bytes"] = human_bytes
-    environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode()
-    return environment.get_template("prepared.html")
+    return page_parts.environment("ftk.pipeline").get_template("prepared.html")

@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ftk import locations, storage
-from ftk.configs.load import default_workers, workspace_paths
+from ftk.configs.load import default_workers, prepared_path
 from ftk.configs.schema import DataConfig, RunConfig
 from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, ShardRecord
-from ftk.errors import ConfigError, SourceError, TooManyRejects
+from ftk.errors import SourceError, TooManyRejects
 from ftk.models import base as models
 from ftk.pipeline import dataset, duplicates, images, plan, shards
 from ftk.pipeline.buckets import bucket_sizes
-from ftk.pipeline.engine import WorkerPool, map_units
+from ftk.pipeline.engine import WHOLE, Part, WorkerPool, map_units
 from ftk.pipeline.shards import Job, Made
 from ftk.progress import Tracker, track
 
@@ -54,34 +54,6 @@ class PrepareReport:
     rejects: list[dict[str, str]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """One machine's share of a job array: the units whose number leaves `index` (from 0) when divided by `count`."""
-
-    index: int
-    count: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Part":
-        """From I/N, where I counts from 1."""
-        first, _, last = text.partition("/")
-        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-            raise ConfigError(f"--part {text}: expected I/N with I from 1 to N, for example --part 3/8")
-        return cls(index=int(first) - 1, count=int(last))
-
-    def has(self, unit: int) -> bool:
-        """Whether a unit is this part's to make."""
-        return unit % self.count == self.index
-
-    @property
-    def label(self) -> str:
-        """The name of this part's lock; empty for the whole."""
-        return f"{self.index + 1}-of-{self.count}" if self.count > 1 else ""
-
-
-WHOLE = Part(index=0, count=1)
-
-
 def run(config: RunConfig, part: Part = WHOLE) -> PrepareReport:
     """Prepare the dataset, or one part of it; shards whose inputs and recipe are unchanged are kept as they are.
 
@@ -90,7 +62,7 @@ def run(config: RunConfig, part: Part = WHOLE) -> PrepareReport:
         TooManyRejects: more rejects than `data.max_reject_fraction`; the dataset is committed before this is raised.
         EnvironmentFault: disk, memory, network, or another writer.
     """
-    job = Job(directory=workspace_paths(config)[0], recipe=image_recipe(config), data=config.data)
+    job = Job(directory=prepared_path(config), recipe=image_recipe(config), data=config.data)
     plan.look(config.data)
     with storage.lock(job.directory, part.label):
         if part == WHOLE:

@@ -5,7 +5,7 @@ Shape legend: B batch, C channels, H W latent cells.
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from ftk.train import flow
 from ftk.train.order import Draw, MicroBatch, Order, keyed_seed
 
 _AHEAD = 2
+_ANNOUNCED_STEPS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,45 +65,64 @@ class BatchBuilder:
             latents_BCHW=torch.stack([latents for latents, _, _, _ in parts]).to(self.dtype),
             noise_BCHW=torch.stack([noise for _, noise, _, _ in parts]).to(self.dtype),
             sigma_B=torch.stack([sigma for _, _, sigma, _ in parts]),
-            texts=self.family.collate_texts([self._text(item) for _, _, _, item in parts]),
+            texts=self.family.collate_texts([text for _, _, _, text in parts]),
         )
 
-    def _sample(self, draw: Draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, str]:
-        sample = self.store.samples[draw.sample]
-        key = (self.config.seed, draw.epoch, sample.key, draw.repeat)
-        mean, std = (tensor.float() for tensor in self.store.latents(sample.latents))
+    def _sample(self, draw: Draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        name = self.store.table["key"][draw.sample].as_py()
+        key = (self.config.seed, draw.epoch, name, draw.repeat)
+        mean, std = (tensor.float() for tensor in self.store.latents(draw.sample))
         latents = mean
-        if self.config.posterior == "sample":
-            latents = mean + std * torch.randn(mean.shape, generator=_generator(*key, "posterior"))
+        if self.config.posterior != "mean":
+            drawn_by = key if self.config.posterior == "sample" else (self.config.seed, name)
+            latents = mean + std * torch.randn(mean.shape, generator=_generator(*drawn_by, "posterior"))
         noise = torch.randn(mean.shape, generator=_generator(*key, "noise"))
         settings = self.config.sigma
         u = flow.draw_u(
             settings.sampling, _generator(*key, "sigma"), settings.logit_mean, settings.logit_std, settings.mode_scale
         )
-        return latents, noise, flow.sigma_at(u, self.table, settings.shift), self._choose_text(key, sample.texts)
+        return latents, noise, flow.sigma_at(u, self.table, settings.shift), self._text(key, draw.sample)
 
-    def _choose_text(self, key: tuple[object, ...], texts: Sequence[str]) -> str:
+    def _text(self, key: tuple[object, ...], sample: int) -> dict[str, torch.Tensor]:
+        text = self._choose_text(key, sample)
+        return {name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in text.items()}
+
+    def _choose_text(self, key: tuple[object, ...], sample: int) -> dict[str, torch.Tensor]:
         if self.config.caption_dropout:
             dropped = torch.rand((), generator=_generator(*key, "caption dropout")) < self.config.caption_dropout
             if dropped:
-                return self.store.manifest.empty_text
-        if len(texts) == 1:
-            return texts[0]
-        return texts[int(torch.randint(len(texts), (), generator=_generator(*key, "caption choice")))]
-
-    def _text(self, item: str) -> dict[str, torch.Tensor]:
-        return {
-            name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in self.store.text(item).items()
-        }
+                return self.store.empty_text()
+        captions = self.store.num_texts(sample)
+        if captions == 1:
+            return self.store.text(sample)
+        return self.store.text(sample, int(torch.randint(captions, (), generator=_generator(*key, "caption choice"))))
 
 
 def _generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(keyed_seed(*key))
 
 
-def steps(order: Order, build: Callable[[MicroBatch], Batch], first: int, last: int) -> Iterator[list[Batch]]:
-    """The batches of steps first..last-1, built a few steps ahead by a thread; its errors are raised here."""
+def _announced(order: Order, first: int, last: int, announce: Callable[[Iterable[int]], None]) -> Iterator[list[MicroBatch]]:
+    """The micro-batches of each step; every so often the samples of the coming ones are announced."""
+    for step in range(first, last):
+        if (step - first) % _ANNOUNCED_STEPS == 0:
+            coming = range(step, min(last, step + 2 * _ANNOUNCED_STEPS))
+            announce(draw.sample for later in coming for micro_batch in order.step(later) for draw in micro_batch)
+        yield order.step(step)
+
+
+def steps(
+    order: Order,
+    build: Callable[[MicroBatch], Batch],
+    first: int,
+    last: int,
+    announce: Callable[[Iterable[int]], None] = lambda _: None,
+) -> Iterator[list[Batch]]:
+    """The batches of steps first..last-1, built a few steps ahead by a thread; its errors are raised here.
+
+    Args:
+        announce: is told long before which samples are coming, in their order.
+    """
     ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=_AHEAD)
     stopped = threading.Event()
 
@@ -116,8 +136,8 @@ def steps(order: Order, build: Callable[[MicroBatch], Batch], first: int, last: 
 
     def work() -> None:
         try:
-            for step in range(first, last):
-                put([build(micro_batch) for micro_batch in order.step(step)])
+            for micro_batches in _announced(order, first, last, announce):
+                put([build(micro_batch) for micro_batch in micro_batches])
                 if stopped.is_set():
                     return
         except BaseException as error:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ftk import storage
-from ftk.configs.load import workspace_paths
+from ftk.configs.load import run_path
 from ftk.configs.schema import RunConfig
 from ftk.errors import CheckpointError, ConfigError
 from ftk.methods import base as methods
@@ -40,7 +40,7 @@ def run(config: RunConfig) -> SampleReport:
         ConfigError: `sample.prompts` is empty.
         CheckpointError: there are no trained weights yet.
     """
-    family, directory = models.get(config.model.family), workspace_paths(config)[2]
+    family, directory = models.get(config.model.family), run_path(config)
     method, _ = methods.parse(config.method)
     adapter = directory / "adapter"
     if not config.sample.prompts:
@@ -86,7 +86,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         "num_images": 2 * len(config.sample.prompts),
         "size": f"{width}x{height}",
         "num_inference_steps": config.sample.num_inference_steps,
-        "adapter_exists": (workspace_paths(config)[2] / "adapter").is_dir(),
+        "adapter_exists": (run_path(config) / "adapter").is_dir(),
     }
 
 

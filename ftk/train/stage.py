@@ -17,8 +17,10 @@ import torch
 import ftk
 from ftk import storage
 from ftk.cache import fingerprint
+from ftk.cache.fetch import Download
+from ftk.cache.shards import KINDS
 from ftk.cache.store import CacheStore
-from ftk.configs.load import redact, resolved_yaml, workspace_paths
+from ftk.configs.load import cache_location, prepared_path, redact, resolved_yaml, run_path
 from ftk.configs.schema import RunConfig
 from ftk.errors import CacheError, ConfigError
 from ftk.methods import base as methods
@@ -28,7 +30,7 @@ from ftk.pipeline import dataset as prepared
 from ftk.progress import human_bytes
 from ftk.train import checkpoint, data
 from ftk.train.hooks.checkpoints import Checkpoints
-from ftk.train.hooks.recorder import Recorder, memory_bytes, read_metrics, recent_loss
+from ftk.train.hooks.recorder import Recorder, read_metrics, recent_loss
 from ftk.train.hooks.samples import Samples
 from ftk.train.loop import Hook, Trainer, exact_settings
 from ftk.train.optim import MasterOptimizer
@@ -76,7 +78,7 @@ def run(config: RunConfig, fresh: bool = False) -> TrainReport:
         Preempted: a signal stopped the run after saving.
     """
     _refuse_several_processes()
-    directory = workspace_paths(config)[2]
+    directory = run_path(config)
     if fresh:
         _set_aside(directory)
     with storage.lock(directory):
@@ -86,8 +88,9 @@ def run(config: RunConfig, fresh: bool = False) -> TrainReport:
         first = build.trainer.step
         if first < config.train.steps:
             _write_environment(config, build)
-            with closing(build.recorder), _stopping_on_signals(build.trainer):
-                build.trainer.fit(data.steps(build.order, build.batches.build, first, config.train.steps))
+            with closing(build.store), closing(build.recorder), _stopping_on_signals(build.trainer):
+                batches = data.steps(build.order, build.batches.build, first, config.train.steps, build.store.ahead)
+                build.trainer.fit(batches)
         else:
             LOGGER.info("%s is at step %d already: nothing to do. Raise train.steps to go on.", directory, first)
         report = _report(build, build.trainer.step - first)
@@ -97,7 +100,7 @@ def run(config: RunConfig, fresh: bool = False) -> TrainReport:
 
 def build_trainer(config: RunConfig) -> Build:
     """Cache, denoiser, method, optimizer, order and hooks, with the newest checkpoint restored."""
-    family, directory = models.get(config.model.family), workspace_paths(config)[2]
+    family, directory = models.get(config.model.family), run_path(config)
     method, method_config = methods.parse(config.method)
     store = open_cache(config, family)
     order = build_order(config, store)
@@ -159,23 +162,25 @@ def open_cache(config: RunConfig, family: Family) -> CacheStore:
 
     Weights are compared where the VAE and text encoder are at hand; a training machine need not have them.
     """
-    prepared_directory, directory, _ = workspace_paths(config)
-    store = CacheStore.open(directory)
+    location = cache_location(config)
+    download = Download(directory=Path(config.cache.download_dir), max_bytes=round(config.cache.download_gib * 2**30))
+    store = CacheStore.open(location, download)
     manifest = store.manifest
     rows: list[tuple[str, str, str]] = []
-    for kind in fingerprint.KINDS:
+    for kind in KINDS:
         components = family.latent_components if kind == "latents" else family.text_components
         local = models.local_components(config.model, components)
-        expected = fingerprint.encoder_parts(kind, family, config.cache, local)
-        rows += [(f"{kind}.{part}", e, f) for part, e, f in fingerprint.differences(expected, manifest.encoders[kind])]
-    there = prepared.read_manifest(prepared_directory)
+        found = manifest.encoders[kind]
+        expected = fingerprint.encoder_parts(kind, family, config.cache, local, full=fingerprint.is_full(found))
+        rows += [(f"{kind}.{part}", e, f) for part, e, f in fingerprint.differences(expected, found)]
+    there = prepared.read_manifest(prepared_path(config))
     if there is not None and there.fingerprint != manifest.prepared_fingerprint:
         rows.append(("prepared dataset", there.fingerprint, manifest.prepared_fingerprint))
     recipe = fingerprint.differences(prepared.recipe(config), manifest.prepared_recipe)
     rows += [(f"data.{part}", expected, found) for part, expected, found in recipe]
     if rows:
         raise CacheError(
-            f"{directory} was not made from what this run names:\n{fingerprint.table(rows)}\n"
+            f"{location} was not made from what this run names:\n{fingerprint.table(rows)}\n"
             f"Run {'`ftk prepare RUN.yaml`, then ' if recipe else ''}`ftk cache RUN.yaml`: it encodes what changed and "
             f"keeps the rest."
         )
@@ -184,10 +189,11 @@ def open_cache(config: RunConfig, family: Family) -> CacheStore:
 
 def build_order(config: RunConfig, store: CacheStore) -> Order:
     """The sequence of micro-batches over the cache's samples."""
+    sides = (store.table["bucket_width"].to_pylist(), store.table["bucket_height"].to_pylist())
     order = Order(
-        keys=[sample.key for sample in store.samples],
-        buckets=[f"{sample.bucket_width}x{sample.bucket_height}" for sample in store.samples],
-        repeats=[sample.repeats for sample in store.samples],
+        keys=store.table["key"].to_pylist(),
+        buckets=[f"{width}x{height}" for width, height in zip(*sides, strict=True)],
+        repeats=store.table["repeats"].to_pylist(),
         seed=config.train.seed,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
@@ -214,7 +220,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     trained = sum(p.numel() for p in method.attach({"denoiser": denoiser}, family, method_config, 0).values())
     # fp32: gradient sum and two moments, and the master where the parameter itself is bf16
     optimizer_bytes = trained * 4 * (3 if dtype == torch.float32 else 4)
-    found = checkpoint.latest(workspace_paths(config)[2] / "checkpoints")
+    found = checkpoint.latest(run_path(config) / "checkpoints")
     return {
         "step": found.step if found else 0,
         "steps": config.train.steps,
@@ -248,7 +254,7 @@ def _report(build: Build, num_steps_now: int) -> TrainReport:
         seconds_per_step=statistics.median(row["seconds"] for row in rows) if rows else 0.0,
         num_steps_now=num_steps_now,
         num_trainable_parameters=sum(p.numel() for p in build.trainer.optimizer.parameters.values()),
-        peak_memory_bytes=memory_bytes(build.trainer.device),
+        peak_memory_bytes=models.memory_bytes(build.trainer.device),
         adapter=str(build.directory / "adapter"),
     )
 

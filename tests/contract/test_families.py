@@ -61,11 +61,18 @@ def _hashes(directory: Path) -> dict[str, str]:
     }
 
 
-def _posterior(vae: Any, pixels: torch.Tensor) -> Any:
-    """The VAE's own posterior; a video VAE takes images as clips of one frame."""
+def _posterior(family: Family, model: Path, pixels: torch.Tensor) -> Any:
+    """The posterior of diffusers' own VAE, in fp32; a video VAE takes images as clips of one frame."""
+    vae = family.pipeline(model, torch.float32, CPU).vae
+    assert {parameter.dtype for parameter in vae.parameters()} == {torch.float32}
     is_video = hasattr(vae.config, "temperal_downsample")
     with torch.no_grad():
         return vae.encode(pixels.unsqueeze(2) if is_video else pixels).latent_dist
+
+
+def _assert_equal_to_rounding(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Equal in fp32 to 1e-6 of the largest value."""
+    torch.testing.assert_close(ours, theirs, atol=1e-6 * theirs.abs().max().item(), rtol=0)
 
 
 def test_the_tiny_model_is_deterministic(family: Family, model: Path, tmp_path: Path) -> None:
@@ -98,12 +105,12 @@ def test_texts_equal_the_pipelines(family: Family, model: Path, texts: list[dict
     assert collated["mask"] is not None
     assert torch.equal(collated["mask"], mask.bool())
     assert collated["embeds"].shape == embeds.shape
-    torch.testing.assert_close(collated["embeds"] * mask[..., None], embeds * mask[..., None], atol=1e-6, rtol=0)
+    _assert_equal_to_rounding(collated["embeds"] * mask[..., None], embeds * mask[..., None])
     for caption, item in zip(CAPTIONS, texts, strict=True):
         with torch.no_grad():
             alone, no_mask = pipeline.encode_prompt([caption], device=CPU)
         assert no_mask is None
-        torch.testing.assert_close(item["embeds"], alone[0], atol=1e-5, rtol=0)
+        _assert_equal_to_rounding(item["embeds"], alone[0])
 
 
 def test_the_empty_caption_encodes_to_something(texts: list[dict[str, torch.Tensor]]) -> None:
@@ -119,7 +126,22 @@ def test_batch_composition_changes_no_text(family: Family, model: Path, texts: l
         (alone,) = family.encode_texts(encoder, [caption])
         assert alone.keys() == together.keys()
         for key, value in alone.items():
-            torch.testing.assert_close(value, together[key], atol=1e-5, rtol=0)
+            _assert_equal_to_rounding(value, together[key])
+
+
+def test_text_lengths_are_those_of_the_encoded_texts(family: Family, model: Path, texts: list[dict[str, torch.Tensor]]) -> None:
+    encoder = family.load_text_encoder(model, torch.float32, CPU)
+    assert family.text_lengths(encoder, CAPTIONS) == [len(item["embeds"]) for item in texts]
+    assert family.text_lengths(encoder, ["word " * 3000]) == [family.max_text_tokens]
+
+
+def test_memory_grows_with_the_text_and_with_the_image(family: Family, model: Path) -> None:
+    encoder = family.load_text_encoder(model, torch.float32, CPU)
+    assert 0 < family.text_memory(encoder, 10) < family.text_memory(encoder, 100)
+    vae = family.load_vae(model, torch.float32, CPU)
+    one = family.image_memory(vae, 64, 64)
+    assert one > 64 * 64 * 3 * 4
+    assert family.image_memory(vae, 128, 64) == family.image_memory(vae, 64, 128) == pytest.approx(2 * one, rel=0.1)
 
 
 def test_different_captions_give_different_texts(texts: list[dict[str, torch.Tensor]]) -> None:
@@ -140,14 +162,14 @@ def test_the_text_options_are_plain_values(family: Family) -> None:
 
 def test_images_equal_the_vaes_posterior_normalised(family: Family, model: Path) -> None:
     vae = family.load_vae(model, torch.float32, CPU)
-    constants = family.normalisation(vae)
+    constants = family.normalisation(model)
     pixels = _pixels(2)
     mean, std = family.encode_images(vae, pixels)
-    posterior = _posterior(vae, pixels)
+    posterior = _posterior(family, model, pixels)
     shape = (1, family.geometry.channels, 1, 1)
     shift, scale = (torch.tensor(constants[key]).view(shape) for key in ("latents_mean", "latents_std"))
-    torch.testing.assert_close(mean, (posterior.mean.squeeze(2) - shift) / scale, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(std, posterior.std.squeeze(2) / scale, atol=1e-6, rtol=1e-5)
+    _assert_equal_to_rounding(mean, (posterior.mean.squeeze(2) - shift) / scale)
+    _assert_equal_to_rounding(std, posterior.std.squeeze(2) / scale)
     assert mean.dtype == std.dtype == torch.float32
     assert (std > 0).all()
 
@@ -155,10 +177,11 @@ def test_images_equal_the_vaes_posterior_normalised(family: Family, model: Path)
 def test_batch_composition_changes_no_image(family: Family, model: Path) -> None:
     vae = family.load_vae(model, torch.float32, CPU)
     pixels = _pixels(3)
-    together, _ = family.encode_images(vae, pixels)
+    mean, std = family.encode_images(vae, pixels)
     for index in range(3):
-        alone, _ = family.encode_images(vae, pixels[index : index + 1])
-        torch.testing.assert_close(alone[0], together[index], atol=1e-5, rtol=0)
+        mean_alone, std_alone = family.encode_images(vae, pixels[index : index + 1])
+        _assert_equal_to_rounding(mean_alone[0], mean[index])
+        _assert_equal_to_rounding(std_alone[0], std[index])
 
 
 def test_decoding_gives_the_shape_of_what_was_encoded(family: Family, model: Path) -> None:

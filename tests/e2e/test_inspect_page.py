@@ -1,21 +1,16 @@
 """The page that `ftk inspect --html` writes, opened in a browser."""
 
-import base64
-import hashlib
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from browser import measured, needs_browser, opened, title, with_script
 
 from ftk.contracts import Reject, RejectReason, SampleRow
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH to open the page with")
 HOSTILE = """<script>document.title = "ran"</script><img src=x onerror="document.title = 'ran'">"""
-STILL = "<script>{}</script></body>"
 
 
 def sample(number: int) -> SampleRow:
@@ -49,34 +44,6 @@ def page(prepared, ftk, tmp_path_factory) -> Path:
     return out
 
 
-def opened(page: Path, tmp_path: Path) -> str:
-    """The document after the browser loaded it and ran its scripts."""
-    return subprocess.run(
-        [
-            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-            "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
-            "--virtual-time-budget=5000", "--window-size=1400,900", "--dump-dom", page.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=120, check=True,
-    ).stdout  # fmt: skip
-
-
-def with_script(page: Path, tmp_path: Path, script: str, policy: bool = True) -> Path:
-    """A copy of the page that also runs `script`; without `policy` it may run any other, too."""
-    text = page.read_text()
-    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    text = text.replace("script-src ", f"script-src 'sha256-{allowed}' ", 1)
-    if not policy:
-        text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text, count=1)
-    copy = tmp_path / "page.html"
-    copy.write_text(text.replace("</body>", STILL.format(script), 1))
-    return copy
-
-
-def title(document: str) -> str:
-    return re.search(r"<title>(.*?)</title>", document, re.DOTALL).group(1)
-
-
 @needs_browser
 def test_the_page_shows_buckets_captions_rejects_and_pairs(page, tmp_path):
     document = opened(page, tmp_path)
@@ -96,7 +63,7 @@ def test_captions_and_rejects_cannot_run_scripts(page, tmp_path, policy):
 
 @needs_browser
 def test_a_script_that_the_page_does_not_know_is_refused(page, tmp_path):
-    text = page.read_text().replace("</body>", STILL.format('document.title = "ran"'), 1)
+    text = page.read_text().replace("</body>", '<script>document.title = "ran"</script></body>', 1)
     (tmp_path / "page.html").write_text(text)
     assert title(opened(tmp_path / "page.html", tmp_path)) == "work/prepared: 6 samples"
 
@@ -104,24 +71,9 @@ def test_a_script_that_the_page_does_not_know_is_refused(page, tmp_path):
 @needs_browser
 @pytest.mark.parametrize("width_px", [1280, 390])
 def test_every_image_decodes_and_nothing_is_fetched_or_cut_off(page, tmp_path, width_px):
-    script = """
-    addEventListener("load", () => {
-      const images = [...document.images];
-      parent.postMessage(JSON.stringify({
-        images: images.length,
-        decoded: images.filter(image => image.naturalWidth > 0 && image.clientWidth > 40).length,
-        fetched: performance.getEntriesByType("resource").filter(entry => !entry.name.startsWith("data:")).length,
-        width: innerWidth,
-        overflow: document.documentElement.scrollWidth > document.documentElement.clientWidth,
-      }), "*");
-    });"""
-    with_script(page, tmp_path, script)
-    # In a frame, because the browser's own window does not get as narrow as a telephone.
-    frame = f'<title></title><iframe src="page.html" style="width: {width_px}px; border: 0"></iframe>'
-    wrapper = tmp_path / "wrapper.html"
-    wrapper.write_text(f"<script>onmessage = message => document.title = message.data;</script>{frame}")
-    document = opened(wrapper, tmp_path)
-    assert json.loads(title(document)) == {"images": 8, "decoded": 8, "fetched": 0, "width": width_px, "overflow": False}
+    assert measured(page, tmp_path, width_px) == {
+        "images": 8, "decoded": 8, "fetched": 0, "width": width_px, "overflow": False,
+    }  # fmt: skip
     assert not re.search(r"""(?:src|href|action|data)\s*=\s*["']?\s*(?:https?:)?//""", page.read_text())
 
 

@@ -217,7 +217,7 @@ def test_four_samples_are_learnt_by_heart(ftk, workspace, tmp_path):
     )  # fmt: skip
     assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
     build = train.build_trainer(load(run_file))
-    assert len(build.store.samples) == 4
+    assert len(build.store) == 4
     epoch = [build.batches.build(build.order.micro_batch(index)) for index in range(4)]
     build.trainer.fit([epoch] * 400)
     losses = [row["loss"] for row in build.recorder.rows]

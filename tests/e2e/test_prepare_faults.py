@@ -60,7 +60,7 @@ def run_file_over(workspace, folder: Path, **data) -> Path:
 
 def killed_at(point: int, run_file: Path, *arguments: object) -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "killing_prepare.py", str(point), run_file, *map(str, arguments)],
+        [sys.executable, Path(__file__).parent / "killing.py", "prepare", str(point), run_file, *map(str, arguments)],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     return done.returncode, done.stdout

@@ -290,7 +290,9 @@ def test_an_unknown_method_names_the_valid_ones() -> None:
 
 def test_the_workspace_holds_the_three_stages(tmp_path: Path) -> None:
     config = load.load(_write(tmp_path, yaml.safe_dump(RUN)), workspace=str(tmp_path))
-    assert load.workspace_paths(config) == (tmp_path / "prepared", tmp_path / "cache", tmp_path / "runs" / "test")
+    assert load.prepared_path(config) == tmp_path / "prepared"
+    assert load.cache_location(config) == str(tmp_path / "cache")
+    assert load.run_path(config) == tmp_path / "runs" / "test"
 
 
 def test_zero_workers_means_one_a_core() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from ftk import storage
 from ftk.cli import inspect as command
 from ftk.contracts import Reject, RejectReason, SampleRow
-from ftk.errors import ConfigError, DatasetError
+from ftk.errors import CacheError, ConfigError, DatasetError
 from ftk.pipeline import inspect, inspect_page
 from ftk.pipeline.dataset import PreparedDataset
 
@@ -268,10 +268,10 @@ def test_of_a_large_dataset_a_few_shards_are_read_and_every_bucket_is_shown(tmp_
 
 
 def test_captions_are_binned_in_round_steps():
-    assert inspect_page._length_bins(np.array([3, 9, 10, 11, 12, 14], np.int32)) == [
+    assert inspect.length_bins(np.array([3, 9, 10, 11, 12, 14], np.int32)) == [
         (low, low + 1, number) for low, number in enumerate([0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 1])
     ]
-    long = inspect_page._length_bins(np.array([40] * 99 + [60_000], np.int32))
+    long = inspect.length_bins(np.array([40] * 99 + [60_000], np.int32))
     assert long[-1] == (120, None, 1)
     assert sum(number for *_, number in long) == 100
 
@@ -314,7 +314,7 @@ def test_folders_that_hold_no_dataset_are_named_with_what_they_hold(tmp_path):
         command.inspect(tmp_path / "run.yaml")
     (tmp_path / "cache.json").touch()
     (tmp_path / "shards").mkdir()
-    with pytest.raises(DatasetError, match=r"it holds cache\.json, run\.yaml, shards, and no dataset\.json"):
+    with pytest.raises(CacheError, match=r"cache\.json is damaged"):
         command.inspect(tmp_path)
     (tmp_path / "prepared" / "shards").mkdir(parents=True)
     (tmp_path / "cache.json").unlink()

@@ -3,8 +3,6 @@
 import contextlib
 import logging
 import math
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 
 from ftk import storage
 from ftk.errors import TrainingError
+from ftk.models import base as models
 from ftk.progress import Tracker, human_bytes, track
 from ftk.train.loop import StepResult, Trainer
 
@@ -85,7 +84,7 @@ class Recorder:
         now = time.perf_counter()
         seconds = (now - self._window_started) / len(self._pending)
         self._window_started = now
-        memory = memory_bytes(trainer.device)
+        memory = models.memory_bytes(trainer.device)
         for result, loss, norm in zip(self._pending, losses, norms, strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise TrainingError(
@@ -127,11 +126,3 @@ def recent_loss(rows: list[dict[str, Any]], window: int = 20) -> float:
     """Mean loss of the last steps."""
     recent = [row["loss"] for row in rows[-window:]]
     return sum(recent) / len(recent) if recent else math.nan
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Peak memory: what torch allocated on a CUDA device, elsewhere this process's resident set."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

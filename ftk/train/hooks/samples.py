@@ -65,10 +65,9 @@ class Samples:
 
     def _texts(self, trainer: Trainer, prompt: str, dtype: torch.dtype) -> dict[str, Any]:
         """The pipeline's text arguments, the negative ones with their prefix."""
-        manifest = self._store.manifest
 
         def arguments(text: str) -> dict[str, Any]:
-            item = {name: tensor.to(dtype) for name, tensor in self._store.text(manifest.prompts[text]).items()}
+            item = {name: tensor.to(dtype) for name, tensor in self._store.prompt(text).items()}
             return {name: tensor.to(trainer.device) for name, tensor in trainer.family.pipeline_texts(item).items()}
 
         positive = arguments(prompt)

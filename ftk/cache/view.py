@@ -1,0 +1,175 @@
+"""What a reader opens: `cache.json` and the four tables that it names. Derived from receipts, cheap to build anew.
+
+A table's name holds the digest of its bytes, so a new view never touches the files of the old one: the swap is that of
+`cache.json`, and a cache is readable at every instant.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import blake3
+import pyarrow as pa
+
+from ftk import storage
+from ftk.cache.shards import ITEM_SCHEMA, Damage, Receipt
+from ftk.contracts import CACHE_SCHEMA, CacheManifest
+from ftk.errors import CacheError
+
+LOGGER = logging.getLogger("ftk")
+
+MANIFEST = "cache.json"
+SAMPLE_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string()),
+        pa.field("latents", pa.string()),
+        pa.field("controls", pa.list_(pa.string())),
+        pa.field("mask", pa.string()),
+        pa.field("texts", pa.list_(pa.string())),
+        pa.field("text_lengths", pa.list_(pa.int32())),
+        *(pa.field(name, pa.int32()) for name in ("width", "height", "bucket_width", "bucket_height")),
+        *(pa.field(name, pa.int32()) for name in ("resize_width", "resize_height", "crop_x", "crop_y")),
+        pa.field("flipped", pa.bool_()),
+        pa.field("repeats", pa.int32()),
+        pa.field("role", pa.string()),
+    ]
+)
+INDEX_SCHEMA = pa.schema([*ITEM_SCHEMA, pa.field("shard", pa.int32())])
+"""All items of one kind; `shard` is a row of the shards' table."""
+SHARD_SCHEMA = pa.schema(
+    [
+        *(pa.field(name, pa.string()) for name in ("kind", "fingerprint", "name")),
+        *(pa.field(name, pa.int64()) for name in ("items", "bytes")),
+        *(pa.field(name, pa.string()) for name in ("blake3", "header_blake3", "receipt_blake3")),
+    ]
+)
+_DIGEST_CHARS = 16
+# Columns whose few values take no memory a row.
+_REPEATED = ["tensors", "role"]
+
+
+class NewerCacheError(CacheError):
+    """A newer ftk made this cache: not to be touched."""
+
+
+def table_path(directory: Path, name: str, digest: str) -> Path:
+    """Where a table of the view lies."""
+    return directory / "view" / f"{name}-{digest[:_DIGEST_CHARS]}.parquet"
+
+
+def merged(receipts: Mapping[tuple[str, str], list[Receipt]]) -> dict[str, pa.Table]:
+    """The tables `latents`, `texts` and `shards` of the receipts of each (kind, fingerprint).
+
+    An item that lies in several shards, because its first shard was damaged for a while, is listed once.
+    """
+    tables: dict[str, pa.Table] = {}
+    shard_rows: list[dict[str, Any]] = []
+    for (kind, fingerprint), found in receipts.items():
+        parts = []
+        for receipt in found:
+            number = pa.repeat(pa.scalar(len(shard_rows), pa.int32()), len(receipt.items))
+            parts.append(receipt.items.append_column("shard", number))
+            facts = {name: getattr(receipt, name) for name in ("name", "bytes", "blake3", "header_blake3", "receipt_blake3")}
+            shard_rows.append({"kind": kind, "fingerprint": fingerprint, "items": len(receipt.items), **facts})
+        whole = pa.concat_tables([INDEX_SCHEMA.empty_table(), *(part.cast(INDEX_SCHEMA) for part in parts)])
+        tables[kind] = _first_of_each(whole)
+    tables["shards"] = pa.Table.from_pylist(shard_rows, schema=SHARD_SCHEMA)
+    return tables
+
+
+def _first_of_each(items: pa.Table) -> pa.Table:
+    numbered = items.append_column("row", pa.array(range(len(items)), pa.int64()))
+    first = numbered.group_by("id", use_threads=False).aggregate([("row", "min")])["row_min"]
+    return items if len(first) == len(items) else items.take(first.sort())
+
+
+def commit(directory: Path, tables: Mapping[str, pa.Table], facts: Mapping[str, Any]) -> CacheManifest:
+    """Commit the tables, then the manifest that names them, then remove the tables of the view before.
+
+    Args:
+        tables: `samples`, `latents`, `texts` and `shards`.
+        facts: the manifest's other fields.
+    """
+    digests = {}
+    for name, table in tables.items():
+        data = storage.table_bytes(table)
+        digests[name] = blake3.blake3(data).hexdigest()
+        storage.commit_bytes(table_path(directory, name, digests[name]), data)
+    manifest = CacheManifest(
+        schema_version=CACHE_SCHEMA, num_samples=len(tables["samples"]), tables=dict(sorted(digests.items())), **facts
+    )
+    manifest = dataclasses.replace(manifest, digest=_digest(manifest))
+    storage.commit_json(directory / MANIFEST, manifest)
+    named = {table_path(directory, name, digest) for name, digest in digests.items()}
+    for path in (directory / "view").glob("*.parquet"):
+        if path not in named:
+            path.unlink(missing_ok=True)
+    return manifest
+
+
+def _digest(manifest: CacheManifest) -> str:
+    return blake3.blake3(storage.json_bytes(dataclasses.replace(manifest, digest=""))).hexdigest()
+
+
+def read_manifest(directory: Path) -> CacheManifest | None:
+    """`cache.json`, or None when there is none; `CacheError` when it is damaged or of another version."""
+    path = directory / MANIFEST
+    advice = "Run `ftk cache RUN.yaml`: it writes the file anew and keeps what is encoded."
+    try:
+        data = path.read_bytes()
+        plain = storage.read_json(path)
+        version = plain.get("schema_version")
+        manifest = CacheManifest(**plain) if version == CACHE_SCHEMA else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CacheError(f"{path} is damaged: {error}. {advice}") from None
+    if isinstance(version, int) and version > CACHE_SCHEMA:
+        raise NewerCacheError(f"{path} has schema version {version}; this ftk reads {CACHE_SCHEMA}. Install a newer ftk.")
+    if isinstance(version, int) and version < CACHE_SCHEMA:
+        raise CacheError(f"{path} has schema version {version}; this ftk reads {CACHE_SCHEMA}. Run `ftk cache RUN.yaml`.")
+    if manifest is None or manifest.digest != _digest(manifest) or storage.json_bytes(manifest) != data:
+        raise CacheError(f"{path} is damaged: it does not have its digest. {advice}")
+    return manifest
+
+
+def read_tables(directory: Path, manifest: CacheManifest) -> dict[str, pa.Table]:
+    """The tables of a view.
+
+    Raises:
+        CacheError: one is not as committed.
+        FileNotFoundError: one is not there.
+    """
+    tables = {}
+    for name, digest in manifest.tables.items():
+        path = table_path(directory, name, digest)
+        data = path.read_bytes()
+        if (found := blake3.blake3(data).hexdigest()) != digest:
+            raise CacheError(
+                f"{path} is damaged: expected BLAKE3 {digest}, found {found}. Run `ftk cache RUN.yaml`: it writes the "
+                f"table anew and keeps what is encoded."
+            )
+        tables[name] = storage.read_table(pa.BufferReader(data), dictionary=_REPEATED)
+    return tables
+
+
+def receipt_digests(directory: Path, manifest: CacheManifest) -> dict[str, str]:
+    """The BLAKE3 of every receipt by `kind/fingerprint/name`; empty when the shards' table is damaged or missing."""
+    path = table_path(directory, "shards", manifest.tables["shards"])
+    if not path.is_file() or storage.blake3_file(path) != manifest.tables["shards"]:
+        return {}
+    rows = storage.read_table(path, ["kind", "fingerprint", "name", "receipt_blake3"]).to_pylist()
+    return {f"{row['kind']}/{row['fingerprint']}/{row['name']}": row["receipt_blake3"] for row in rows}
+
+
+def check(directory: Path, manifest: CacheManifest) -> list[Damage]:
+    """The tables of the view that are not as committed."""
+    damages = []
+    for name, digest in manifest.tables.items():
+        path = table_path(directory, name, digest)
+        found = storage.blake3_file(path) if path.is_file() else "no file"
+        if found != digest:
+            damages.append(Damage(path=str(path), problem="not as committed", expected=digest, found=found))
+    return damages

@@ -1,0 +1,250 @@
+"""What `ftk inspect` prints: a prepared dataset and a cache as tables."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ftk.cache.inspect import ChannelSummary, LengthSummary
+    from ftk.cache.inspect import Summary as CacheSummary
+    from ftk.pipeline.inspect import BucketSummary, Summary
+
+_EXAMPLE_CHARS = 120
+_BAR_CHARS = 24
+_MOST_CHANNELS, _MOST_PROMPTS = 32, 10
+
+
+def print_prepared(summary: "Summary") -> None:
+    """Tables of a prepared dataset."""
+    tables = (_totals(summary), _buckets(summary.buckets), _captions(summary), _sources(summary), _rejects(summary))
+    duplicates = _duplicates(summary) if summary.duplicates else None
+    _print([*tables, duplicates], f"To look at the samples: ftk inspect {summary.directory} --html")
+
+
+def print_cache(summary: "CacheSummary") -> None:
+    """Tables of a cache."""
+    tables = (
+        *(_cache_totals(summary), _storage(summary), _buckets(summary.buckets), _lengths(summary.text_lengths)),
+        *(_latents(summary), _channels(summary.latents.channels), _encoders(summary), _prompts(summary)),
+    )
+    _print(tables, f"To look at decoded latents: ftk inspect {summary.directory} --html --model MODEL")
+
+
+def _print(tables: Iterable[Any], advice: str) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for table in tables:
+        if table is not None:
+            # A table would break its title at its own width, and a folder's name with it.
+            console.print(_text(table.title, most=len(table.title)), style="bold", soft_wrap=True)
+            table.title = None
+            console.print(table)
+            console.print()
+    console.print(advice, markup=False, soft_wrap=True)
+
+
+def _table(title: str, *columns: str, header: bool = True) -> Any:
+    """A column called `#NAME` holds numbers."""
+    from rich.table import Table
+
+    table = Table(title=title, show_header=header, box=None, padding=(0, 2, 0, 0))
+    for column in columns:
+        is_number = column.startswith("#")
+        table.add_column(column.removeprefix("#"), justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
+    return table
+
+
+def _text(text: str, most: int = _EXAMPLE_CHARS) -> Any:
+    """Names and captions are shown as they are: no markup, no control characters, no line breaks."""
+    from rich.text import Text
+
+    printable = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))
+    return Text(printable if len(printable) <= most else f"{printable[:most]}…")
+
+
+def _totals(summary: "Summary") -> Any:
+    from ftk.progress import human_bytes
+
+    table = _table(summary.directory, "", "", header=False)
+    loss, size = summary.crop_loss, summary.original_megapixels
+    rows = {
+        "inputs": f"{summary.num_inputs:,}",
+        "samples": f"{summary.num_samples:,}",
+        "rejects": f"{summary.num_rejects:,}",
+        "shards": f"{summary.num_shards:,}, {human_bytes(summary.num_bytes)}",
+        "lost to the crop": f"median {loss.median:.1%}, worst {loss.most:.1%} of the pixels" if loss else "-",
+        "megapixels": f"{size.least:.2f} / {size.median:.2f} / {size.most:.2f} of the originals (min, median, max)"
+        if size
+        else "-",
+        "upscaled": f"{summary.num_upscaled:,}",
+        "copied": f"{summary.num_copied:,} as they were",
+        "flipped": f"{summary.num_flipped:,}",
+        "masks, controls": f"{summary.num_masks:,}, {summary.num_controls:,}",
+        "long captions": f"{summary.num_long_captions:,}",
+        "duplicates": f"{summary.num_duplicates:,} equal, {summary.num_near_duplicates:,} look alike",
+    }
+    for label, value in rows.items():
+        table.add_row(label, value)
+    return table
+
+
+def _buckets(buckets: Sequence["BucketSummary"]) -> Any:
+    from rich.bar import Bar
+
+    if not buckets:
+        return None
+    table = _table("buckets", "#size", "#aspect", "#samples", "#share", "")
+    largest = max(bucket.num_samples for bucket in buckets)
+    for bucket in buckets:
+        table.add_row(
+            f"{bucket.width}x{bucket.height}",
+            f"{bucket.width / bucket.height:.2f}",
+            f"{bucket.num_samples:,}",
+            f"{bucket.share:.1%}",
+            Bar(size=largest, begin=0, end=bucket.num_samples, width=_BAR_CHARS),
+        )
+    return table
+
+
+def _captions(summary: "Summary") -> Any:
+    captions = summary.captions
+    if captions.characters is None:
+        return None
+    table = _table("captions", "", "", header=False)
+    characters = captions.characters
+    several = ", ".join(f"{number} in {samples:,} samples" for number, samples in captions.captions_a_sample.items())
+    table.add_row("captions", f"{captions.num_captions:,}")
+    table.add_row("a sample", several)
+    lengths = f"{characters.least:,.0f} / {characters.median:,.0f} / {characters.most:,.0f} (min, median, max)"
+    table.add_row("characters", lengths)
+    for position, (tag, number) in enumerate(captions.leading_tags.items()):
+        table.add_row("" if position else "start with", _text(f"{tag} ({number:,})"))
+    return table
+
+
+def _sources(summary: "Summary") -> Any:
+    if not summary.sources:
+        return None
+    table = _table("sources", "source", "#samples", "#rejects", "#repeats", "role")
+    for source in summary.sources:
+        repeats = "-" if source.repeats is None else f"{source.repeats:,}"
+        table.add_row(_text(source.name), f"{source.num_samples:,}", f"{source.num_rejects:,}", repeats, source.role or "-")
+    return table
+
+
+def _rejects(summary: "Summary") -> Any:
+    if not summary.rejects:
+        return None
+    table = _table("rejects", "reason", "#inputs", "for example")
+    for group in summary.rejects:
+        for position, example in enumerate(group.examples):
+            labels = ("", "") if position else (group.reason, f"{group.num_inputs:,}")
+            table.add_row(*labels, _text(f"{example['path']}: {example['detail']}"))
+    return table
+
+
+def _duplicates(summary: "Summary") -> Any:
+    table = _table("duplicates, for example", "sample", "is like", "#bits that differ")
+    for pair in summary.duplicates:
+        table.add_row(_text(pair["key"]), _text(pair["like"]), "equal file" if pair["bits"] < 0 else f"{pair['bits']} of 64")
+    return table
+
+
+def _cache_totals(summary: "CacheSummary") -> Any:
+    from ftk.progress import human_bytes
+
+    table = _table(summary.directory, "", "", header=False)
+    lengths = summary.text_lengths
+    tokens = f"{lengths.least:,} / {lengths.median:,.0f} / {lengths.percentile_95:,.0f} / {lengths.most:,}"
+    limit = "unknown" if lengths.limit is None else f"{lengths.limit:,}"
+    garbage = sum(kind.garbage_bytes for kind in summary.storage)
+    rows = {
+        "family": summary.family,
+        "samples": f"{summary.num_samples:,}",
+        "images": f"{summary.num_images:,}",
+        "control images": f"{summary.num_controls:,}",
+        "masks": f"{summary.num_masks:,}",
+        "texts": f"{summary.num_texts:,} for {lengths.num_captions:,} captions",
+        "tokens a caption": f"{tokens} (min, median, 95%, max)",
+        "cut": f"{lengths.num_at_limit:,} that reach the limit of {limit} tokens",
+        "garbage": f"{human_bytes(garbage)} that no sample names: `ftk gc` removes it" if garbage else "none",
+    }
+    for label, value in rows.items():
+        table.add_row(label, value)
+    return table
+
+
+def _storage(summary: "CacheSummary") -> Any:
+    from ftk.progress import human_bytes
+
+    table = _table("storage", "", "#items", "#shards", "#on disk", "#named by no sample")
+    for kind in summary.storage:
+        numbers = (f"{kind.num_items:,}", f"{kind.num_shards:,}", human_bytes(kind.num_bytes), human_bytes(kind.garbage_bytes))
+        table.add_row(kind.kind, *numbers)
+    return table
+
+
+def _lengths(lengths: "LengthSummary") -> Any:
+    from rich.bar import Bar
+
+    table = _table("text lengths in tokens", "#tokens", "#captions", "#share", "")
+    largest = max(number for *_, number in lengths.histogram)
+    for low, high, number in itertools.dropwhile(lambda one: not one[2], lengths.histogram):
+        label = f"{low:,}+" if high is None else f"{low:,}" if high == low + 1 else f"{low:,}-{high - 1:,}"
+        bar = Bar(size=largest, begin=0, end=number, width=_BAR_CHARS)
+        table.add_row(label, f"{number:,}", f"{number / lengths.num_captions:.1%}", bar)
+    return table
+
+
+def _latents(summary: "CacheSummary") -> Any:
+    latents = summary.latents
+    table = _table(f"latents: {latents.num_read:,} of {summary.num_images + summary.num_controls:,} read", "", "", header=False)
+    verdict = "near 0 and 1, as normalised latents should be"
+    if not latents.is_normalised:
+        verdict = "far from 0 and 1, where the normalised latents of a trained VAE lie"
+    rows = {
+        "stored as": latents.dtype,
+        "mean, std": f"{latents.mean:.3f}, {latents.std:.3f}: {verdict}",
+        "posterior std": f"{latents.posterior_std:.4f} on average",
+        "largest": f"{latents.largest:.2f}",
+        "not finite": f"{latents.non_finite_share:.4%}: set cache.latents_dtype: float32 and run `ftk cache` again"
+        if latents.non_finite_share
+        else "none",
+    }
+    for label, value in rows.items():
+        table.add_row(label, value)
+    return table
+
+
+def _channels(channels: Sequence["ChannelSummary"]) -> Any:
+    shown = list(enumerate(channels))
+    title = "latent channels"
+    if len(shown) > _MOST_CHANNELS:
+        shown = sorted(shown, key=lambda one: -abs(one[1].mean) - abs(one[1].std - 1))[:_MOST_CHANNELS]
+        title += f": the {_MOST_CHANNELS} of {len(channels)} that are furthest from 0 and 1"
+    table = _table(title, "#channel", "#mean", "#std", "#posterior std")
+    for number, channel in shown:
+        table.add_row(str(number), f"{channel.mean:.3f}", f"{channel.std:.3f}", f"{channel.posterior_std:.4f}")
+    return table
+
+
+def _encoders(summary: "CacheSummary") -> Any:
+    from ftk.cache.inspect import flat_parts
+
+    table = _table("encoders", "", "", "", header=False)
+    for kind, parts in summary.encoders.items():
+        for position, (name, value) in enumerate(flat_parts(parts)):
+            table.add_row("" if position else kind, name.replace("_", " "), _text(value))
+    return table
+
+
+def _prompts(summary: "CacheSummary") -> Any:
+    if not summary.prompts:
+        return None
+    table = _table(f"prompts cached: {len(summary.prompts):,}", "", header=False)
+    for prompt in summary.prompts[:_MOST_PROMPTS]:
+        table.add_row(_text(prompt or "(empty)"))
+    if len(summary.prompts) > _MOST_PROMPTS:
+        table.add_row(f"and {len(summary.prompts) - _MOST_PROMPTS:,} more")
+    return table
