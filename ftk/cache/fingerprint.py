@@ -16,6 +16,7 @@ from ftk.models.base import Family
 
 Parts = dict[str, Any]
 _SAMPLED, _FULL = "sampled:", "full:"
+_WHOLE_BYTES = 512 << 20
 _MAX_HEADER_BYTES = 100 << 20
 _BLOCK_BYTES = 4096
 _RELEVANT = frozenset({".safetensors", ".json", ".txt", ".model"})
@@ -56,18 +57,18 @@ def of_parts(parts: Parts) -> str:
 
 
 def weights_digest(directory: Path, full: bool = False) -> str:
-    """BLAKE3 of a component's files: of safetensors files the header and samples of every tensor, of the others all bytes.
+    """BLAKE3 of a component's files: of large safetensors files the header and samples of every tensor, of others all bytes.
 
-    The samples are the first, middle and last 4 KiB of each tensor: training moves them all, so a fine-tuned or merged model
-    differs from its base. A model of the Hub has the same digest as its copy elsewhere, and a commit that changes no weight
-    leaves it alone. With `full`, every byte of every file.
+    Large is more than 512 MiB: a text encoder, no VAE. The samples are the first, middle and last 4 KiB of each tensor: training
+    moves them all, so a fine-tuned or merged model differs from its base. A model of the Hub has the same digest as its copy
+    elsewhere, and a commit that changes no weight leaves it alone. With `full`, every byte of every file.
     """
     hasher = blake3.blake3(max_threads=blake3.blake3.AUTO)
     for path in sorted(directory.rglob("*")):
         if path.suffix not in _RELEVANT or not path.is_file():
             continue
         hasher.update(f"{path.relative_to(directory).as_posix()}\0{path.stat().st_size}\0".encode())
-        if path.suffix == ".safetensors" and not full:
+        if path.suffix == ".safetensors" and path.stat().st_size > _WHOLE_BYTES and not full:
             _sample(path, hasher)
         else:
             hasher.update_mmap(path)

@@ -230,7 +230,8 @@ def _comparisons(store: CacheStore, number: int, decoder: Decoder, sources: Mapp
 
 
 def _thumbnail(pixels: Pixels) -> str:
-    return page_parts.thumbnail(Image.fromarray(pixels), _PICTURE_PX)
+    # What the VAE loses is to be seen, not what JPEG would lose.
+    return page_parts.thumbnail(Image.fromarray(pixels), _PICTURE_PX, quality=92, subsampling=0)
 
 
 def psnr(expected: Pixels, found: Pixels) -> float | None:

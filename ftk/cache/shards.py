@@ -41,13 +41,14 @@ _READERS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """A committed shard: its items, its size, and BLAKE3 of the shard, of its header, and of the receipt itself."""
+    """A committed shard: its items, its size and the receipt's, and BLAKE3 of the shard, its header, and the receipt."""
 
     name: str
     items: pa.Table
     bytes: int
     blake3: str
     header_blake3: str
+    receipt_bytes: int
     receipt_blake3: str
 
 
@@ -111,6 +112,7 @@ def read_receipt(path: Path) -> Receipt:
             bytes=int(facts["shard_bytes"]),
             blake3=facts["shard_blake3"],
             header_blake3=facts["header_blake3"],
+            receipt_bytes=len(data),
             receipt_blake3=blake3.blake3(data).hexdigest(),
         )
     except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:

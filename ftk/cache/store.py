@@ -86,16 +86,18 @@ class LocalShards:
         """Nothing is under way."""
 
     def damages(self) -> list[shards.Damage]:
-        """Shards whose file is missing or of another size, without opening any."""
+        """Shards and receipts that are missing or of another size, without opening any."""
         found = []
-        for shard, expected in enumerate(self.table["bytes"].to_pylist()):
+        sizes = zip(self.table["bytes"].to_pylist(), self.table["receipt_bytes"].to_pylist(), strict=True)
+        for shard, expected_sizes in enumerate(sizes):
             path = self.path(shard)
-            try:
-                size = f"{os.stat(path).st_size:,} bytes"  # noqa: PTH116 - thousands of shards: half the time of Path.stat
-            except FileNotFoundError:
-                size = "it was set aside by `ftk verify`" if shards.aside(path).exists() else "no file"
-            if size != f"{expected:,} bytes":
-                found.append(shards.Damage(path=str(path), problem="size", expected=f"{expected:,} bytes", found=size))
+            for file, expected in zip((path, path.with_suffix(shards.RECEIPT)), expected_sizes, strict=True):
+                try:
+                    size = f"{os.stat(file).st_size:,} bytes"  # noqa: PTH116 - thousands of files: half of Path.stat's time
+                except FileNotFoundError:
+                    size = "it was set aside by `ftk verify`" if shards.aside(file).exists() else "no file"
+                if size != f"{expected:,} bytes":
+                    found.append(shards.Damage(path=str(file), problem="size", expected=f"{expected:,} bytes", found=size))
         return found
 
 

@@ -41,10 +41,11 @@ INDEX_SCHEMA = pa.schema([*ITEM_SCHEMA, pa.field("shard", pa.int32())])
 SHARD_SCHEMA = pa.schema(
     [
         *(pa.field(name, pa.string()) for name in ("kind", "fingerprint", "name")),
-        *(pa.field(name, pa.int64()) for name in ("items", "bytes")),
+        *(pa.field(name, pa.int64()) for name in ("items", "bytes", "receipt_bytes")),
         *(pa.field(name, pa.string()) for name in ("blake3", "header_blake3", "receipt_blake3")),
     ]
 )
+_RECEIPT_FACTS = ("name", "bytes", "blake3", "header_blake3", "receipt_bytes", "receipt_blake3")
 _DIGEST_CHARS = 16
 # Columns whose few values take no memory a row.
 _REPEATED = ["tensors", "role"]
@@ -71,7 +72,7 @@ def merged(receipts: Mapping[tuple[str, str], list[Receipt]]) -> dict[str, pa.Ta
         for receipt in found:
             number = pa.repeat(pa.scalar(len(shard_rows), pa.int32()), len(receipt.items))
             parts.append(receipt.items.append_column("shard", number))
-            facts = {name: getattr(receipt, name) for name in ("name", "bytes", "blake3", "header_blake3", "receipt_blake3")}
+            facts = {name: getattr(receipt, name) for name in _RECEIPT_FACTS}
             shard_rows.append({"kind": kind, "fingerprint": fingerprint, "items": len(receipt.items), **facts})
         whole = pa.concat_tables([INDEX_SCHEMA.empty_table(), *(part.cast(INDEX_SCHEMA) for part in parts)])
         tables[kind] = _first_of_each(whole)

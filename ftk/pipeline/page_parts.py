@@ -47,10 +47,10 @@ def short_name(directory: Path) -> str:
     return "/".join(directory.resolve().parts[-2:])
 
 
-def thumbnail(image: Image.Image, longest_px: int) -> str:
-    """A picture, made smaller if need be, as a data URI."""
+def thumbnail(image: Image.Image, longest_px: int, quality: int = 80, subsampling: int = 2) -> str:
+    """A picture, made smaller if need be, as the data URI of a JPEG; options as Pillow takes them."""
     image.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    return data_uri(image.convert("RGB"), "JPEG", quality=80)
+    return data_uri(image.convert("RGB"), "JPEG", quality=quality, subsampling=subsampling)
 
 
 def data_uri(image: Image.Image, image_format: str, **options: int) -> str:

@@ -42,10 +42,9 @@ def with_script(page: Path, tmp_path: Path, script: str, policy: bool = True) ->
     """A copy of the page that also runs `script`; without `policy` it may run any other, too."""
     text = page.read_text()
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    own = "script-src " in text
-    text = text.replace(
-        "script-src " if own else "default-src 'none'; ", f"script-src 'sha256-{allowed}'{' ' if own else '; '}", 1
-    )
+    if "script-src " not in text:
+        text = text.replace("default-src 'none'; ", "default-src 'none'; script-src ; ", 1)
+    text = text.replace("script-src ", f"script-src 'sha256-{allowed}' ", 1)
     if not policy:
         text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text, count=1)
     copy = tmp_path / "page.html"

@@ -226,7 +226,7 @@ def test_a_cut_index_is_named_left_alone_by_a_dry_run_and_made_again(ftk, worksp
     index.write_bytes(index.read_bytes()[: index.stat().st_size // 2])
     refused = ftk("train", run_file)
     assert refused.code == 2
-    assert f"{index} is damaged" in refused.err
+    assert f"{index}: size: expected" in refused.err
     plan = json.loads(ftk("cache", run_file, "--dry-run", "--json").out)
     assert plan[f"num_{kind}_to_encode"] >= 12
     assert index.exists()

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from ftk.cache import inspect, inspect_page, shards, view
+from ftk.cache import gc, inspect, inspect_page, shards, view
 from ftk.cache.store import CacheStore
 from ftk.cli import inspect as command
 from ftk.contracts import SampleRow
@@ -123,6 +123,7 @@ def test_storage_is_what_lies_on_disk_and_what_of_it_is_garbage(tmp_path):
     assert (latents_on_disk.num_unnamed, latents_on_disk.unnamed_bytes, latents_on_disk.unlisted_bytes) == (2, 24, 2000)
     assert latents_on_disk.garbage_bytes == 2024
     assert (texts_on_disk.num_items, texts_on_disk.num_unnamed, texts_on_disk.garbage_bytes) == (2, 0, 0)
+    assert gc.run(tmp_path, remove=False).num_bytes == 2024
 
 
 def test_prompts_are_no_garbage(tmp_path):
@@ -307,15 +308,15 @@ def test_the_terminal_shows_names_as_they_are(tmp_path, capsys):
 
 
 def test_of_many_channels_and_prompts_the_terminal_shows_some(tmp_path, capsys):
-    prompts = {f"prompt {number}": EMPTY for number in range(12)}
+    prompts = {f"prompt {letter}": EMPTY for letter in "abcdefghijkl"}
     held = {item(1): latents([[[-1.0 + (number == 77), 1.0 + (number == 77)]] for number in range(100)])}
     built(tmp_path, [sample(1)], [held], prompts=prompts)
     command.inspect(tmp_path)
     shown = capsys.readouterr().out
     assert "the 32 of 100 that are furthest from 0 and 1" in shown
     assert re.search(r"std +77 +1\.000 +1\.000", " ".join(shown.split()))
-    assert "prompt 9" in shown
-    assert "prompt 10" not in shown
+    assert "prompt j" in shown
+    assert "prompt k" not in shown
     assert "and 2 more" in shown
 
 

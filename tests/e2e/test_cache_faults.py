@@ -1,0 +1,420 @@
+"""`ftk cache` and `ftk gc` under faults: killed anywhere, a full disk, flipped bits, files cut short or gone. Same bytes."""
+
+import contextlib
+import gc
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from killing import Server, torn
+
+from ftk import storage
+from ftk.cache import encode, shards, verify
+from ftk.cache.store import CacheStore
+from ftk.demo import draw_pictures
+from ftk.errors import CacheError
+
+NUM_PICTURES, NUM_ADDED = 12, 4
+SUFFIXES = (shards.SHARD, shards.RECEIPT)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Two states of a dataset over one model, and the caches of both. Read only; runs take `--set cache.path`."""
+
+    first: Path
+    """Run file of a dozen pictures, some with two captions."""
+    later: Path
+    """Run file of the same with one caption edited and pictures added."""
+    sealed: Path
+    """The cache of `first`, from one run that nothing interrupted."""
+    sealed_later: Path
+    """What a run of `later` makes of it."""
+
+    def alone(self, run_file: Path) -> Path:
+        return self.sealed if run_file == self.first else self.sealed_later
+
+
+def files(cache: Path) -> dict[str, str]:
+    """Hashes of all that a reader sees, and of anything else that should not be there."""
+    found = [path for path in cache.rglob("*") if path.is_file() and not path.name.startswith(".lock")]
+    found = [path for path in found if not path.name.endswith(shards.SET_ASIDE)]
+    return {str(path.relative_to(cache)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+def everything(cache: Path) -> dict[object, object]:
+    """All that the store of a cache gives out, tensors as bytes."""
+    with contextlib.closing(CacheStore.open(cache)) as store:
+        found: dict[object, object] = {"table": store.table.to_pylist(), "manifest": store.manifest.prompts}
+        for number in range(len(store)):
+            found["latents", number] = [_bytes(tensor) for tensor in store.latents(number)]
+            for caption in range(store.num_texts(number)):
+                found["text", number, caption] = {name: _bytes(one) for name, one in store.text(number, caption).items()}
+        texts = {"": store.empty_text(), **{prompt: store.prompt(prompt) for prompt in store.manifest.prompts}}
+        return found | {("prompt", name): {key: _bytes(one) for key, one in text.items()} for name, text in texts.items()}
+
+
+def _bytes(tensor):
+    return str(tensor.dtype), tuple(tensor.shape), tensor.numpy().tobytes()
+
+
+def to(cache: Path) -> list[str]:
+    return ["--set", f"cache.path={cache}"]
+
+
+def report(result) -> dict:
+    assert result.code == 0, result.err
+    return json.loads(result.out)
+
+
+def encoded(cached: dict) -> tuple[int, int]:
+    return cached["num_latents_encoded"], cached["num_texts_encoded"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hurry() -> Iterator[None]:
+    """Leave out what takes most of the time of a small run: searching torch for garbage, measuring the machine's speed."""
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "_SPEED_SECONDS", 0.0)
+        yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    one = Server(tmp_path_factory.mktemp("forks"))
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory, tiny_model, ftk) -> Scene:
+    place = tmp_path_factory.mktemp("scene")
+    pictures = draw_pictures(place / "first/pictures", NUM_PICTURES)
+    for picture in pictures[:3]:
+        with picture.with_suffix(".txt").open("a") as caption:
+            caption.write(f"picture {picture.stem}, once more\n")
+    shutil.copytree(place / "first/pictures", place / "later/pictures")
+    pictures[5].with_suffix(".txt").write_text("something else altogether")
+    (place / "later/pictures" / pictures[5].with_suffix(".txt").name).write_text("edited")
+    for number, picture in enumerate(draw_pictures(place / "more", NUM_PICTURES + NUM_ADDED)[NUM_PICTURES:]):
+        for path in (picture, picture.with_suffix(".txt")):
+            # Among the others, so that shards are cut at other places.
+            path.rename(place / "later/pictures" / f"{3 * number:03d}-more{path.suffix}")
+    made = Scene(place / "first.yaml", place / "later.yaml", place / "sealed", place / "sealed-later")
+    for run_file in (made.first, made.later):
+        tree = {
+            "run": "test",
+            "workspace": str(place / run_file.stem),
+            "model": {"family": "qwen-image", "path": str(tiny_model)},
+            "data": {
+                "sources": [{"path": str(place / run_file.stem / "pictures"), "caption_lines": True}],
+                "resolutions": [64], "workers": 1,
+            },
+            "cache": {"text_dtype": "float32", "latents_dtype": "float32", "shard_bytes": 20_000},
+            "train": {"steps": 2, "precision": "fp32", "gradient_checkpointing": False},
+            "sample": {"prompts": ["a red circle"], "num_inference_steps": 2},
+        }  # fmt: skip
+        run_file.write_text(yaml.safe_dump(tree))
+        assert ftk("prepare", run_file).code == 0
+    cached = report(ftk("cache", made.first, *to(made.sealed), "--json"))
+    assert encoded(cached) == (12, 18)
+    shutil.copytree(made.sealed, made.sealed_later)
+    cached = report(ftk("cache", made.later, *to(made.sealed_later), "--json"))
+    assert encoded(cached) == (NUM_ADDED, NUM_ADDED + 1)
+    for kind in shards.KINDS:
+        assert len(list(made.sealed.glob(f"{kind}/*/*{shards.SHARD}"))) >= 6
+    return made
+
+
+@pytest.fixture(scope="module")
+def truth(scene) -> dict[Path, dict[object, object]]:
+    """What readers of the two caches get."""
+    return {scene.first: everything(scene.sealed), scene.later: everything(scene.sealed_later)}
+
+
+def begin(scene: Scene, run_file: Path, cache: Path) -> None:
+    """The state before a run of `run_file`: nothing, or the cache of the first."""
+    shutil.rmtree(cache, ignore_errors=True)
+    if run_file == scene.later:
+        shutil.copytree(scene.sealed, cache)
+
+
+def assert_readable(scene: Scene, truth, run_file: Path, cache: Path) -> None:
+    """Between the states before and after a run there is no third, at no instant."""
+    if (cache / "cache.json").exists():
+        assert everything(cache) in (truth[scene.first], truth[run_file])
+        return
+    assert run_file == scene.first
+    with pytest.raises(CacheError, match="no finished cache"):
+        CacheStore.open(cache)
+
+
+def kill_and_repeat(server, ftk, scene, truth, run_file, cache, points) -> int:
+    """Kill a run at each of these touches of the disk, and complete it."""
+    expected = files(scene.alone(run_file))
+    for point in points:
+        begin(scene, run_file, cache)
+        assert server.run("cache", run_file, *to(cache), at=point).code == -signal.SIGKILL, point
+        assert_readable(scene, truth, run_file, cache)
+        result = ftk("cache", run_file, *to(cache))
+        assert result.code == 0, result.err
+        assert files(cache) == expected, point
+    return len(points)
+
+
+def touches_of(server, scene, run_file, cache) -> int:
+    begin(scene, run_file, cache)
+    whole = server.run("cache", run_file, *to(cache))
+    assert whole.code == 0, whole.err
+    assert files(cache) == files(scene.alone(run_file))
+    return whole.touches
+
+
+@pytest.mark.parametrize("state", ["first", "later"])
+def test_killed_at_touches_of_the_disk_a_second_run_completes_with_the_same_bytes(
+    server, ftk, scene, truth, tmp_path, state
+):  # fmt: skip
+    run_file, cache = getattr(scene, state), tmp_path / "cache"
+    touches = touches_of(server, scene, run_file, cache)
+    assert touches > 100
+    kill_and_repeat(server, ftk, scene, truth, run_file, cache, random.Random(state).sample(range(1, touches + 1), 4))
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("state", ["first", "later"])
+def test_killed_at_every_touch_of_the_disk(server, ftk, scene, truth, tmp_path, state):
+    run_file, cache = getattr(scene, state), tmp_path / "cache"
+    touches = touches_of(server, scene, run_file, cache)
+    kills = kill_and_repeat(server, ftk, scene, truth, run_file, cache, range(1, touches + 1))
+    print(f"{state}: {kills} kills, one at every touch of the disk; all completed with equal bytes")
+
+
+@pytest.mark.campaign
+def test_two_hundred_kills_at_random_instants_end_with_the_same_bytes(server, ftk, scene, truth, tmp_path):
+    rng, cache = random.Random(2), tmp_path / "cache"
+    ways = [(state, options) for state in (scene.first, scene.later) for options in ([], ["--set", "cache.processes=2"])]
+    seconds, kills, completed = {}, Counter(), 0
+    for state, options in ways:
+        begin(scene, state, cache)
+        began = time.monotonic()
+        assert server.run("cache", state, *to(cache), *options).code == 0
+        seconds[state, len(options)] = time.monotonic() - began
+        assert files(cache) == files(scene.alone(state))
+    while kills.total() < 200:
+        state, _ = rng.choice(ways)
+        begin(scene, state, cache)
+        for _ in range(rng.randint(1, 4)):
+            options = rng.choice(ways)[1]
+            running = server.start("cache", state, *to(cache), *options)
+            time.sleep(rng.uniform(0.0, 1.0) * seconds[state, len(options)])
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(running.pid, signal.SIGKILL)
+            kills[state.stem, *options[1:]] += running.wait() == -signal.SIGKILL
+            assert_readable(scene, truth, state, cache)
+        assert ftk("cache", state, *to(cache)).code == 0
+        assert files(cache) == files(scene.alone(state)), f"after {kills.total()} kills"
+        completed += 1
+    print(f"{kills.total()} kills ({dict(kills)}), {completed} completed runs, all equal; alone: {seconds}")
+
+
+def parts_of(cache: Path) -> dict[str, list[tuple[Path, int, int]]]:
+    """Every byte of a cache, by what it belongs to: (file, first byte, byte after the last)."""
+    found: dict[str, list[tuple[Path, int, int]]] = {"cache.json": [(cache / "cache.json", 0, 0)]}
+    found["view"] = [(path, 0, 0) for path in sorted(cache.glob("view/*"))]
+    found["receipts"] = [(path, 0, 0) for path in sorted(cache.glob(f"*/*/*{shards.RECEIPT}"))]
+    whole = sorted(cache.glob(f"*/*/*{shards.SHARD}"))
+    found["headers"] = [(path, 0, shards.read_header(path)[1]) for path in whole]
+    found["payloads"] = [(path, shards.read_header(path)[1], 0) for path in whole]
+    return {name: [(path, first, end or path.stat().st_size) for path, first, end in of] for name, of in found.items()}
+
+
+def put(path: Path, data: bytes) -> None:
+    """Make a file hold these bytes, also after `verify` has set it aside."""
+    shards.aside(path).unlink(missing_ok=True)
+    path.write_bytes(data)
+
+
+def flip_bits(scene: Scene, truth, cache: Path, count: int, both: bool) -> Counter:
+    """Flip single bits, one at a time, as many of each part; returns what became of readers."""
+    shutil.copytree(scene.sealed, cache)
+    parts, rng, seen = parts_of(cache), random.Random(3), Counter()
+    for number in range(count):
+        part = list(parts)[number % len(parts)]
+        path, first, end = rng.choice(parts[part])
+        place, bit = rng.randrange(first, end), rng.randrange(8)
+        whole = path.read_bytes()
+        flipped = whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :]
+        where = f"{path} byte {place} bit {bit}"
+        put(path, flipped)
+        try:
+            assert everything(cache) == truth[scene.first], f"{where}: a reader gets other tensors and no error"
+            seen[part, "read"] += 1
+        except CacheError:
+            seen[part, "refused"] += 1
+        for deep in [True] if part == "payloads" else [False, True] if both else [False]:
+            put(path, flipped)
+            assert [damage.path for damage in verify.run(cache, deep).damages] == [str(path)], f"{where}: not found"
+        put(path, whole)
+    assert verify.run(cache, deep=True).damages == []
+    assert files(cache) == files(scene.sealed)
+    return seen
+
+
+def test_every_flipped_bit_is_found_and_no_reader_gets_other_tensors(scene, truth, tmp_path):
+    seen = flip_bits(scene, truth, tmp_path / "cache", 200, both=False)
+    assert {(part, fate) for part, fate in seen if part != "receipts"} == {
+        (part, "refused") for part in ("cache.json", "view", "headers", "payloads")
+    }
+    # Receipts are for writers: no reader opens them.
+    assert seen["receipts", "refused"] == 0
+
+
+@pytest.mark.campaign
+def test_a_thousand_flipped_bits_are_all_found(scene, truth, tmp_path):
+    seen = flip_bits(scene, truth, tmp_path / "cache", 1000, both=True)
+    print(f"{seen.total()} flipped bits, all found; readers: {dict(seen)}")
+
+
+def cuts(path: Path) -> list[int]:
+    """Lengths to cut a file to: at the ends of a shard's header and tensors and beside them; elsewhere a spread."""
+    size = path.stat().st_size
+    ends = {0, 4, 8, size // 4, size // 2, size - 8, size}
+    if path.suffix == shards.SHARD:
+        header, start = shards.read_header(path)
+        ends = {0, 8, start} | {start + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+    around = {end + step for end in ends for step in (-1, 0, 1)}
+    return sorted(length for length in around if 0 <= length < size)
+
+
+def one_of_each(cache: Path) -> list[Path]:
+    """A shard and a receipt of each kind, from the middle, the tables of the view, and the manifest."""
+    found = [sorted(cache.glob(f"{kind}/*/*{suffix}"))[3] for kind in shards.KINDS for suffix in SUFFIXES]
+    return [*found, *sorted(cache.glob("view/*")), cache / "cache.json"]
+
+
+def assert_refused(ftk, scene, truth, cache, path, expected: str, found: str) -> None:
+    """Training names the damaged file, for a shard both sizes; it needs no receipts."""
+    if path.suffix == shards.RECEIPT and path.parent.name != "view":
+        assert everything(cache) == truth[scene.first]
+        return
+    result = ftk("train", scene.first, *to(cache))
+    assert result.code == 2, path
+    assert str(path) in result.err or (path.name == "cache.json" and found == "no file")
+    if path.suffix == shards.SHARD:
+        assert expected in result.err
+        assert found in result.err
+
+
+def assert_mended(ftk, scene, cache, path) -> None:
+    """`ftk cache` makes the damaged shard again, nothing else."""
+    cached = report(ftk("cache", scene.first, *to(cache), "--json"))
+    counts = dict.fromkeys(shards.KINDS, 0)
+    if path.parent.parent.name in counts:
+        receipt = scene.sealed / path.relative_to(cache).with_suffix(shards.RECEIPT)
+        counts[path.parent.parent.name] = len(shards.read_receipt(receipt).items)
+    assert encoded(cached) == (counts["latents"], counts["texts"]), path
+    assert files(cache) == files(scene.sealed), path
+
+
+def named(cache: Path) -> list[str]:
+    return [damage.path for damage in verify.run(cache).damages]
+
+
+def cut_short(ftk, scene, truth, cache, path, mended: bool) -> int:
+    """Cut a file to each of its lengths; with `mended` run `ftk cache` after each, else after the last alone."""
+    whole, lengths = path.read_bytes(), cuts(path)
+    for length in lengths:
+        put(path, whole[:length])
+        assert_refused(ftk, scene, truth, cache, path, f"{len(whole):,} bytes", f"{length:,} bytes")
+        if mended:
+            assert_mended(ftk, scene, cache, path)
+            put(path, whole[:length])
+        assert named(cache) == [str(path)], (path, length)
+        if mended or length == lengths[-1]:
+            assert_mended(ftk, scene, cache, path)
+        put(path, whole)
+    return len(lengths)
+
+
+def test_a_file_cut_short_is_named_refused_and_its_shard_alone_made_again(ftk, scene, truth, tmp_path):
+    cache = tmp_path / "cache"
+    shutil.copytree(scene.sealed, cache)
+    for path in one_of_each(cache):
+        assert cut_short(ftk, scene, truth, cache, path, mended=False) > 5
+
+
+@pytest.mark.campaign
+def test_every_file_cut_short_everywhere_is_named_refused_and_made_again(ftk, scene, truth, tmp_path):
+    cache = tmp_path / "cache"
+    shutil.copytree(scene.sealed, cache)
+    all_files = sorted(path for path in cache.rglob("*") if path.is_file() and path.name != ".lock")
+    num_cuts = sum(cut_short(ftk, scene, truth, cache, path, mended=True) for path in all_files)
+    print(f"{num_cuts} cuts of {len(all_files)} files: all named, refused and mended, with and without `ftk verify` before")
+
+
+def test_a_file_that_is_gone_is_named_refused_and_its_shard_alone_made_again(ftk, scene, truth, tmp_path):
+    cache = tmp_path / "cache"
+    shutil.copytree(scene.sealed, cache)
+    for path in one_of_each(cache):
+        size = path.stat().st_size
+        path.unlink()
+        assert_refused(ftk, scene, truth, cache, path, f"{size:,} bytes", "no file")
+        # Without its manifest a cache is one that is not finished yet.
+        assert named(cache) == ([] if path.name == "cache.json" else [str(path)])
+        assert_mended(ftk, scene, cache, path)
+
+
+class FullDisk:
+    """Raises at the n-th write, and at each after it."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left <= 0:
+            raise OSError(28, "No space left on device", "a shard")
+
+
+def kept(cache: Path) -> tuple[int, int]:
+    """How many latents and texts have a receipt."""
+    found = [shards.receipts(folder, {})[0] for kind in shards.KINDS for folder in cache.glob(f"{kind}/*") or [cache]]
+    counts = Counter()
+    for kind in shards.KINDS:
+        for folder in cache.glob(f"{kind}/*"):
+            counts[kind] += sum(len(receipt.items) for receipt in shards.receipts(folder, {})[0])
+    return counts["latents"], counts["texts"]
+
+
+def fill_the_disk(ftk, scene, truth, cache, run_file, at: int) -> bool:
+    """Run with a disk that is full from a write on, then free it; False when the run needs fewer writes."""
+    begin(scene, run_file, cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "committing", torn(storage.committing, FullDisk(at)))
+        result = ftk("cache", run_file, *to(cache))
+    if result.code == 0:
+        return False
+    assert result.code == 4
+    assert "disk is full" in result.err
+    assert not list(cache.rglob(".tmp-*"))
+    assert_readable(scene, truth, run_file, cache)
+    latents, texts = kept(cache)
+    cached = report(ftk("cache", run_file, *to(cache), "--json"))
+    assert (cached["num_latents_encoded"], cached["num_texts_encoded"]) == (
+        cached["num_latents_reused"] + cached["num_latents_encoded"] - latents, 0)
+    assert files(cache) == files(scene.alone(run_file)), at
+    return True
