@@ -468,12 +468,17 @@ def bytes_from_disk() -> int:
 # The race.
 
 
+def say(text: str) -> None:
+    """What goes on."""
+    Console(stderr=True).print(text, markup=False, highlight=False)
+
+
 def present() -> list[str]:
     """The formats whose libraries are there; says which are not."""
     missing = [name for name, each in FORMATS.items() if each.needs and importlib.util.find_spec(each.needs) is None]
     if missing:
         found = f"Left out: {', '.join(missing)}. To add MDS: {PEERS}; webdataset comes with ftk[dev]."
-        Console(stderr=True).print(found, markup=False)
+        say(found)
     return [name for name in FORMATS if name not in missing]
 
 
@@ -481,17 +486,19 @@ def race(payload: str, options: argparse.Namespace) -> dict[str, Any]:
     """All formats of one payload."""
     names, context = present(), multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="ftk-bench-", dir=options.directory) as folder:
-        workers, facts = {}, {}
+        processes, workers, facts = [], {}, {}
         for name in names:
+            say(f"{payload}: {name}")
             data = Data(folder=Path(folder) / FORMATS[name].folder, fields=PAYLOADS[payload], count=options.samples)
             pipe, other = context.Pipe()
-            process = context.Process(target=work, args=(name, data, other), daemon=True)
-            process.start()
+            processes.append(context.Process(target=work, args=(name, data, other), daemon=True))
+            processes[-1].start()
             other.close()
             workers[name], facts[name] = pipe, pipe.recv()
         runs = visits(workers, options)
-        for pipe in workers.values():
+        for pipe, process in zip(workers.values(), processes, strict=True):
             pipe.send(None)
+            process.join()
     return {
         "payload": payload,
         "samples": options.samples,
@@ -509,6 +516,7 @@ def visits(workers: Mapping[str, Any], options: argparse.Namespace) -> dict[tupl
     rounds = [(number, False) for number in range(options.rounds + 1)]
     rounds += [(len(rounds) + number, True) for number in range(options.cold_rounds * can_drop)]
     for number, is_cold in rounds:
+        say(f"{'cold ' * is_cold}round {number} of {len(rounds) - 1}")
         first = number % len(names)
         for threads, name in itertools.product(THREADS, [*names[first:], *names[:first]]):
             if is_cold and FORMATS[name].in_memory:
@@ -520,17 +528,18 @@ def visits(workers: Mapping[str, Any], options: argparse.Namespace) -> dict[tupl
 
 
 def passes(name: str, runs: Mapping[tuple[str, int, str], list[dict[str, float]]], data: Data) -> dict[str, Any]:
-    """What one format's passes came to; `ratio`: times the speed of ftk's pass of the same kind and round."""
+    """What one format's passes came to; `ratio`: times ftk's speed in the same kind of pass and round."""
     found: dict[str, Any] = {}
     for (own, threads, kind), measured in runs.items():
         if own != name:
             continue
-        base = runs[BASELINE, threads, kind]
+        both = list(zip(measured, runs[BASELINE, threads, kind], strict=True))
         found[f"{kind}, {threads} thread{'s'[: threads - 1]}"] = {
             "samples_a_second": spread([1 / each["seconds_a_sample"] for each in measured]),
             "gigabytes_a_second": spread([data.sample_bytes / each["seconds_a_sample"] / 1e9 for each in measured]),
             "cpu_microseconds_a_sample": spread([1e6 * each["cpu_seconds_a_sample"] for each in measured]),
-            "ratio": spread([b["seconds_a_sample"] / a["seconds_a_sample"] for a, b in zip(measured, base, strict=True)]),
+            "ratio": spread([base["seconds_a_sample"] / each["seconds_a_sample"] for each, base in both]),
+            "cpu_ratio": spread([base["cpu_seconds_a_sample"] / each["cpu_seconds_a_sample"] for each, base in both]),
             "from_disk": spread([each["disk_bytes_a_sample"] / data.sample_bytes for each in measured]),
         }
     return {"passes": found}
@@ -601,10 +610,12 @@ def in_a_process(*arguments: str) -> dict[str, Any]:
 def startup(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Caches of each size; their openings take turns."""
     with tempfile.TemporaryDirectory(prefix="ftk-bench-", dir=options.directory) as folder:
+        say(f"building caches of {', '.join(f'{count:,}' for count in options.startup_samples)} samples")
         built = {
             count: in_a_process("--build", str(Path(folder) / str(count)), str(count)) for count in options.startup_samples
         }
         runs: dict[int, list[dict[str, Any]]] = {count: [] for count in built}
+        say("opening")
         small = str(Path(folder) / "small")
         in_a_process("--build", small, "1")
         for _, count in itertools.product(range(options.repeats), built):
@@ -642,7 +653,7 @@ def show_race(result: dict[str, Any], console: Console) -> None:
     """A table for each kind of pass, then one of the files."""
     about = f"{result['payload']} ({result['sample_bytes'] / 1e6:.2f} MB a sample, {result['samples']} samples)"
     for kind in next(reversed(result["formats"].values()))["passes"]:
-        table = new_table(f"{about}: {kind}", ["samples/s", "range", "GB/s", "×", "range", "CPU µs", "disk"])
+        table = new_table(f"{about}: {kind}", ["samples/s", "range", "GB/s", "×", "range", "CPU µs", "CPU ×", "disk"])
         for name, found in result["formats"].items():
             if kind in found["passes"]:
                 table.add_row(name, *pass_cells(found["passes"][kind]))
@@ -664,13 +675,26 @@ def pass_cells(found: dict[str, Any]) -> list[str]:
         f"{ratio['median']:.2f}",
         f"{ratio['min']:.2f}-{ratio['max']:.2f}",
         f"{found['cpu_microseconds_a_sample']['median']:,.0f}",
+        f"{found['cpu_ratio']['median']:.2f}",
         f"{100 * found['from_disk']['median']:.0f} %",
     ]
 
 
 def show_startup(results: Sequence[dict[str, Any]], console: Console) -> None:
     """One row a cache."""
-    columns = ["shards", "open s", "range", "peak MiB", "grew by", "target", "sample ms", "list s", "empty text s", "peak MiB"]
+    columns = [
+        "shards",
+        "open s",
+        "range",
+        "CPU s",
+        "peak MiB",
+        "grew by",
+        "target",
+        "sample ms",
+        "list s",
+        "empty text s",
+        "peak MiB",
+    ]
     table = new_table("Opening a cache", columns)
     for result in results:
         seconds, peak = result["open_seconds"], result["open_peak_bytes"]
@@ -680,6 +704,7 @@ def show_startup(results: Sequence[dict[str, Any]], console: Console) -> None:
             f"{result['shards']['median']:,.0f}",
             f"{seconds['median']:.2f}",
             f"{seconds['min']:.2f}-{seconds['max']:.2f}",
+            f"{result['open_cpu_seconds']['median']:.2f}",
             f"{peak['max'] / 2**20:,.0f}",
             f"{(peak['median'] - result['small_resident_bytes']['median']) / 2**20:,.0f}",
             "met" if met else "missed",
@@ -705,14 +730,14 @@ def new_table(title: str, columns: Sequence[str]) -> Table:
 
 def show(report: dict[str, Any]) -> None:
     """Everything that was measured."""
-    console = Console(width=max(Console().width, 120))
+    console = Console(width=max(Console().width, 128))
     for result in report["races"]:
         show_race(result, console)
     if report["races"]:
         console.print(
-            "×: times ftk's speed in the same pass; median, least and greatest of the rounds. disk: bytes that came from"
+            "×: times ftk's speed in the same pass, by the clock and by CPU time; median, least, greatest of the rounds."
         )
-        console.print("it, of all. Only ftk compares checksums, in the first and the cold passes.")
+        console.print("disk: bytes that came from it, of all. Only ftk compares checksums, in the first and the cold passes.")
     if report["startup"]:
         show_startup(report["startup"], console)
     before, after = (report["machine"][name] for name in ("load", "load_after"))

@@ -59,9 +59,9 @@ def of_parts(parts: Parts) -> str:
 def weights_digest(directory: Path, full: bool = False) -> str:
     """BLAKE3 of a component's files: of large safetensors files the header and samples of every tensor, of others all bytes.
 
-    Large is more than 512 MiB: a text encoder, no VAE. The samples are the first, middle and last 4 KiB of each tensor: training
-    moves them all, so a fine-tuned or merged model differs from its base. A model of the Hub has the same digest as its copy
-    elsewhere, and a commit that changes no weight leaves it alone. With `full`, every byte of every file.
+    Large is more than 512 MiB: a text encoder, no VAE. The samples are the first, middle and last 4 KiB of each tensor:
+    training moves them all, so a fine-tuned or merged model differs from its base. A model of the Hub has the same digest as
+    its copy elsewhere, and a commit that changes no weight leaves it alone. With `full`, every byte of every file.
     """
     hasher = blake3.blake3(max_threads=blake3.blake3.AUTO)
     for path in sorted(directory.rglob("*")):

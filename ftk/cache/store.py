@@ -87,18 +87,25 @@ class LocalShards:
 
     def damages(self) -> list[shards.Damage]:
         """Shards and receipts that are missing or of another size, without opening any."""
+        columns = ("kind", "fingerprint", "name", "bytes", "receipt_bytes")
         found = []
-        sizes = zip(self.table["bytes"].to_pylist(), self.table["receipt_bytes"].to_pylist(), strict=True)
-        for shard, expected_sizes in enumerate(sizes):
-            path = self.path(shard)
-            for file, expected in zip((path, path.with_suffix(shards.RECEIPT)), expected_sizes, strict=True):
+        for kind, fingerprint, name, *sizes in zip(*(self.table[column].to_pylist() for column in columns), strict=True):
+            # Text, not paths: there are thousands of files, and making a path takes longer than asking for the size.
+            start = f"{self.directory}{os.sep}{kind}{os.sep}{fingerprint}{os.sep}{name}"
+            for suffix, expected in zip((shards.SHARD, shards.RECEIPT), sizes, strict=True):
                 try:
-                    size = f"{os.stat(file).st_size:,} bytes"  # noqa: PTH116 - thousands of files: half of Path.stat's time
+                    size = os.stat(start + suffix).st_size  # noqa: PTH116
                 except FileNotFoundError:
-                    size = "it was set aside by `ftk verify`" if shards.aside(file).exists() else "no file"
-                if size != f"{expected:,} bytes":
-                    found.append(shards.Damage(path=str(file), problem="size", expected=f"{expected:,} bytes", found=size))
+                    size = -1
+                if size != expected:
+                    found.append(_other_size(Path(start + suffix), expected, size))
         return found
+
+
+def _other_size(path: Path, expected: int, size: int) -> shards.Damage:
+    gone = "it was set aside by `ftk verify`" if shards.aside(path).exists() else "no file"
+    found = gone if size < 0 else f"{size:,} bytes"
+    return shards.Damage(path=str(path), problem="size", expected=f"{expected:,} bytes", found=found)
 
 
 class _Mapped:
@@ -157,11 +164,13 @@ class _Items:
             checked=np.zeros(len(table), dtype=np.bool_),
         )
 
-    def rows(self, ids: pa.ChunkedArray | pa.Array) -> Rows:
-        """The row of each id; -1 for those that are not there."""
-        found = pc.fill_null(pc.index_in(ids, value_set=self.ids.combine_chunks()), -1)
-        rows: Rows = found.to_numpy()
-        return rows
+    def rows(self, *columns: pa.ChunkedArray | pa.Array) -> list[Rows]:
+        """The row of each id of each column; -1 for those that are not there."""
+        chunks = [chunk for column in columns for chunk in getattr(column, "chunks", [column])]
+        value_set = self.ids.combine_chunks() if self.ids.num_chunks != 1 else self.ids.chunk(0)
+        found = pc.index_in(pa.chunked_array(chunks, pa.string()), value_set=value_set)
+        rows = pc.fill_null(found, -1).to_numpy().astype(np.int32, copy=False)
+        return np.split(rows, np.cumsum([len(column) for column in columns])[:-1])
 
     def row(self, item: str) -> int:
         """The row of one id; the first call makes the table for all."""
@@ -213,19 +222,21 @@ class CacheStore:
         return cls(str(directory), manifest, tables, files)
 
     def _resolve(self) -> None:
-        """Turn the ids that samples name into rows, all at once."""
-        latents, texts = self._items["latents"], self._items["texts"]
-        self._latents = latents.rows(self.table["latents"])
-        self._masks = latents.rows(self.table["mask"])
-        self._controls, self._first_control = _flat(self.table["controls"], latents)
-        self._texts, self._first_text = _flat(self.table["texts"], texts)
-        has_mask = pc.not_equal(self.table["mask"], "").to_numpy()
+        """Turn the ids that samples and the manifest name into rows, with one look-up for each kind."""
+        latents, texts, table = self._items["latents"], self._items["texts"], self.table
+        has_mask = pc.not_equal(table["mask"], "")
+        named = pa.array(list(dict.fromkeys([self.manifest.empty_text, *self.manifest.prompts.values()])), pa.string())
+        masked = table["mask"].filter(has_mask)
+        self._latents, masks, self._controls = latents.rows(table["latents"], masked, pc.list_flatten(table["controls"]))
+        self._texts, named_rows = texts.rows(pc.list_flatten(table["texts"]), named)
+        self._masks = np.full(len(table), -1, dtype=np.int32)
+        self._masks[has_mask.to_numpy()] = masks
+        self._first_control, self._first_text = _starts(table["controls"]), _starts(table["texts"])
+        self._named = dict(zip(named.to_pylist(), named_rows.tolist(), strict=True))
         missing = {
-            "latents": int((self._latents < 0).sum() + (self._controls < 0).sum() + (self._masks[has_mask] < 0).sum()),
-            "texts": int((self._texts < 0).sum()),
+            "latents": sum(int((rows < 0).sum()) for rows in (self._latents, masks, self._controls)),
+            "texts": sum(int((rows < 0).sum()) for rows in (self._texts, named_rows)),
         }
-        named = pa.array([self.manifest.empty_text, *self.manifest.prompts.values()], pa.string())
-        missing["texts"] += int((texts.rows(named) < 0).sum())
         if any(missing.values()):
             listed = ", ".join(f"{count:,} {kind}" for kind, count in missing.items() if count)
             raise CacheError(f"{self.location}: {listed} that samples name are not there. Run `ftk cache RUN.yaml` again.")
@@ -255,6 +266,8 @@ class CacheStore:
 
     def text(self, number: int, caption: int = 0) -> dict[str, torch.Tensor]:
         """The family's tensors of one of a sample's captions, unpadded; for Qwen-Image `embeds` [L,D]."""
+        if not 0 <= caption < self.num_texts(number):
+            raise IndexError(f"sample {number} has {self.num_texts(number)} captions; there is no caption {caption}")
         return self._read("texts", int(self._texts[self._first_text[number] + caption]))
 
     def num_texts(self, number: int) -> int:
@@ -263,11 +276,11 @@ class CacheStore:
 
     def empty_text(self) -> dict[str, torch.Tensor]:
         """The empty caption."""
-        return self.item("texts", self.manifest.empty_text)
+        return self._read("texts", self._named[self.manifest.empty_text])
 
     def prompt(self, text: str) -> dict[str, torch.Tensor]:
         """A prompt of the run file; `KeyError` when it is not cached."""
-        return self.item("texts", self.manifest.prompts[text])
+        return self._read("texts", self._named[self.manifest.prompts[text]])
 
     def item(self, kind: str, item: str) -> dict[str, torch.Tensor]:
         """All tensors of an item of `latents` or `texts`; `KeyError` when there is none."""
@@ -357,10 +370,9 @@ class CacheStore:
         return self._positioned[folder]
 
 
-def _flat(column: pa.ChunkedArray, items: _Items) -> tuple[Rows, npt.NDArray[np.int64]]:
-    """The rows of a column of lists one after another, and where each list begins."""
-    lengths = pc.list_value_length(column).to_numpy()
-    return items.rows(pc.list_flatten(column)), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+def _starts(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """Where each list of a column begins when they stand one after another; one more number for the end."""
+    return np.concatenate([[0], np.cumsum(pc.list_value_length(column).to_numpy(), dtype=np.int64)])
 
 
 def _read_view(directory: Path) -> tuple[CacheManifest, dict[str, pa.Table]]:

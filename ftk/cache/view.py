@@ -5,7 +5,7 @@ A table's name holds the digest of its bytes, so a new view never touches the fi
 """
 
 import dataclasses
-import logging
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,6 @@ from ftk import storage
 from ftk.cache.shards import ITEM_SCHEMA, Damage, Receipt
 from ftk.contracts import CACHE_SCHEMA, CacheManifest
 from ftk.errors import CacheError
-
-LOGGER = logging.getLogger("ftk")
 
 MANIFEST = "cache.json"
 SAMPLE_SCHEMA = pa.schema(
@@ -45,6 +43,7 @@ SHARD_SCHEMA = pa.schema(
         *(pa.field(name, pa.string()) for name in ("blake3", "header_blake3", "receipt_blake3")),
     ]
 )
+_SCHEMAS = {"samples": SAMPLE_SCHEMA, "latents": INDEX_SCHEMA, "texts": INDEX_SCHEMA, "shards": SHARD_SCHEMA}
 _RECEIPT_FACTS = ("name", "bytes", "blake3", "header_blake3", "receipt_bytes", "receipt_blake3")
 _DIGEST_CHARS = 16
 # Columns whose few values take no memory a row.
@@ -120,18 +119,19 @@ def read_manifest(directory: Path) -> CacheManifest | None:
     advice = "Run `ftk cache RUN.yaml`: it writes the file anew and keeps what is encoded."
     try:
         data = path.read_bytes()
-        plain = storage.read_json(path)
+        plain = json.loads(data)
         version = plain.get("schema_version")
         manifest = CacheManifest(**plain) if version == CACHE_SCHEMA else None
+        is_whole = manifest is not None and manifest.digest == _digest(manifest) and storage.json_bytes(manifest) == data
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise CacheError(f"{path} is damaged: {error}. {advice}") from None
     if isinstance(version, int) and version > CACHE_SCHEMA:
         raise NewerCacheError(f"{path} has schema version {version}; this ftk reads {CACHE_SCHEMA}. Install a newer ftk.")
     if isinstance(version, int) and version < CACHE_SCHEMA:
         raise CacheError(f"{path} has schema version {version}; this ftk reads {CACHE_SCHEMA}. Run `ftk cache RUN.yaml`.")
-    if manifest is None or manifest.digest != _digest(manifest) or storage.json_bytes(manifest) != data:
+    if not is_whole:
         raise CacheError(f"{path} is damaged: it does not have its digest. {advice}")
     return manifest
 
@@ -153,6 +153,8 @@ def read_tables(directory: Path, manifest: CacheManifest) -> dict[str, pa.Table]
                 f"table anew and keeps what is encoded."
             )
         tables[name] = storage.read_table(pa.BufferReader(data), dictionary=_REPEATED)
+        if tables[name].column_names != _SCHEMAS[name].names:
+            raise CacheError(f"{path} has other columns than this ftk reads. Run `ftk cache RUN.yaml`: it writes the table anew.")
     return tables
 
 

@@ -208,7 +208,7 @@ def _latents(summary: "CacheSummary") -> Any:
         "mean, std": f"{latents.mean:.3f}, {latents.std:.3f}: {verdict}",
         "posterior std": f"{latents.posterior_std:.4f} on average",
         "largest": f"{latents.largest:.2f}",
-        "not finite": f"{latents.non_finite_share:.4%}: set cache.latents_dtype: float32 and run `ftk cache` again"
+        "not finite": f"{latents.non_finite_share * 100:.2g}%: set cache.latents_dtype: float32 and run `ftk cache` again"
         if latents.non_finite_share
         else "none",
     }

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,8 @@ class Scene:
     """Run file of a dozen pictures, some with two captions."""
     later: Path
     """Run file of the same with one caption edited and pictures added."""
+    fewer: Path
+    """Run file of `later` with pictures taken away."""
     sealed: Path
     """The cache of `first`, from one run that nothing interrupted."""
     sealed_later: Path
@@ -88,7 +90,7 @@ def hurry() -> Iterator[None]:
     gc.collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "_SPEED_SECONDS", 0.0)
+        patch.setattr(encode, "speed", lambda *_: 1e10)
         yield
     gc.unfreeze()
 
@@ -100,6 +102,25 @@ def server(tmp_path_factory) -> Iterator[Server]:
     one.close()
 
 
+def write_run_file(place: Path, model: Path) -> Path:
+    """A run over the pictures and in the workspace at `place`."""
+    tree = {
+        "run": "test",
+        "workspace": str(place),
+        "model": {"family": "qwen-image", "path": str(model)},
+        "data": {
+            "sources": [{"path": str(place / "pictures"), "caption_lines": True}],
+            "resolutions": [64], "workers": 1,
+        },
+        "cache": {"text_dtype": "float32", "latents_dtype": "float32", "shard_bytes": 20_000},
+        "train": {"steps": 2, "precision": "fp32", "gradient_checkpointing": False},
+        "sample": {"prompts": ["a red circle"], "num_inference_steps": 2},
+    }  # fmt: skip
+    run_file = place.with_suffix(".yaml")
+    run_file.write_text(yaml.safe_dump(tree))
+    return run_file
+
+
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory, tiny_model, ftk) -> Scene:
     place = tmp_path_factory.mktemp("scene")
@@ -107,29 +128,21 @@ def scene(tmp_path_factory, tiny_model, ftk) -> Scene:
     for picture in pictures[:3]:
         with picture.with_suffix(".txt").open("a") as caption:
             caption.write(f"picture {picture.stem}, once more\n")
-    shutil.copytree(place / "first/pictures", place / "later/pictures")
-    pictures[5].with_suffix(".txt").write_text("something else altogether")
-    (place / "later/pictures" / pictures[5].with_suffix(".txt").name).write_text("edited")
+    later = place / "later/pictures"
+    shutil.copytree(place / "first/pictures", later)
+    (later / pictures[5].with_suffix(".txt").name).write_text("something else altogether")
     for number, picture in enumerate(draw_pictures(place / "more", NUM_PICTURES + NUM_ADDED)[NUM_PICTURES:]):
         for path in (picture, picture.with_suffix(".txt")):
             # Among the others, so that shards are cut at other places.
-            path.rename(place / "later/pictures" / f"{3 * number:03d}-more{path.suffix}")
-    made = Scene(place / "first.yaml", place / "later.yaml", place / "sealed", place / "sealed-later")
-    for run_file in (made.first, made.later):
-        tree = {
-            "run": "test",
-            "workspace": str(place / run_file.stem),
-            "model": {"family": "qwen-image", "path": str(tiny_model)},
-            "data": {
-                "sources": [{"path": str(place / run_file.stem / "pictures"), "caption_lines": True}],
-                "resolutions": [64], "workers": 1,
-            },
-            "cache": {"text_dtype": "float32", "latents_dtype": "float32", "shard_bytes": 20_000},
-            "train": {"steps": 2, "precision": "fp32", "gradient_checkpointing": False},
-            "sample": {"prompts": ["a red circle"], "num_inference_steps": 2},
-        }  # fmt: skip
-        run_file.write_text(yaml.safe_dump(tree))
+            path.rename(later / f"{3 * number:03d}-more{path.suffix}")
+    shutil.copytree(later, place / "fewer/pictures")
+    for picture in pictures[2:9:3]:
+        (place / "fewer/pictures" / picture.name).unlink()
+        (place / "fewer/pictures" / picture.with_suffix(".txt").name).unlink()
+    run_files = [write_run_file(place / name, tiny_model) for name in ("first", "later", "fewer")]
+    for run_file in run_files:
         assert ftk("prepare", run_file).code == 0
+    made = Scene(*run_files, place / "sealed", place / "sealed-later")
     cached = report(ftk("cache", made.first, *to(made.sealed), "--json"))
     assert encoded(cached) == (12, 18)
     shutil.copytree(made.sealed, made.sealed_later)
@@ -279,7 +292,7 @@ def test_every_flipped_bit_is_found_and_no_reader_gets_other_tensors(scene, trut
     assert {(part, fate) for part, fate in seen if part != "receipts"} == {
         (part, "refused") for part in ("cache.json", "view", "headers", "payloads")
     }
-    # Receipts are for writers: no reader opens them.
+    # No reader opens a receipt: it is for writers.
     assert seen["receipts", "refused"] == 0
 
 
@@ -292,12 +305,12 @@ def test_a_thousand_flipped_bits_are_all_found(scene, truth, tmp_path):
 def cuts(path: Path) -> list[int]:
     """Lengths to cut a file to: at the ends of a shard's header and tensors and beside them; elsewhere a spread."""
     size = path.stat().st_size
-    ends = {0, 4, 8, size // 4, size // 2, size - 8, size}
+    lengths = {0, 1, 4, 8, size // 4, size // 2, size - 8, size - 4, size - 1}
     if path.suffix == shards.SHARD:
         header, start = shards.read_header(path)
-        ends = {0, 8, start} | {start + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
-    around = {end + step for end in ends for step in (-1, 0, 1)}
-    return sorted(length for length in around if 0 <= length < size)
+        ends = [start + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        lengths = {end + step for end in (0, 8, start, *ends) for step in (-1, 0, 1)}
+    return sorted(length for length in lengths if 0 <= length < size)
 
 
 def one_of_each(cache: Path) -> list[Path]:
@@ -306,15 +319,15 @@ def one_of_each(cache: Path) -> list[Path]:
     return [*found, *sorted(cache.glob("view/*")), cache / "cache.json"]
 
 
-def assert_refused(ftk, scene, truth, cache, path, expected: str, found: str) -> None:
-    """Training names the damaged file, for a shard both sizes; it needs no receipts."""
-    if path.suffix == shards.RECEIPT and path.parent.name != "view":
-        assert everything(cache) == truth[scene.first]
-        return
+def assert_refused(ftk, scene, cache, path, expected: str, found: str) -> None:
+    """Training names the damaged file; of a shard and its receipt both sizes."""
     result = ftk("train", scene.first, *to(cache))
     assert result.code == 2, path
-    assert str(path) in result.err or (path.name == "cache.json" and found == "no file")
-    if path.suffix == shards.SHARD:
+    if path.name == "cache.json" and found == "no file":
+        assert f"{cache} holds no finished cache" in result.err
+        return
+    assert str(path) in result.err
+    if path.parent.parent.name in shards.KINDS:
         assert expected in result.err
         assert found in result.err
 
@@ -334,12 +347,12 @@ def named(cache: Path) -> list[str]:
     return [damage.path for damage in verify.run(cache).damages]
 
 
-def cut_short(ftk, scene, truth, cache, path, mended: bool) -> int:
+def cut_short(ftk, scene, cache, path, mended: bool) -> int:
     """Cut a file to each of its lengths; with `mended` run `ftk cache` after each, else after the last alone."""
     whole, lengths = path.read_bytes(), cuts(path)
     for length in lengths:
         put(path, whole[:length])
-        assert_refused(ftk, scene, truth, cache, path, f"{len(whole):,} bytes", f"{length:,} bytes")
+        assert_refused(ftk, scene, cache, path, f"{len(whole):,} bytes", f"{length:,} bytes")
         if mended:
             assert_mended(ftk, scene, cache, path)
             put(path, whole[:length])
@@ -350,29 +363,29 @@ def cut_short(ftk, scene, truth, cache, path, mended: bool) -> int:
     return len(lengths)
 
 
-def test_a_file_cut_short_is_named_refused_and_its_shard_alone_made_again(ftk, scene, truth, tmp_path):
+def test_a_file_cut_short_is_named_refused_and_its_shard_alone_made_again(ftk, scene, tmp_path):
     cache = tmp_path / "cache"
     shutil.copytree(scene.sealed, cache)
     for path in one_of_each(cache):
-        assert cut_short(ftk, scene, truth, cache, path, mended=False) > 5
+        assert cut_short(ftk, scene, cache, path, mended=False) > 5
 
 
 @pytest.mark.campaign
-def test_every_file_cut_short_everywhere_is_named_refused_and_made_again(ftk, scene, truth, tmp_path):
+def test_every_file_cut_short_everywhere_is_named_refused_and_made_again(ftk, scene, tmp_path):
     cache = tmp_path / "cache"
     shutil.copytree(scene.sealed, cache)
     all_files = sorted(path for path in cache.rglob("*") if path.is_file() and path.name != ".lock")
-    num_cuts = sum(cut_short(ftk, scene, truth, cache, path, mended=True) for path in all_files)
+    num_cuts = sum(cut_short(ftk, scene, cache, path, mended=True) for path in all_files)
     print(f"{num_cuts} cuts of {len(all_files)} files: all named, refused and mended, with and without `ftk verify` before")
 
 
-def test_a_file_that_is_gone_is_named_refused_and_its_shard_alone_made_again(ftk, scene, truth, tmp_path):
+def test_a_file_that_is_gone_is_named_refused_and_its_shard_alone_made_again(ftk, scene, tmp_path):
     cache = tmp_path / "cache"
     shutil.copytree(scene.sealed, cache)
     for path in one_of_each(cache):
         size = path.stat().st_size
         path.unlink()
-        assert_refused(ftk, scene, truth, cache, path, f"{size:,} bytes", "no file")
+        assert_refused(ftk, scene, cache, path, f"{size:,} bytes", "no file")
         # Without its manifest a cache is one that is not finished yet.
         assert named(cache) == ([] if path.name == "cache.json" else [str(path)])
         assert_mended(ftk, scene, cache, path)
@@ -390,31 +403,142 @@ class FullDisk:
             raise OSError(28, "No space left on device", "a shard")
 
 
-def kept(cache: Path) -> tuple[int, int]:
+def stored(cache: Path) -> tuple[int, int]:
     """How many latents and texts have a receipt."""
-    found = [shards.receipts(folder, {})[0] for kind in shards.KINDS for folder in cache.glob(f"{kind}/*") or [cache]]
-    counts = Counter()
-    for kind in shards.KINDS:
-        for folder in cache.glob(f"{kind}/*"):
-            counts[kind] += sum(len(receipt.items) for receipt in shards.receipts(folder, {})[0])
-    return counts["latents"], counts["texts"]
+    folders = {kind: cache.glob(f"{kind}/*") for kind in shards.KINDS}
+    found = {kind: [one for folder in folders[kind] for one in shards.receipts(folder, {})[0]] for kind in folders}
+    return tuple(sum(len(receipt.items) for receipt in found[kind]) for kind in ("latents", "texts"))
 
 
-def fill_the_disk(ftk, scene, truth, cache, run_file, at: int) -> bool:
-    """Run with a disk that is full from a write on, then free it; False when the run needs fewer writes."""
-    begin(scene, run_file, cache)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "committing", torn(storage.committing, FullDisk(at)))
-        result = ftk("cache", run_file, *to(cache))
-    if result.code == 0:
-        return False
+def resume_after(ftk, scene, truth, run_file, cache, result) -> None:
+    """After a disk that was full: it was said, nothing is half done, and what was done is not done again."""
     assert result.code == 4
     assert "disk is full" in result.err
     assert not list(cache.rglob(".tmp-*"))
     assert_readable(scene, truth, run_file, cache)
-    latents, texts = kept(cache)
+    had, needed = stored(cache), stored(scene.alone(run_file))
+    yield
     cached = report(ftk("cache", run_file, *to(cache), "--json"))
-    assert (cached["num_latents_encoded"], cached["num_texts_encoded"]) == (
-        cached["num_latents_reused"] + cached["num_latents_encoded"] - latents, 0)
-    assert files(cache) == files(scene.alone(run_file)), at
-    return True
+    assert encoded(cached) == (needed[0] - had[0], needed[1] - had[1])
+    assert files(cache) == files(scene.alone(run_file))
+
+
+def fill_the_disk(ftk, scene, truth, run_file, cache, at: int) -> bool:
+    """Run with a disk that is full from a write on, then free it; False when the run has fewer writes."""
+    begin(scene, run_file, cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "committing", torn(storage.committing, FullDisk(at)))
+        result = ftk("cache", run_file, *to(cache))
+    if result.code != 0:
+        list(resume_after(ftk, scene, truth, run_file, cache, result))
+    return result.code != 0
+
+
+@pytest.mark.parametrize(("state", "at"), [("first", 1), ("first", 160), ("later", 3), ("later", 40)])
+def test_a_full_disk_is_said_keeps_what_was_done_and_is_resumed(ftk, scene, truth, tmp_path, state, at):
+    assert fill_the_disk(ftk, scene, truth, getattr(scene, state), tmp_path / "cache", at)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("state", ["first", "later"])
+def test_a_disk_that_is_full_at_every_write(ftk, scene, truth, tmp_path, state):
+    at = 1
+    while fill_the_disk(ftk, scene, truth, getattr(scene, state), tmp_path / "cache", at):
+        at += 1
+    print(f"{state}: the disk was full at each of {at - 1} writes; all said so, and completed with equal bytes")
+
+
+@contextlib.contextmanager
+def small_disk(place: Path, kib: int) -> Iterator[None]:
+    """A file system of this size at `place`."""
+    place.mkdir()
+    if not shutil.which("mount"):
+        pytest.skip("there is no mount on this machine")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", place], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no right to mount a small disk: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_disk_that_really_is_full_is_said_and_resumed_once_it_has_room(ftk, scene, truth, tmp_path):
+    cache = tmp_path / "cache"
+    with small_disk(cache, 160):
+        result = ftk("cache", scene.first, *to(cache))
+        steps = resume_after(ftk, scene, truth, scene.first, cache, result)
+        next(steps)
+        assert sum(stored(cache)) > 0
+        subprocess.run(["mount", "-o", "remount,size=16m", cache], check=True)
+        list(steps)
+
+
+@dataclass(frozen=True)
+class Littered:
+    """A cache with every kind of garbage, the files that `ftk gc` leaves of it, and what readers of both get."""
+
+    cache: Path
+    swept: dict[str, str]
+    truth: dict[object, object]
+
+
+@pytest.fixture(scope="module")
+def littered(tmp_path_factory, ftk, scene) -> Littered:
+    place = tmp_path_factory.mktemp("litter")
+    cache, swept = place / "cache", place / "swept"
+    shutil.copytree(scene.sealed_later, cache)
+    assert ftk("cache", scene.first, *to(cache), "--set", "cache.latents_dtype=float16").code == 0
+    assert ftk("cache", scene.fewer, *to(cache)).code == 0
+    (folder,) = cache.glob("texts/*")
+    (folder / ".tmp-killed").write_bytes(b"half")
+    (folder / f"damaged{shards.SHARD}{shards.SET_ASIDE}").write_bytes(b"flipped")
+    (folder / f"alone{shards.SHARD}").write_bytes(b"no receipt")
+    (cache / "view/latents-0123.parquet").write_bytes(b"of an older view")
+    truth = everything(cache)
+    shutil.copytree(cache, swept)
+    first = report(ftk("gc", swept, "--yes", "--json"))
+    assert len(first["garbage"]) == 4
+    assert everything(swept) == truth
+    assert report(ftk("gc", swept, "--yes", "--json"))["garbage"] == []
+    return Littered(cache, files(swept), truth)
+
+
+def kill_gc(server, ftk, scene, littered, cache, point: int, mend: bool) -> None:
+    """Kill a collection at a touch of the disk and repeat it; with `mend` run `ftk cache` before."""
+    shutil.rmtree(cache, ignore_errors=True)
+    shutil.copytree(littered.cache, cache)
+    assert server.run("gc", cache, "--yes", at=point).code == -signal.SIGKILL, point
+    assert everything(cache) == littered.truth, point
+    if mend:
+        assert encoded(report(ftk("cache", scene.fewer, *to(cache), "--json"))) == (0, 0), point
+        assert everything(cache) == littered.truth, point
+    result = ftk("gc", cache, "--yes")
+    assert result.code == 0, result.err
+    assert everything(cache) == littered.truth, point
+    assert verify.run(cache, deep=True).damages == [], point
+    if not mend:
+        assert files(cache) == littered.swept, point
+
+
+def touches_of_gc(server, littered, cache) -> int:
+    shutil.copytree(littered.cache, cache)
+    whole = server.run("gc", cache, "--yes")
+    assert whole.code == 0, whole.err
+    assert files(cache) == littered.swept
+    return whole.touches
+
+
+def test_a_killed_gc_never_harms_readers_and_ends_the_same_when_repeated(server, ftk, scene, littered, tmp_path):
+    touches = touches_of_gc(server, littered, tmp_path / "cache")
+    for number, point in enumerate(random.Random(4).sample(range(1, touches + 1), 6)):
+        kill_gc(server, ftk, scene, littered, tmp_path / "cache", point, mend=number % 2 == 1)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("mend", [False, True])
+def test_gc_killed_at_every_touch_of_the_disk(server, ftk, scene, littered, tmp_path, mend):
+    touches = touches_of_gc(server, littered, tmp_path / "cache")
+    for point in range(1, touches + 1):
+        kill_gc(server, ftk, scene, littered, tmp_path / "cache", point, mend)
+    print(f"gc: {touches} kills, one at every touch of the disk; readers and ends all equal")

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,13 @@ def html(store: CacheStore, **options: Any) -> str:
     return inspect_page.page(store, **options)[1].decode()
 
 
-def prepared_row(key: str) -> SampleRow:
-    return SampleRow(
+def prepared_row(key: str, **changes: Any) -> SampleRow:
+    row = SampleRow(
         key=key, source="dogs", content_sha256="0" * 64, image_id=key, width=64, height=64, bucket_width=64, bucket_height=64,
         resize_width=64, resize_height=64, crop_x=0, crop_y=0, flipped=False, copied=False, perceptual_hash="0" * 16,
         captions=["a dog"], repeats=1, role="instance", num_controls=0, control_ids=[], has_mask=False, mask_id="", shard="",
     )  # fmt: skip
+    return replace(row, **changes)
 
 
 @pytest.fixture
@@ -107,6 +109,7 @@ def test_items_that_samples_share_are_counted_once(tmp_path):
     assert (summary.num_samples, summary.num_images, summary.num_controls, summary.num_masks) == (3, 2, 2, 1)
     assert (summary.num_texts, summary.text_lengths.num_captions) == (3, 4)
     assert summary.latents.num_read == 4
+    assert [one.num_unnamed for one in summary.storage] == [0, 0]
     assert (summary.directory, summary.family, summary.prepared_fingerprint) == (str(tmp_path), "qwen-image", "abc")
 
 
@@ -191,7 +194,7 @@ def test_a_cache_without_one_finite_value_is_still_shown(tmp_path, capsys):
     store = built(tmp_path, [sample(1)], [{item(1): latents([[[float("nan")]]])}])
     page = html(store)
     assert not re.search(r'="[^"]*nan', page), "a drawing with a coordinate that is no number"
-    assert "50.0000% of the values are infinite or no numbers" in page
+    assert "50% of the values are infinite or no numbers" in page
     command.inspect(tmp_path, json=True)
     assert json.loads(capsys.readouterr().out)["latents"]["mean"] is None
 
@@ -236,6 +239,14 @@ def test_values_are_binned_over_the_range_where_they_lie(tmp_path, scale, step):
     expected = [number for value in values[0][0] for number, (low, high, _) in enumerate(bins)
                 if (low is None or value >= low) and (high is None or value < high)]  # fmt: skip
     assert [number for number, (*_, count) in enumerate(bins) for _ in range(count)] == expected
+
+
+def test_a_few_values_far_away_are_in_the_outermost_bins(tmp_path):
+    values = [[[-60.0, -1.0] + [0.1] * 5000 + [90.0]]]
+    bins = inspect.summarise(built(tmp_path, [sample(1)], [{item(1): latents(values)}])).latents.histogram
+    assert [(low, high, number) for low, high, number in bins if number] == [
+        (None, -15 / 32, 2), (3 / 32, 4 / 32, 5000), (15 / 32, None, 1),
+    ]  # fmt: skip
 
 
 def test_psnr():
@@ -284,7 +295,21 @@ def test_other_weights_than_those_that_encoded_are_told(tmp_path, tiny_model):
     assert "These are not the weights that made the cache" in page
     assert "vae: expected sampled:0123, found sampled:" in page
     assert page.count("<article") == 1
-    assert "name it with --prepared DIR" in page
+    assert "No prepared dataset lies beside the cache" in page
+
+
+def test_sources_are_of_the_same_pixels_and_of_the_dataset_that_is_named(tmp_path, tiny_model, written_dataset):
+    built(tmp_path / "cache", [sample(1)], [{item(1): latents([[[0.0] * 8] * 8] * 16)}])
+    written_dataset(tmp_path / "prepared", [[prepared_row("k1")]])
+    written_dataset(tmp_path / "other", [[prepared_row("k0"), prepared_row("k1", image_id=item(1), captions=["same"])]])
+    command.inspect(tmp_path, html=True, model=tiny_model)
+    page = (tmp_path / "cache" / "inspect.html").read_text()
+    assert f"Sources and captions: {tmp_path / 'prepared'}" in page
+    assert "no such sample any more, or other pixels for it" in page
+    command.inspect(tmp_path, html=True, model=tiny_model, prepared=tmp_path / "other")
+    page = (tmp_path / "cache" / "inspect.html").read_text()
+    assert f"Sources and captions: {tmp_path / 'other'}" in page
+    assert '<p class="caption">same</p>' in page
 
 
 def test_a_folder_without_a_vae_is_named_with_what_it_holds(tmp_path, tiny_model):
