@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint check campaign-prepare bench clean
+.PHONY: setup demo test lint check campaign-prepare campaign-cache bench clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,9 @@ check: lint test
 
 campaign-prepare: setup
 	$(BIN)/python -m pytest -q -s -m campaign tests/e2e/test_prepare_faults.py
+
+campaign-cache: setup
+	$(BIN)/python -m pytest -q -s -m campaign tests/e2e/test_cache_faults.py tests/e2e/test_cache_engines.py
 
 bench: setup
 	$(BIN)/python benchmarks/train_step.py

@@ -99,7 +99,7 @@ def _plan(directory: Path) -> _Plan:
 def _find_items(plan: _Plan, kind: str) -> None:
     """Which items are named, and which shards hold others or are small."""
     items, shard_table = plan.store.index(kind), plan.store.shard_table
-    live = pc.is_in(items["id"], value_set=_named(plan.store, kind))
+    live = pc.is_in(items["id"], value_set=plan.store.named(kind))
     plan.dead[kind] = items.filter(pc.invert(live))
     mine = pc.indices_nonzero(pc.equal(shard_table["kind"], kind)).to_pylist()
     wanting = set(plan.dead[kind]["shard"].to_pylist())
@@ -115,18 +115,8 @@ def _find_items(plan: _Plan, kind: str) -> None:
     plan.repacked[kind] = (sorted(wanting), _in_order(plan.store, kind, kept["id"]))
 
 
-def _named(store: CacheStore, kind: str) -> pa.Array:
-    """Every item of a kind that a sample, or the manifest, names; in the order of the samples."""
-    table, manifest = store.table, store.manifest
-    if kind == "texts":
-        others = pa.array([manifest.empty_text, *manifest.prompts.values()], pa.string())
-        return pc.unique(pa.concat_arrays([pc.list_flatten(table["texts"]).combine_chunks(), others]))
-    columns = [table["latents"], pc.list_flatten(table["controls"]), table["mask"]]
-    return pc.unique(pa.concat_arrays([column.combine_chunks() for column in columns]))
-
-
 def _in_order(store: CacheStore, kind: str, ids: pa.ChunkedArray) -> list[str]:
-    order = pc.index_in(ids, value_set=_named(store, kind)).to_numpy()
+    order = pc.index_in(ids, value_set=store.named(kind)).to_numpy()
     names: list[str] = ids.take(pa.array(np.argsort(order, kind="stable"))).to_pylist()
     return names
 

@@ -134,8 +134,6 @@ def summarise(store: CacheStore) -> Summary:
     images, texts = pc.unique(table["latents"]), pc.unique(pc.list_flatten(table["texts"]))
     controls = pc.unique(pc.list_flatten(table["controls"]))
     masks = pc.unique(table["mask"].filter(pc.not_equal(table["mask"], "")))
-    others = pa.array([manifest.empty_text, *manifest.prompts.values()], pa.string())
-    named = {"latents": pa.concat_arrays([images, controls, masks]), "texts": pa.concat_arrays([texts, others])}
     fingerprints = {"latents": manifest.latents_fingerprint, "texts": manifest.texts_fingerprint}
     return Summary(
         directory=store.location,
@@ -146,7 +144,7 @@ def summarise(store: CacheStore) -> Summary:
         num_controls=len(controls),
         num_masks=len(masks),
         num_texts=len(texts),
-        storage=[_storage(store, kind, named[kind]) for kind in KINDS],
+        storage=[_storage(store, kind, store.named(kind)) for kind in KINDS],
         buckets=_buckets(table),
         text_lengths=_lengths(pc.list_flatten(table["text_lengths"]).to_numpy(), _limit(manifest)),
         latents=_latents(store, _LATENTS_READ),

@@ -290,6 +290,15 @@ class CacheStore:
         """Every item of `latents` or `texts`: the columns of `ftk.cache.view.INDEX_SCHEMA`."""
         return self._indexes[kind]
 
+    def named(self, kind: str) -> pa.Array:
+        """The ids that samples, or the manifest, name, each once, in the order of the samples."""
+        if kind == "texts":
+            columns = [pc.list_flatten(self.table["texts"]), pa.chunked_array([pa.array(list(self._named), pa.string())])]
+        else:
+            masks = self.table["mask"].filter(pc.not_equal(self.table["mask"], ""))
+            columns = [self.table["latents"], pc.list_flatten(self.table["controls"]), masks]
+        return pc.unique(pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string()))
+
     def length(self, kind: str, item: str) -> int:
         """The first dimension of an item's first tensor; of a text its tokens."""
         items = self._items[kind]

@@ -154,7 +154,7 @@ def read_tables(directory: Path, manifest: CacheManifest) -> dict[str, pa.Table]
             )
         tables[name] = storage.read_table(pa.BufferReader(data), dictionary=_REPEATED)
         if tables[name].column_names != _SCHEMAS[name].names:
-            raise CacheError(f"{path} has other columns than this ftk reads. Run `ftk cache RUN.yaml`: it writes the table anew.")
+            raise CacheError(f"{path} has other columns than this ftk reads. Run `ftk cache RUN.yaml`: it is written anew.")
     return tables
 
 

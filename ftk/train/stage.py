@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 
 import ftk
@@ -184,6 +185,11 @@ def open_cache(config: RunConfig, family: Family) -> CacheStore:
             f"Run {'`ftk prepare RUN.yaml`, then ' if recipe else ''}`ftk cache RUN.yaml`: it encodes what changed and "
             f"keeps the rest."
         )
+    num_unused = pc.sum(
+        pc.or_(pc.not_equal(store.table["mask"], ""), pc.greater(pc.list_value_length(store.table["controls"]), 0))
+    )
+    if num_unused.as_py():
+        LOGGER.warning("%d samples have masks or control images: no method of this ftk uses them yet.", num_unused.as_py())
     return store
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -300,6 +301,35 @@ def test_every_flipped_bit_is_found_and_no_reader_gets_other_tensors(scene, trut
 def test_a_thousand_flipped_bits_are_all_found(scene, truth, tmp_path):
     seen = flip_bits(scene, truth, tmp_path / "cache", 1000, both=True)
     print(f"{seen.total()} flipped bits, all found; readers: {dict(seen)}")
+
+
+def damaged_yet_readable(path: Path) -> list[bytes]:
+    """What a receipt becomes by each single bit that can be flipped in it and leaves a receipt that says something else."""
+    whole, found = path.read_bytes(), []
+    true = shards.read_receipt(path)
+    for place, bit in itertools.product(range(len(whole)), range(8)):
+        flipped = whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :]
+        path.write_bytes(flipped)
+        with contextlib.suppress(ValueError):
+            read = shards.read_receipt(path)
+            says_the_same = read.items.equals(true.items) and (read.bytes, read.blake3) == (true.bytes, true.blake3)
+            found += [] if says_the_same else [flipped]
+    path.write_bytes(whole)
+    return found
+
+
+def test_a_receipt_damaged_before_the_cache_is_sealed_is_not_sealed(ftk, scene, truth, tmp_path):
+    cache = tmp_path / "cache"
+    shutil.copytree(scene.sealed, cache)
+    path = sorted(cache.glob(f"latents/*/*{shards.RECEIPT}"))[2]
+    flips = damaged_yet_readable(path)
+    for flipped in random.Random(5).sample(flips, min(6, len(flips))):
+        # As a run leaves it that is killed before its end.
+        (cache / "cache.json").unlink()
+        path.write_bytes(flipped)
+        assert ftk("cache", scene.first, *to(cache)).code == 0
+        assert everything(cache) == truth[scene.first]
+        assert files(cache) == files(scene.sealed)
 
 
 def cuts(path: Path) -> list[int]:

@@ -5,7 +5,7 @@ Unit tests make files and look at them at once: their times are trusted here, wh
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 
 from ftk import locations
 from ftk.cache import shards, view
-from ftk.contracts import CachedSample
+from ftk.contracts import CachedSample, CacheManifest
 
 Tensors = dict[str, torch.Tensor]
+Items = dict[str, dict[str, Tensors]]
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ def cached_samples() -> Callable[[int], list[CachedSample]]:
 @pytest.fixture(scope="session")
 def written_cache(
     cached_samples: Callable[[int], list[CachedSample]], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., dict[str, dict[str, Tensors]]]:
+) -> Callable[..., Items]:
     """Write a cache of `cached_samples` without encoding anything; gives its items by kind and id.
 
     Latents lie in `latents/aaaa`, texts in `texts/bbbb`, `per_shard` to a shard. Images have mean and std [4,h,w] in fp16,
@@ -56,7 +57,7 @@ def written_cache(
     """
     written: dict[str, Path] = {}
 
-    def write(directory: Path, **settings: Any) -> dict[str, dict[str, Tensors]]:
+    def write(directory: Path, **settings: Any) -> Items:
         # The disk takes a third of a second for one: equal caches are copies.
         name = repr(settings)
         if name not in written:
@@ -85,13 +86,30 @@ def written_cache(
         }  # fmt: skip
         view.commit(directory, tables, manifest)
 
-    def items_of(num_samples: int = 8, samples: Sequence[CachedSample] | None = None, **_: Any) -> dict[str, dict[str, Tensors]]:
+    def items_of(num_samples: int = 8, samples: Sequence[CachedSample] | None = None, **_: Any) -> Items:
         return _items(cached_samples(num_samples) if samples is None else samples)
 
     return write
 
 
-def _items(samples: Sequence[CachedSample]) -> dict[str, dict[str, Tensors]]:
+@pytest.fixture(scope="session")
+def resealed() -> Callable[..., CacheManifest]:
+    """Commit a view of all whole shards of a `written_cache` for other samples; `facts` replace those of the manifest."""
+
+    def seal(directory: Path, samples: Sequence[CachedSample], **facts: Any) -> CacheManifest:
+        manifest = view.read_manifest(directory)
+        assert manifest is not None
+        given = {"schema_version", "num_samples", "tables", "digest"}
+        kept = {entry.name: getattr(manifest, entry.name) for entry in fields(manifest) if entry.name not in given} | facts
+        folders = [("latents", kept["latents_fingerprint"]), ("texts", kept["texts_fingerprint"])]
+        tables = view.merged({folder: shards.receipts(directory.joinpath(*folder), {})[0] for folder in folders})
+        tables["samples"] = pa.Table.from_pylist([asdict(one) for one in samples], schema=view.SAMPLE_SCHEMA)
+        return view.commit(directory, tables, kept)
+
+    return seal
+
+
+def _items(samples: Sequence[CachedSample]) -> Items:
     return {"latents": _pictures(samples), "texts": _texts(samples)}
 
 
@@ -108,9 +126,7 @@ def _pictures(samples: Sequence[CachedSample]) -> dict[str, Tensors]:
 
 
 def _texts(samples: Sequence[CachedSample]) -> dict[str, Tensors]:
-    lengths = {
-        text: length for sample in samples for text, length in zip(sample.texts, sample.text_lengths, strict=True)
-    }
+    lengths = {text: length for sample in samples for text, length in zip(sample.texts, sample.text_lengths, strict=True)}
     lengths |= {"empty": 1, "prompt0": 3}
     return {name: {"embeds": _noise(1000 + n, length, 16).bfloat16()} for n, (name, length) in enumerate(lengths.items())}
 

@@ -90,9 +90,7 @@ class Family:
         self._note(list(captions), len(captions))
         letters = [torch.tensor([0.5, *map(ord, caption)]) for caption in captions]
         padded = torch.nn.utils.rnn.pad_sequence(letters, batch_first=True)[:, :, None].expand(-1, -1, 4)
-        return [
-            {"embeds": row[: len(one)], "ids": torch.arange(len(one))} for row, one in zip(padded, letters, strict=True)
-        ]
+        return [{"embeds": row[: len(one)], "ids": torch.arange(len(one))} for row, one in zip(padded, letters, strict=True)]
 
 
 class Prepared:
@@ -197,7 +195,9 @@ def test_pixels_are_scaled_to_minus_one_to_one_exactly(
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
-def test_a_picture_of_any_mode_is_seen_as_rgb(family: Family, prepared: Prepared, make_job: Callable[..., Job], mode: str) -> None:
+def test_a_picture_of_any_mode_is_seen_as_rgb(
+    family: Family, prepared: Prepared, make_job: Callable[..., Job], mode: str
+) -> None:
     picture = prepared.add("a", _noise(16, 24))
     image = Image.fromarray(_noise(16, 24)).convert(mode)
     buffer = io.BytesIO()
@@ -258,7 +258,9 @@ def test_pictures_of_one_size_go_together_as_many_as_memory_allows(
     )
 
 
-def test_a_picture_larger_than_the_memory_is_tried_alone(family: Family, prepared: Prepared, make_job: Callable[..., Job]) -> None:
+def test_a_picture_larger_than_the_memory_is_tried_alone(
+    family: Family, prepared: Prepared, make_job: Callable[..., Job]
+) -> None:
     encode.encode_unit(make_job(memory_gib=1 / GIB), _unit(_pictures(prepared, [(16, 16)] * 3)))
     assert family.batches == [(1, 3, 16, 16)] * 3
 
@@ -430,7 +432,7 @@ def test_another_error_of_the_model_goes_through(
 ) -> None:
     family.limit, family.error = 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     items = _pictures(prepared, [(16, 16)] * 4) if kind == "latents" else _texts("a", "b")
-    with pytest.raises(RuntimeError, match="^mat1 and mat2 shapes cannot be multiplied$"):
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes cannot be multiplied$"):
         encode.encode_unit(make_job(kind), _unit(items))
     assert not make_job(kind).folder.exists()
 
@@ -474,7 +476,9 @@ def test_a_refused_item_stops_the_run_and_keeps_the_shards_before(
 ) -> None:
     encoded = family.encode_images
     monkeypatch.setattr(
-        family, "encode_images", lambda vae, pixels: tuple(t * (math.nan if len(family.batches) > 1 else 1) for t in encoded(vae, pixels))
+        family,
+        "encode_images",
+        lambda vae, pixels: tuple(t * (math.nan if len(family.batches) > 1 else 1) for t in encoded(vae, pixels)),
     )
     units = [_unit(_pictures(prepared, [(16, 16)], first=number), number) for number in range(9)]
     with pytest.raises(CacheError, match="sample k1"):
@@ -589,7 +593,9 @@ def _rows(count: int) -> list[SampleRow]:
 
 
 @pytest.fixture
-def real(written_dataset: Callable[..., PreparedDataset], tiny_model: Path, make_job: Callable[..., Job], tmp_path: Path) -> Job:
+def real(
+    written_dataset: Callable[..., PreparedDataset], tiny_model: Path, make_job: Callable[..., Job], tmp_path: Path
+) -> Job:
     """A job on a prepared dataset of five images of one colour, with the tiny model."""
     written_dataset(tmp_path / "prepared", [_rows(5)])
     return replace(make_job(latents_dtype="float16"), model=tiny_model)

@@ -253,7 +253,17 @@ def test_an_empty_file_among_the_weights_is_no_error(model: Path) -> None:
 @pytest.mark.parametrize(
     "header",
     [
-        *("", "none", "[]", "null", '{"a":', '{"a":1}', '{"a":{}}', '{"a":{"data_offsets":null}}', '{"a":{"data_offsets":[0]}}'),
+        *(
+            "",
+            "none",
+            "[]",
+            "null",
+            '{"a":',
+            '{"a":1}',
+            '{"a":{}}',
+            '{"a":{"data_offsets":null}}',
+            '{"a":{"data_offsets":[0]}}',
+        ),
         *('{"a":{"data_offsets":[0,1,2]}}', '{"a":{"data_offsets":["0","1"]}}', '{"a":{"data_offsets":[0.5]}}'),
         *('{"a":{"data_offsets":[16,0]}}', '{"a":{"data_offsets":[1,0]}}', '{"a":{"data_offsets":[-900,0]}}'),
     ],

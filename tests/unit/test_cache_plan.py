@@ -1,7 +1,6 @@
 """What is to be encoded: everything once, cut in the same places by whoever plans, less what is there."""
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 

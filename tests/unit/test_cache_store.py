@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from ftk import storage
-from ftk.cache import shards, store, view
+from ftk.cache import shards, store
 from ftk.cache.store import CacheStore
 from ftk.contracts import CachedSample, CacheManifest
 from ftk.errors import CacheError
 
 Items = dict[str, dict[str, dict[str, torch.Tensor]]]
 Samples = Callable[[int], list[CachedSample]]
+Seal = Callable[..., CacheManifest]
 Write = Callable[..., Items]
 
 
@@ -48,25 +49,6 @@ def _is_same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor])
         }
 
     return facts(one) == facts(other)
-
-
-def _manifest(directory: Path) -> CacheManifest:
-    manifest = view.read_manifest(directory)
-    assert manifest is not None
-    return manifest
-
-
-def _commit(directory: Path, samples: list[CachedSample], **facts: Any) -> None:
-    """Another view of what is there."""
-    manifest = _manifest(directory)
-    receipts = {
-        (kind, folder): shards.receipts(directory / kind / folder, {})[0] for kind, folder in (("latents", "aaaa"), ("texts", "bbbb"))
-    }
-    tables = view.merged(receipts)
-    tables["samples"] = pa.Table.from_pylist([asdict(one) for one in samples], schema=view.SAMPLE_SCHEMA)
-    given = {"schema_version", "num_samples", "tables", "digest"}
-    old = {name: getattr(manifest, name) for name in CacheManifest.__dataclass_fields__ if name not in given}
-    view.commit(directory, tables, {**old, **facts})
 
 
 def _shard_of(directory: Path, kind: str, item: str) -> Path:
@@ -258,26 +240,26 @@ def test_a_shard_cut_short_after_opening_is_an_error_that_names_it(
     ],
 )
 def test_an_item_that_a_sample_names_and_is_not_there_is_refused_at_once(
-    items: Items, directory: Path, cached_samples: Samples, changes: dict[str, Any], message: str
+    items: Items, directory: Path, cached_samples: Samples, resealed: Seal, changes: dict[str, Any], message: str
 ) -> None:
     samples = cached_samples(8)
     samples[5] = replace(samples[5], **changes)
-    _commit(directory, samples)
+    resealed(directory, samples)
     with pytest.raises(CacheError, match=rf"cache: {message} that samples name are not there\. Run `ftk cache"):
         CacheStore.open(directory)
 
 
 @pytest.mark.parametrize("facts", [{"empty_text": "nowhere"}, {"prompts": {"a": "prompt0", "b": "nowhere"}}])
 def test_a_prompt_that_is_not_there_is_refused_at_once(
-    items: Items, directory: Path, cached_samples: Samples, facts: dict[str, Any]
+    items: Items, directory: Path, cached_samples: Samples, resealed: Seal, facts: dict[str, Any]
 ) -> None:
-    _commit(directory, cached_samples(8), **facts)
+    resealed(directory, cached_samples(8), **facts)
     with pytest.raises(CacheError, match="1 texts that samples name are not there"):
         CacheStore.open(directory)
 
 
-def test_what_no_sample_names_may_be_there(items: Items, directory: Path, cached_samples: Samples) -> None:
-    _commit(directory, cached_samples(1))
+def test_what_no_sample_names_may_be_there(items: Items, directory: Path, cached_samples: Samples, resealed: Seal) -> None:
+    resealed(directory, cached_samples(1))
     opened = CacheStore.open(directory)
     assert len(opened) == 1
     assert _is_same(opened.item("latents", "image7"), items["latents"]["image7"])
@@ -362,7 +344,9 @@ def test_a_shard_is_opened_once_for_all_its_items(items: Items, directory: Path,
 
 
 @pytest.mark.usefixtures("_either_way")
-def test_every_type_is_read_as_it_was_stored(directory: Path, written_cache: Write, cached_samples: Samples) -> None:
+def test_every_type_is_read_as_it_was_stored(
+    directory: Path, written_cache: Write, cached_samples: Samples, resealed: Seal
+) -> None:
     tensors = {
         "float32": torch.randn(3, 2), "float64": torch.randn(2, dtype=torch.float64), "float16": torch.randn(5).half(),
         "bfloat16": torch.randn(7, 3).bfloat16(), "bool": torch.tensor([True, False, True]),
@@ -373,7 +357,7 @@ def test_every_type_is_read_as_it_was_stored(directory: Path, written_cache: Wri
     }  # fmt: skip
     written_cache(directory)
     shards.write(directory / "texts" / "bbbb", [("rich", tensors), ("void", {"embeds": torch.zeros(0, 16)})])
-    _commit(directory, cached_samples(8))
+    resealed(directory, cached_samples(8))
     opened = CacheStore.open(directory)
     assert _is_same(opened.item("texts", "rich"), tensors)
     assert _is_same(opened.item("texts", "void"), {"embeds": torch.zeros(0, 16)})
@@ -436,7 +420,8 @@ def test_only_the_shards_that_samples_need_are_asked_for_ahead(items: Items, dir
 
     opened._files = Recorded()
     index = {
-        kind: dict(zip(opened.index(kind)["id"].to_pylist(), opened.index(kind)["shard"].to_pylist(), strict=True)) for kind in items
+        kind: dict(zip(opened.index(kind)["id"].to_pylist(), opened.index(kind)["shard"].to_pylist(), strict=True))
+        for kind in items
     }
     opened.ahead([3, 1])
     (wanted,) = asked

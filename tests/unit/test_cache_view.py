@@ -23,6 +23,10 @@ Write = Callable[..., dict[str, Any]]
 Samples = Callable[[int], list[CachedSample]]
 
 
+class Killed(BaseException):
+    """What no handler catches."""
+
+
 @pytest.fixture
 def cache(written_cache: Write, tmp_path: Path) -> Path:
     written_cache(tmp_path / "cache")
@@ -89,7 +93,7 @@ def test_no_flipped_byte_of_the_manifest_goes_unseen(written_cache: Write, tmp_p
         changed = bytearray(data)
         changed[place] ^= 1 << place % 8
         path.write_bytes(changed)
-        with pytest.raises(CacheError, match="cache.json"):
+        with pytest.raises(CacheError, match=r"cache\.json"):
             view.read_manifest(tmp_path)
 
 
@@ -129,7 +133,9 @@ def test_a_newer_schema_is_refused_and_not_to_be_touched(cache: Path) -> None:
 
 def test_an_older_schema_is_refused_with_what_to_do(cache: Path) -> None:
     _rewrite(cache, schema_version=CACHE_SCHEMA - 1)
-    with pytest.raises(CacheError, match=rf"version {CACHE_SCHEMA - 1}; this ftk reads {CACHE_SCHEMA}.*Run `ftk cache") as caught:
+    with pytest.raises(
+        CacheError, match=rf"version {CACHE_SCHEMA - 1}; this ftk reads {CACHE_SCHEMA}.*Run `ftk cache"
+    ) as caught:
         view.read_manifest(cache)
     assert not isinstance(caught.value, view.NewerCacheError)
 
@@ -157,11 +163,11 @@ def test_a_kill_before_the_swap_leaves_the_old_view_whole(cache: Path, monkeypat
 
     def killed(path: Path, value: Any) -> None:
         assert not any(view.check(cache, value))
-        raise KeyboardInterrupt
+        raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(storage, "commit_json", killed)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             _commit_fewer_samples(cache)
     assert _files(cache).items() >= before.items()
     assert (_manifest(cache), len(CacheStore.open(cache))) == (manifest, 8)
@@ -171,11 +177,11 @@ def test_a_kill_before_the_swap_leaves_the_old_view_whole(cache: Path, monkeypat
 
 def test_a_kill_after_the_swap_leaves_the_new_view_whole(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(path: Path, missing_ok: bool = False) -> None:
-        raise KeyboardInterrupt
+        raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", killed)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             _commit_fewer_samples(cache)
     assert len(CacheStore.open(cache)) == 2
     assert view.check(cache, _manifest(cache)) == []
