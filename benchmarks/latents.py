@@ -56,8 +56,12 @@ def load_vae(model: str | None) -> Any:
         return family.load_vae(directory, torch.float32, device)
     from diffusers import AutoencoderKLQwenImage
 
+    from ftk.models.qwen_image import fold_single_frame
+
     torch.manual_seed(0)
-    return AutoencoderKLQwenImage().requires_grad_(False).eval()
+    vae = AutoencoderKLQwenImage().requires_grad_(False).eval()
+    fold_single_frame(vae)
+    return vae
 
 
 def prepared(data: bytes, resolution: int) -> dict[str, bytes]:

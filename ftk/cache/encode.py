@@ -109,7 +109,7 @@ class _Encoder:
     def load(cls, job: Job) -> "_Encoder":
         family, device = models.get(job.family), job.device
         if job.kind == "latents":
-            component = family.load_vae(job.model, getattr(torch, job.config.vae_dtype), device)
+            component = family.load_vae(job.model, getattr(torch, job.config.loaded_vae_dtype), device)
         else:
             component = family.load_text_encoder(job.model, getattr(torch, job.config.text_dtype), device)
         return cls(job, family, component, device)
@@ -132,7 +132,10 @@ class _Encoder:
     def _pictures(self, pixels_BHWC: torch.Tensor) -> list[Tensors]:
         dtype = getattr(torch, self.job.config.latents_dtype)
         pixels_BCHW = pixels_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        mean, std = self.family.encode_images(self.component, pixels_BCHW)
+        # By default torch lets a GPU's convolutions round fp32 to 10 bits, and choose other kernels from run to run.
+        is_fast = self.job.config.vae_dtype == "tfloat32"
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=is_fast):
+            mean, std = self.family.encode_images(self.component, pixels_BCHW)
         return [{"mean": one_mean, "std": one_std} for one_mean, one_std in zip(mean.to(dtype), std.to(dtype), strict=True)]
 
     def _masks(self, pixels_BHWC: torch.Tensor) -> list[Tensors]:

@@ -250,7 +250,7 @@ def _seconds(work: _Work, kind: _Kind) -> float:
         count * (family.image_flops(work.model, *size) if len(size) == 2 else family.text_flops(work.model, *size))
         for size, count in sizes.items()
     )
-    dtype = getattr(torch, config.vae_dtype if kind.kind == "latents" else config.text_dtype)
+    dtype = getattr(torch, config.loaded_vae_dtype if kind.kind == "latents" else config.text_dtype)
     speed = encode.speed(models.resolve_device(config.device), dtype)
     return flops / (_EFFICIENCY * speed) + _SECONDS_AN_ITEM * kind.num_missing
 

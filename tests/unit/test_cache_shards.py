@@ -33,7 +33,8 @@ def _of_every_kind() -> dict[str, torch.Tensor]:
     return {
         "float32": _noise(3, 2), "float64": _noise(2).double(), "float16": _noise(5).half(),
         "bfloat16": _noise(7, 3).bfloat16(), "int64": torch.tensor([2**62, -1]), "bool": torch.tensor([True, False, True]),
-        "uint8": torch.arange(3, dtype=torch.uint8), "empty": torch.zeros(0, 16, dtype=torch.bfloat16), "nan": torch.tensor([float("nan"), float("-inf")]),
+        "uint8": torch.arange(3, dtype=torch.uint8), "empty": torch.zeros(0, 16, dtype=torch.bfloat16),
+        "nan": torch.tensor([float("nan"), float("-inf")]),
     }  # fmt: skip
 
 

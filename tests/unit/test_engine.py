@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import pytest
 from ftk.contracts import RejectReason
 from ftk.errors import ConfigError, EnvironmentFault
 from ftk.pipeline import engine
-from ftk.pipeline.engine import Lost, WorkerPool, map_units
+from ftk.pipeline.engine import WHOLE, Lost, Part, WorkerPool, map_units, worker_place
 
 MIB = 2**20
 
@@ -128,6 +129,19 @@ def keep_much_at_zero(number: int) -> int:
     if number == 0:
         _hoard.append(b"x" * (150 * MIB))
     return os.getpid()
+
+
+def place_and_process(_: int) -> tuple[int, int]:
+    time.sleep(0.1)
+    return worker_place(), os.getpid()
+
+
+def die_until_tried(marks: Path, times: int, number: int) -> int:
+    """Units below `times` take their process down, as often as their number says."""
+    (marks / f"{number}-{len(list(marks.glob(f'{number}-*')))}").touch()
+    if number < times and len(list(marks.glob(f"{number}-*"))) <= number:
+        os._exit(3)
+    return number
 
 
 class CannotBeLoaded:
@@ -424,6 +438,83 @@ def test_the_local_engine_takes_one_unit_after_another_in_this_process() -> None
     assert next(results) == os.getpid()
     assert taken == [0]
     assert set(results) == {os.getpid()}
+
+
+def test_with_several_processes_units_run_in_them_and_results_come_in_order() -> None:
+    results = list(map_units("local", square_slowly_at_first, range(20), workers=1, processes=2))
+    assert results == [number * number for number in range(20)]
+    places = list(map_units("local", place_and_process, range(6), workers=1, processes=3))
+    assert {place for place, _ in places} == {0, 1, 2}
+    assert len(set(places)) == 3, "a place is one process's"
+    assert os.getpid() not in {process for _, process in places}
+
+
+def test_there_are_no_more_processes_than_units_and_none_for_none() -> None:
+    before = multiprocessing.active_children()
+    assert list(map_units("local", place_and_process, [], workers=1, processes=8)) == []
+    assert {place for place, _ in map_units("local", place_and_process, range(2), workers=1, processes=8)} == {0, 1}
+    assert not set(multiprocessing.active_children()) - set(before)
+
+
+def test_a_worker_that_takes_a_dead_ones_place_has_its_number() -> None:
+    assert worker_place() == 0
+    with a_pool(2) as pool:
+        first = dict(pool.map(place_and_process, range(2)))
+        assert set(first) == {0, 1}
+        os.kill(first[0], signal.SIGKILL)
+        wait_for(lambda: not psutil.pid_exists(first[0]), 5.0)
+        second = dict(pool.map(place_and_process, range(2)))
+    assert set(second) == {0, 1}
+    assert second[1] == first[1]
+    assert second[0] != first[0]
+
+
+def test_a_unit_that_loses_its_process_is_done_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    done = list(map_units("local", functools.partial(die_until_tried, tmp_path, 3), range(6), workers=1, processes=2))
+    assert sorted(done) == [0, 1, 2, 3, 4, 5]
+    assert Counter(path.name[0] for path in tmp_path.iterdir()) == {"0": 1, "1": 2, "2": 3, "3": 1, "4": 1, "5": 1}
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "2 units of work lost their process (exit code 3)" in first
+    assert "1 units of work lost their process (exit code 3)" in second
+
+
+def test_a_unit_that_loses_its_process_three_times_is_a_fault_and_the_others_are_kept(tmp_path: Path) -> None:
+    results = map_units("local", functools.partial(die_until_tried, tmp_path, 9), [0, 8, 9, 7], workers=1, processes=2)
+    done = [next(results), next(results)]
+    with pytest.raises(EnvironmentFault, match=r"2 units of work lost their process 3 times \(exit code 3\).*command again"):
+        next(results)
+    assert sorted(done) == [0, 9]
+    assert Counter(path.name[0] for path in tmp_path.iterdir()) == {"0": 1, "8": 3, "9": 1, "7": 3}
+
+
+def test_an_exception_of_a_unit_is_not_tried_again() -> None:
+    results = map_units("local", refuse_at_three, range(2, 8), workers=1, processes=2)
+    assert next(results) == 2
+    with pytest.raises(ConfigError, match="no three"):
+        next(results)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_parts_share_units_without_a_word(count: int) -> None:
+    parts = [Part.parse(f"{number}/{count}") for number in range(1, count + 1)]
+    for unit in range(50):
+        assert sum(part.has(unit) for part in parts) == 1
+    assert len({part.label for part in parts}) == count
+    assert parts[0].has(0)
+
+
+def test_the_whole_has_every_unit_and_no_label() -> None:
+    assert Part.parse("1/1") == WHOLE
+    assert WHOLE.label == ""
+    assert all(WHOLE.has(unit) for unit in range(50))
+    assert Part.parse("3/8") == Part(index=2, count=8)
+    assert Part.parse("3/8").label == "3-of-8"
+
+
+@pytest.mark.parametrize("text", ["", "3", "0/8", "9/8", "-1/8", "1/0", "1/", "/8", "a/b", "1/2/3", "1.0/2", " 1/2", "1/-2"])
+def test_a_part_that_is_none_is_a_configuration_error(text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--part {text}: expected I/N with I from 1 to N, for example --part 3/8"):
+        Part.parse(text)
 
 
 def test_ray_that_is_not_installed_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import stat
 import struct
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -153,6 +154,88 @@ def test_table_round_trips(tmp_path: Path) -> None:
     table = pa.table({"key": ["a", "b"], "count": [1, 2]})
     storage.commit_table(tmp_path / "table.parquet", table)
     assert storage.read_table(tmp_path / "table.parquet").equals(table)
+
+
+def test_json_of_equal_values_is_the_same_bytes() -> None:
+    reject = Reject(source="photos", path="größe.jpg", reason=RejectReason.TRUNCATED, detail="cut")
+    plain = {"reason": "truncated", "path": "größe.jpg", "detail": "cut", "source": "photos"}
+    data = storage.json_bytes(reject)
+    assert data == storage.json_bytes(plain) == storage.json_bytes(dict(reversed(plain.items())))
+    assert "größe".encode() in data
+    assert data.endswith(b"}\n")
+    assert list(json.loads(data)) == sorted(plain)
+    assert storage.json_bytes({"a": [{"c": 1, "b": 2}]}) == b'{\n  "a": [\n    {\n      "b": 2,\n      "c": 1\n    }\n  ]\n}\n'
+    with pytest.raises(TypeError):
+        storage.json_bytes({"a": Reject})
+
+
+def test_a_committed_table_has_the_bytes_that_it_is_named_by(tmp_path: Path) -> None:
+    table = pa.table({"key": ["a", "b"] * 500, "count": range(1000)})
+    data = storage.table_bytes(table)
+    assert data == storage.table_bytes(pa.table({"key": ["a", "b"] * 500, "count": range(1000)}))
+    assert data != storage.table_bytes(table.slice(1))
+    storage.commit_table(tmp_path / "table.parquet", table)
+    assert (tmp_path / "table.parquet").read_bytes() == data
+
+
+def test_a_table_is_read_from_a_buffer_as_from_a_file() -> None:
+    table = pa.table({"key": ["a", "b", "a"], "count": [1, 2, 3], "more": [[1], [], [2, 3]]}).replace_schema_metadata(
+        {"x": "y"}
+    )
+    data = storage.table_bytes(table)
+    read = storage.read_table(pa.BufferReader(data))
+    assert read.equals(table, check_metadata=True)
+    assert storage.read_table(pa.BufferReader(data), columns=["count"]).column_names == ["count"]
+    repeated = storage.read_table(pa.BufferReader(data), dictionary=["key"])
+    assert repeated.schema.field("key").type == pa.dictionary(pa.int32(), pa.string())
+    assert repeated.cast(table.schema).equals(table)
+    with pytest.raises(pa.ArrowInvalid):
+        storage.read_table(pa.BufferReader(data[:-1]))
+
+
+def test_no_thread_holds_a_buffer_that_was_read() -> None:
+    """One that lets go of Python's bytes while the interpreter ends aborts the process (apache/arrow#34314)."""
+    data = storage.table_bytes(pa.table({"id": ["a"] * 10}))
+    before = sys.getrefcount(data)
+    held = 0
+    for _ in range(200):
+        storage.read_table(pa.BufferReader(data))
+        held += sys.getrefcount(data) != before
+    assert held == 0
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ("/", False),
+        ("/data", False),
+        ("/mnt/team/cache/latents", True),
+        ("/mnt/team", True),
+        ("/mnt/team/scratch/cache", False),
+        ("/mnt/teams/cache", False),
+        ("/lustre/cache", True),
+        ("/home/me/bucket/cache", True),
+        ("/home/me/cache", False),
+        ("/overlay/cache", False),
+    ],
+)
+def test_the_nearest_mount_tells_whether_files_can_vanish(monkeypatch: pytest.MonkeyPatch, place: str, expected: bool) -> None:
+    mounts = {
+        "/": "ext4", "/mnt/team": "nfs4", "/mnt/team/scratch": "xfs", "/lustre": "lustre", "/home/me/bucket": "fuse.gcsfuse",
+        "/overlay": "overlay", "/proc": "proc",
+    }  # fmt: skip
+    parts = [types.SimpleNamespace(mountpoint=point, fstype=kind) for point, kind in mounts.items()]
+    monkeypatch.setattr(storage.psutil, "disk_partitions", lambda all: parts)
+    assert storage.is_network(Path(place)) == expected
+
+
+def test_a_link_is_where_it_points(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "remote").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "remote")
+    parts = [types.SimpleNamespace(mountpoint=str(tmp_path.resolve() / "remote"), fstype="nfs")]
+    monkeypatch.setattr(storage.psutil, "disk_partitions", lambda all: parts)
+    assert storage.is_network(tmp_path / "link" / "cache")
+    assert not storage.is_network(tmp_path)
 
 
 def _payload() -> tuple[dict[str, torch.Tensor], bytes]:
