@@ -15,6 +15,7 @@ from ftk.cache import shards, view
 from ftk.cache.shards import KINDS, RECEIPT, SHARD, Item
 from ftk.cache.store import CacheStore
 from ftk.contracts import CacheManifest
+from ftk.errors import CacheError
 from ftk.progress import track
 
 _MAX_SHARD_BYTES = 256 << 20
@@ -68,6 +69,8 @@ def run(directory: Path, remove: bool) -> GcReport:
         CacheError: the cache is unfinished or damaged: what its samples name cannot be told.
         EnvironmentFault: another process writes to it.
     """
+    if not (directory / view.MANIFEST).exists():
+        raise CacheError(f"{directory} holds no finished cache: no {view.MANIFEST} in it. Name the folder of a cache.")
     with storage.lock(directory):
         plan = _plan(directory)
         report = _report(directory, plan, removed=remove)

@@ -46,17 +46,26 @@ def go_on(one: Run) -> int | None:
 
 def test_a_second_writer_is_refused_and_told_who_the_first_is(server, ftk, scene, tmp_path):  # noqa: F811
     cache = tmp_path / "cache"
-    first = stopped(server, 200, "cache", scene.first, *to(cache), "--json")
-    for command in (["cache", scene.first, *to(cache)], ["cache", scene.first, *to(cache), "--part", "1/2"], ["gc", cache]):
+    shutil.copytree(scene.sealed, cache)
+    first = stopped(server, 20, "cache", scene.later, *to(cache), "--json")
+    run = ["cache", scene.later, *to(cache)]
+    for command in (run, [*run, "--part", "1/2"], ["gc", cache, "--yes"]):
         result = ftk(*command)
         assert result.code == 4
         assert f"is being written by process {first.pid} on " in result.err
+    assert everything(cache) == everything(scene.sealed)
     assert go_on(first) == 0
-    assert files(cache) == files(scene.sealed)
-    first = stopped(server, 1, "cache", scene.later, *to(cache))
+    assert files(cache) == files(scene.sealed_later)
+
+
+def test_a_dead_writer_holds_nothing(server, ftk, scene, tmp_path):  # noqa: F811
+    cache = tmp_path / "cache"
+    first = stopped(server, 200, "cache", scene.first, *to(cache))
+    assert ftk("cache", scene.first, *to(cache)).code == 4
     os.kill(first.pid, signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
-    assert ftk("cache", scene.later, *to(cache)).code == 0
+    assert ftk("cache", scene.first, *to(cache)).code == 0
+    assert files(cache) == files(scene.sealed)
 
 
 def test_parts_have_one_writer_each_and_the_whole_none_beside_them(server, ftk, scene, tmp_path):  # noqa: F811

@@ -1,6 +1,8 @@
 """`ftk cache` and `ftk gc` under faults: killed anywhere, a full disk, flipped bits, files cut short or gone. Same bytes."""
 
+import atexit
 import contextlib
+import functools
 import gc
 import hashlib
 import json
@@ -95,11 +97,18 @@ def hurry() -> Iterator[None]:
     gc.unfreeze()
 
 
+@functools.cache
+def _server(folder: Path) -> Server:
+    folder.mkdir()
+    one = Server(folder)
+    atexit.register(one.close)
+    return one
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Server]:
-    one = Server(tmp_path_factory.mktemp("forks"))
-    yield one
-    one.close()
+def server(tmp_path_factory) -> Server:
+    """Runs commands in forks; one for all files that import this."""
+    return _server(tmp_path_factory.getbasetemp() / "forks")
 
 
 def write_run_file(place: Path, model: Path) -> Path:
@@ -123,7 +132,12 @@ def write_run_file(place: Path, model: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory, tiny_model, ftk) -> Scene:
-    place = tmp_path_factory.mktemp("scene")
+    """One for all files that import this."""
+    return _scene(tmp_path_factory.getbasetemp() / "scene", tiny_model, ftk)
+
+
+@functools.cache
+def _scene(place: Path, tiny_model: Path, ftk) -> Scene:
     pictures = draw_pictures(place / "first/pictures", NUM_PICTURES)
     for picture in pictures[:3]:
         with picture.with_suffix(".txt").open("a") as caption:
