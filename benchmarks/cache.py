@@ -13,6 +13,12 @@ Weights are random unless --model names a model. On a GPU there are absolute fig
 Shape legend: B batch, C channels, H W pixels, L text tokens, D text width.
 """
 
+import os
+
+# Waiting threads sleep. Else they spin, until the process has more OpenMP threads than cores: with ftk's writer it has, so that
+# on a machine that others use too the bare encoder takes up to four times as long as the same encoder within ftk.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
 import argparse
 import ctypes
 import functools
@@ -20,7 +26,6 @@ import gc
 import importlib.metadata
 import io
 import json
-import os
 import platform
 import re
 import shutil

@@ -82,8 +82,11 @@ def _sample(path: Path, hasher: blake3.blake3) -> None:
         header = file.read(min(header_bytes, _MAX_HEADER_BYTES))
         hasher.update(size + header)
         try:
-            tensors = sorted(entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__")
-        except (ValueError, TypeError, KeyError, AttributeError):
+            entries = [entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"]
+            tensors = sorted((begin, end) for begin, end in entries)
+            if not all(isinstance(end, int) and isinstance(begin, int) and 0 <= begin <= end for begin, end in tensors):
+                raise ValueError("offsets that are none")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise ModelError(f"{path} is no safetensors file: its header cannot be read. Download the model again.") from None
         for begin, end in tensors:
             for place in (begin, (begin + end - _BLOCK_BYTES) // 2, end - _BLOCK_BYTES):

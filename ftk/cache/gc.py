@@ -1,7 +1,7 @@
 """`ftk gc`: remove from a cache what no sample names. Nothing else ever removes an item that is whole."""
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from ftk import storage
 from ftk.cache import shards, view
-from ftk.cache.shards import KINDS, RECEIPT, SHARD, Item
+from ftk.cache.shards import KINDS, RECEIPT, SHARD
 from ftk.cache.store import CacheStore
 from ftk.contracts import CacheManifest
 from ftk.errors import CacheError
@@ -20,11 +20,13 @@ from ftk.progress import track
 
 _MAX_SHARD_BYTES = 256 << 20
 _SMALL = 0.5
+_EXAMPLES = 3
 _WHAT = {
     "encoders": "folders of encoders that the cache no longer uses",
     "items": "items that no sample names",
+    "twice": "items that another shard holds too",
     "small": "small shards, packed together",
-    "files": "damaged files set aside, shards without a receipt, temporary files, tables of older views",
+    "files": "files that the view does not list: set aside as damaged, left by a run that did not end, tables of older views",
 }
 
 
@@ -49,17 +51,25 @@ class GcReport:
     removed: bool
 
 
+@dataclass(slots=True, kw_only=True)
+class _Kind:
+    """One kind's items that no sample names, items that a second shard holds too, and the shards to write anew."""
+
+    dead: pa.Table
+    num_twice: int
+    num_small: int
+    rewritten: list[str]
+    packed: list[list[str]]
+
+
 @dataclass(slots=True)
 class _Plan:
-    """`repacked` holds, for each kind, the shards to write anew (rows of the shards' table) and the items to keep."""
+    """What is to go."""
 
     store: CacheStore
     folders: list[Path] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
-    dead: dict[str, pa.Table] = field(default_factory=dict)
-    repacked: dict[str, tuple[list[int], list[str]]] = field(default_factory=dict)
-    small: dict[str, int] = field(default_factory=dict)
-    shard_bytes: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, _Kind] = field(default_factory=dict)
 
 
 def run(directory: Path, remove: bool) -> GcReport:
@@ -81,74 +91,114 @@ def run(directory: Path, remove: bool) -> GcReport:
 
 def _plan(directory: Path) -> _Plan:
     store = CacheStore.open(directory)
-    manifest = store.manifest
     plan = _Plan(store)
-    used = {directory / "latents" / manifest.latents_fingerprint, directory / "texts" / manifest.texts_fingerprint}
+    used = _folders(directory, store)
     for kind in KINDS:
-        plan.folders += [path for path in sorted((directory / kind).glob("*")) if path.is_dir() and path not in used]
-        _find_items(plan, kind)
-    tables = {view.table_path(directory, name, digest) for name, digest in manifest.tables.items()}
-    plan.files = [path for path in sorted((directory / "view").glob("*")) if path not in tables]
+        plan.folders += [path for path in sorted((directory / kind).glob("*")) if path.is_dir() and path != used[kind]]
+        plan.kinds[kind] = _find_items(store, kind)
+        plan.files += _unlisted(store, kind, used[kind])
+    tables = {view.table_path(directory, name, digest) for name, digest in store.manifest.tables.items()}
+    plan.files += [path for path in sorted((directory / "view").glob("*")) if path not in tables]
     plan.files += sorted(directory.glob(f"{storage.TEMPORARY_PREFIX}*"))
-    listed = {f"{row['kind']}/{row['fingerprint']}/{row['name']}" for row in store.shard_table.to_pylist()}
-    for folder in sorted(used):
-        for path in sorted(folder.glob("*") if folder.is_dir() else ()):
-            name = f"{folder.parent.name}/{folder.name}/{path.name.removesuffix(SHARD).removesuffix(RECEIPT)}"
-            if name not in listed:
-                plan.files.append(path)
     return plan
 
 
-def _find_items(plan: _Plan, kind: str) -> None:
-    """Which items are named, and which shards hold others or are small."""
-    items, shard_table = plan.store.index(kind), plan.store.shard_table
-    live = pc.is_in(items["id"], value_set=plan.store.named(kind))
-    plan.dead[kind] = items.filter(pc.invert(live))
-    mine = pc.indices_nonzero(pc.equal(shard_table["kind"], kind)).to_pylist()
-    wanting = set(plan.dead[kind]["shard"].to_pylist())
-    # Items of a shard that another shard holds too are listed once: the second shard is only partly named.
-    listed = np.bincount(items["shard"].to_numpy(), minlength=len(shard_table))
-    wanting |= {shard for shard in mine if listed[shard] < shard_table["items"][shard].as_py()}
-    sizes = {shard: shard_table["bytes"][shard].as_py() for shard in mine}
-    plan.shard_bytes[kind] = min(_MAX_SHARD_BYTES, max(sizes.values(), default=0))
-    small = [shard for shard in mine if sizes[shard] < _SMALL * plan.shard_bytes[kind]]
-    plan.small[kind] = len(small) if len(small) > 1 else 0
-    wanting |= set(small) if len(small) > 1 else set()
-    kept = items.filter(pc.and_(live, pc.is_in(items["shard"], value_set=pa.array(sorted(wanting), pa.int32()))))
-    plan.repacked[kind] = (sorted(wanting), _in_order(plan.store, kind, kept["id"]))
+def _folders(directory: Path, store: CacheStore) -> dict[str, Path]:
+    """The folder of each kind that the view uses."""
+    manifest = store.manifest
+    return {
+        "latents": directory / "latents" / manifest.latents_fingerprint,
+        "texts": directory / "texts" / manifest.texts_fingerprint,
+    }
 
 
-def _in_order(store: CacheStore, kind: str, ids: pa.ChunkedArray) -> list[str]:
-    order = pc.index_in(ids, value_set=store.named(kind)).to_numpy()
-    names: list[str] = ids.take(pa.array(np.argsort(order, kind="stable"))).to_pylist()
+def _names(store: CacheStore, kind: str) -> list[str]:
+    """The shards of a kind that the view lists."""
+    names: list[str] = store.shard_table.filter(pc.equal(store.shard_table["kind"], kind))["name"].to_pylist()
     return names
 
 
+def _unlisted(store: CacheStore, kind: str, folder: Path) -> list[Path]:
+    """Files that the view does not list; in the order of their names, so a receipt goes before its shard."""
+    files = {f"{name}{suffix}" for name in _names(store, kind) for suffix in (SHARD, RECEIPT)}
+    return [path for path in sorted(folder.glob("*") if folder.is_dir() else ()) if path.name not in files]
+
+
+def _find_items(store: CacheStore, kind: str) -> _Kind:
+    """Which items are named, and which shards hold others or are small."""
+    items, table = store.index(kind), store.shard_table
+    live = pc.is_in(items["id"], value_set=store.named(kind))
+    dead, kept = items.filter(pc.invert(live)), items.filter(live)
+    mine = pc.indices_nonzero(pc.equal(table["kind"], kind)).to_pylist()
+    sizes = np.bincount(items["shard"].to_numpy(), weights=items["bytes"].to_numpy(), minlength=len(table))
+    live_sizes = np.bincount(kept["shard"].to_numpy(), weights=kept["bytes"].to_numpy(), minlength=len(table))
+    # An item that two shards hold is listed once.
+    listed = np.bincount(items["shard"].to_numpy(), minlength=len(table))
+    twice = {shard: int(table["items"][shard].as_py() - listed[shard]) for shard in mine}
+    target = min(_MAX_SHARD_BYTES, max((sizes[shard] for shard in mine), default=0))
+    small = [shard for shard in mine if live_sizes[shard] < _SMALL * target]
+    rewritten = set(dead["shard"].to_pylist()) | {shard for shard, count in twice.items() if count}
+    if rewritten or len(small) > 1:
+        rewritten |= set(small)
+    kept = kept.filter(pc.is_in(kept["shard"], value_set=pa.array(sorted(rewritten), pa.int32())))
+    return _Kind(
+        dead=dead,
+        num_twice=sum(twice.values()),
+        num_small=len(rewritten.intersection(small)),
+        rewritten=[table["name"][shard].as_py() for shard in sorted(rewritten)],
+        packed=_packed(_in_order(store, kind, kept), target),
+    )
+
+
+def _packed(items: pa.Table, target: float) -> list[list[str]]:
+    """The items of each new shard: filled in order, then small ones put together, so that at most one small one is left."""
+    sizes = zip(items["id"].to_pylist(), items["bytes"].to_pylist(), strict=True)
+    filled = _filled((([name], size) for name, size in sizes), target)
+    large = [one for one in filled if one[1] >= _SMALL * target]
+    small = [one for one in filled if one[1] < _SMALL * target]
+    return [names for names, _ in [*large, *_filled(small, target)]]
+
+
+def _filled(parts: Iterable[tuple[list[str], float]], target: float) -> list[tuple[list[str], float]]:
+    filled: list[tuple[list[str], float]] = []
+    for names, size in parts:
+        if filled and filled[-1][1] + size <= target:
+            filled[-1][0].extend(names)
+            filled[-1] = (filled[-1][0], filled[-1][1] + size)
+        else:
+            filled.append((list(names), size))
+    return filled
+
+
+def _in_order(store: CacheStore, kind: str, items: pa.Table) -> pa.Table:
+    order = pc.index_in(items["id"], value_set=store.named(kind)).to_numpy()
+    return items.take(pa.array(np.argsort(order, kind="stable")))
+
+
 def _report(directory: Path, plan: _Plan, removed: bool) -> GcReport:
-    def folder_bytes(paths: Iterable[Path]) -> int:
+    def num_bytes(paths: Iterable[Path]) -> int:
         return sum(file.stat().st_size for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
 
-    dead = pa.concat_tables(list(plan.dead.values()))
-    num_small = sum(plan.small.values())
+    def names(paths: Iterable[Path]) -> list[str]:
+        return [str(path.relative_to(directory)) for path in paths]
+
+    dead = pa.concat_tables([kind.dead for kind in plan.kinds.values()])
     found = {
-        "encoders": (
-            len(plan.folders),
-            folder_bytes(plan.folders),
-            [str(path.relative_to(directory)) for path in plan.folders],
-        ),
-        "items": (len(dead), int(pc.sum(dead["bytes"]).as_py() or 0), dead["id"].slice(0, 3).to_pylist()),
-        "small": (num_small, 0, []),
-        "files": (len(plan.files), folder_bytes(plan.files), [str(path.relative_to(directory)) for path in plan.files]),
+        "encoders": (len(plan.folders), num_bytes(plan.folders), names(plan.folders)),
+        "items": (len(dead), int(pc.sum(dead["bytes"]).as_py() or 0), dead["id"].slice(0, _EXAMPLES).to_pylist()),
+        "twice": (sum(kind.num_twice for kind in plan.kinds.values()), 0, []),
+        "small": (sum(kind.num_small for kind in plan.kinds.values()), 0, []),
+        "files": (len(plan.files), num_bytes(plan.files), names(plan.files)),
     }
     garbage = [
-        Garbage(what=_WHAT[name], count=count, num_bytes=num_bytes, examples=examples[:3])
-        for name, (count, num_bytes, examples) in found.items()
+        Garbage(what=_WHAT[name], count=count, num_bytes=size, examples=examples[:_EXAMPLES])
+        for name, (count, size, examples) in found.items()
         if count
     ]
     return GcReport(
         directory=str(directory),
         garbage=garbage,
-        num_shards_rewritten=sum(len(shard_rows) for shard_rows, _ in plan.repacked.values()),
+        num_shards_rewritten=sum(len(kind.rewritten) for kind in plan.kinds.values()),
         num_bytes=sum(one.num_bytes for one in garbage),
         removed=removed,
     )
@@ -156,46 +206,35 @@ def _report(directory: Path, plan: _Plan, removed: bool) -> GcReport:
 
 def _remove(directory: Path, plan: _Plan) -> None:
     """Write what is kept of the shards to be removed, swap the view, and only then remove them."""
-    manifest = plan.store.manifest
-    folders = {
-        "latents": directory / "latents" / manifest.latents_fingerprint,
-        "texts": directory / "texts" / manifest.texts_fingerprint,
-    }
+    store = plan.store
+    folders = _folders(directory, store)
     old: list[Path] = []
+    new: set[Path] = set()
     receipts = {}
-    for kind, folder in folders.items():
-        shard_rows, kept = plan.repacked[kind]
-        written = {shards.write(folder, items).name for items in _packed(plan, kind, kept)}
-        names = {plan.store.shard_table["name"][shard].as_py() for shard in shard_rows} - written
+    for name, folder in folders.items():
+        kind = plan.kinds[name]
+        with track(f"gc {name}", len(kind.packed), "shard") as progress:
+            written = set()
+            for ids in kind.packed:
+                written.add(shards.write(folder, [(item, store.item(name, item)) for item in ids]).name)
+                progress.advance(1)
+        new |= {folder / f"{shard}{suffix}" for shard in written for suffix in (RECEIPT, SHARD)}
+        gone = set(kind.rewritten) - written
+        listed = (set(_names(store, name)) | written) - gone
         found, _ = shards.receipts(folder, {})
-        receipts[kind, folder.name] = [receipt for receipt in found if receipt.name not in names]
+        receipts[name, folder.name] = [receipt for receipt in found if receipt.name in listed]
         # The receipt first: a shard without one counts for nothing.
-        old += [folder / f"{name}{suffix}" for name in sorted(names) for suffix in (RECEIPT, SHARD)]
-    view.commit(directory, {**view.merged(receipts), "samples": plan.store.table.cast(view.SAMPLE_SCHEMA)}, _facts(manifest))
-    plan.store.close()
+        old += [folder / f"{shard}{suffix}" for shard in sorted(gone) for suffix in (RECEIPT, SHARD)]
+    view.commit(directory, {**view.merged(receipts), "samples": store.table.cast(view.SAMPLE_SCHEMA)}, _facts(store.manifest))
+    store.close()
     for path in (*old, *plan.files):
-        path.unlink(missing_ok=True)
+        if path not in new:
+            path.unlink(missing_ok=True)
     for path in plan.folders:
         shutil.rmtree(path)
-    for kind, folder in folders.items():
-        storage.fsync_directory(folder if folder.is_dir() else directory / kind)
-
-
-def _packed(plan: _Plan, kind: str, kept: Sequence[str]) -> Iterator[list[Item]]:
-    pending: list[Item] = []
-    filled = 0
-    with track(f"gc {kind}", len(kept), "item") as progress:
-        for name in kept:
-            tensors = plan.store.item(kind, name)
-            size = sum(tensor.nbytes for tensor in tensors.values())
-            if pending and filled + size > plan.shard_bytes[kind]:
-                yield pending
-                pending, filled = [], 0
-            pending.append((name, tensors))
-            filled += size
-            progress.advance(1)
-    if pending:
-        yield pending
+    for folder in folders.values():
+        if folder.is_dir():
+            storage.fsync_directory(folder)
 
 
 def _facts(manifest: CacheManifest) -> dict[str, Any]:

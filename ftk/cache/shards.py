@@ -34,6 +34,7 @@ ITEM_SCHEMA = pa.schema(
 """`tensors`: names, sorted, with spaces between. `length`: the first dimension of the first of them; for texts, tokens.
 `checksum`: XXH3-128 of their bytes, one after another."""
 
+_SET_ASIDE_BY = "it was set aside by `ftk verify`"
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER_BYTES = 100 << 20
 _READERS = 16
@@ -140,9 +141,16 @@ def receipts(folder: Path, known: Mapping[str, str]) -> tuple[list[Receipt], lis
         return (None, damage) if damage else (receipt, None)
 
     paths = sorted(folder.glob(f"*{RECEIPT}")) if folder.is_dir() else []
+    there = set(paths)
     with ThreadPoolExecutor(_READERS) as pool:
         looked = list(pool.map(look, paths))
-    return [receipt for receipt, _ in looked if receipt], [damage for _, damage in looked if damage]
+    damages = [damage for _, damage in looked if damage]
+    for shard in sorted(known):
+        path = folder / f"{Path(shard).name}{RECEIPT}"
+        if Path(shard).parts[:2] == (folder.parent.name, folder.name) and path not in there:
+            found = _SET_ASIDE_BY if aside(path).exists() else "no file"
+            damages.append(Damage(path=str(path), problem="missing", expected="a receipt", found=found, shard=shard))
+    return [receipt for receipt, _ in looked if receipt], damages
 
 
 def check(folder: Path, receipt: Receipt, deep: bool = False) -> Damage | None:
@@ -154,7 +162,7 @@ def check(folder: Path, receipt: Receipt, deep: bool = False) -> Damage | None:
         return Damage(path=str(path), problem=problem, expected=expected, found=found, shard=shard)
 
     if not path.is_file():
-        found = "it was set aside by `ftk verify`" if aside(path).exists() else "no file"
+        found = _SET_ASIDE_BY if aside(path).exists() else "no file"
         return damage("missing", f"{receipt.bytes:,} bytes", found)
     if (size := path.stat().st_size) != receipt.bytes:
         return damage("other size", f"{receipt.bytes:,} bytes", f"{size:,} bytes")
@@ -188,10 +196,11 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
 def drop(folder: Path, name: str) -> None:
     """Make a shard count no more, so that its items are encoded again."""
     (folder / f"{name}{RECEIPT}").unlink(missing_ok=True)
-    storage.fsync_directory(folder)
+    if folder.is_dir():
+        storage.fsync_directory(folder)
 
 
 def checksum(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """XXH3-128 of an item's tensors in the order of their names."""
-    ordered = [tensors[name].contiguous().view(torch.uint8).numpy() for name in sorted(tensors)]
+    ordered = [tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy() for name in sorted(tensors)]
     return storage.item_checksum(*(memoryview(array).cast("B") if array.size else b"" for array in ordered))

@@ -69,6 +69,7 @@ class _Kind:
     found: list[Receipt]
     damages: list[Damage]
     differences: list[tuple[str, str, str]]
+    is_sealed: bool
     num_needed: int = 0
     num_missing: int = 0
     missing_bytes: int = 0
@@ -92,7 +93,8 @@ class _Kind:
             lines.append(f"the {self.kind} that are there were made by another encoder:")
             lines += [f"  {part}: expected {expected}, found {found}" for part, expected, found in self.differences]
         elif self.num_missing and not lines:
-            lines.append("new or edited since the cache was made" if self.found else "nothing is there yet")
+            unfinished = "the rest of a cache that is not finished" if self.found else "nothing is there yet"
+            lines.append("new or edited since the cache was made" if self.is_sealed else unfinished)
         return lines
 
 
@@ -118,6 +120,7 @@ def run(config: RunConfig, part: Part = WHOLE) -> CacheReport:
         EnvironmentFault: disk, memory, network, or another writer.
     """
     directory = locations.local_path(cache_location(config))
+    PreparedDataset.open(prepared_path(config))
     with storage.lock(directory, part.label):
         work = _plan(config, directory)
         if part == WHOLE:
@@ -195,7 +198,15 @@ def _look(config: RunConfig, family: Family, model: Path, directory: Path, kind:
     known = view.receipt_digests(directory, previous) if previous else {}
     found, damages = shards.receipts(folder, known)
     differences = fingerprint.differences(parts, previous.encoders[kind]) if previous else []
-    return _Kind(kind=kind, parts=parts, folder=folder, found=found, damages=damages, differences=differences)
+    return _Kind(
+        kind=kind,
+        parts=parts,
+        folder=folder,
+        found=found,
+        damages=damages,
+        differences=differences,
+        is_sealed=previous is not None,
+    )
 
 
 def _cut(work: _Work, kind: str, needed: Iterable[Any], size: Callable[[Any], int]) -> None:

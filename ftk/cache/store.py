@@ -25,7 +25,7 @@ from ftk.errors import CacheError
 
 _OPEN_TRIES = 3
 _LISTED = 10
-_ADVICE = "Run `ftk verify` on this cache, then `ftk cache RUN.yaml`: it encodes damaged shards again and keeps the rest."
+_ADVICE = "Run `ftk verify --deep` on this cache, then `ftk cache RUN.yaml`: it mends what is damaged and keeps the rest."
 # As safetensors names them in a header.
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
            "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}  # fmt: skip

@@ -1,7 +1,6 @@
 """`ftk gc`."""
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +10,7 @@ from ftk.cli.options import Json, cache_directory, show
 
 def gc(
     directory: Annotated[
-        Path, typer.Argument(metavar="CACHE", help="A cache, or the workspace that holds it.", show_default=False)
+        str, typer.Argument(metavar="CACHE", help="A cache, or the workspace that holds it.", show_default=False)
     ],
     yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what no sample names.")] = False,

@@ -36,11 +36,11 @@ def load_config(run_file: Path, overrides: list[str] | None, workspace: str | No
     return config
 
 
-def cache_directory(directory: Path) -> Path:
+def cache_directory(location: str) -> Path:
     """The cache that a user means by its folder or by the workspace around it."""
     from ftk import locations
 
-    directory = locations.local_path(str(directory))
+    directory = locations.local_path(location)
     inner = directory / "cache"
     return inner if not (directory / "cache.json").exists() and inner.is_dir() else directory
 

@@ -1,6 +1,5 @@
 """`ftk verify`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +9,7 @@ from ftk.cli.options import Json, show
 
 def verify(
     directory: Annotated[
-        Path, typer.Argument(metavar="CACHE", help="A cache, or the workspace that holds it.", show_default=False)
+        str, typer.Argument(metavar="CACHE", help="A cache, or the workspace that holds it.", show_default=False)
     ],
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte; by default sizes, headers and indexes.")] = False,
     json: Json = False,
@@ -30,6 +29,6 @@ def verify(
         left = len(report.damages) - len(report.set_aside)
         raise CacheError(
             f"{report.directory} is damaged in {len(report.damages)} places, listed above. Run `ftk cache RUN.yaml`: it "
-            f"encodes the damaged shards again and keeps the rest."
+            f"mends what is damaged and keeps the rest."
             + (f" {left} files could not be set aside, or are no shards." if left and report.deep else "")
         )

@@ -416,7 +416,8 @@ def _load(component: Any, directory: Path, name: str, dtype: "torch.dtype") -> A
         LOGGER.info("loading %s, %s", directory / name, human_bytes(num_bytes))
     _no_progress_bars()
     try:
-        return component.from_pretrained(directory / name, dtype=dtype)
+        # No other format: the rest are pickles.
+        return component.from_pretrained(directory / name, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{directory / name} cannot be loaded as {component.__name__}: {_first_line(error)}") from error
 

@@ -579,6 +579,36 @@ def test_a_killed_gc_never_harms_readers_and_ends_the_same_when_repeated(server,
         kill_gc(server, ftk, scene, littered, tmp_path / "cache", point, mend=number % 2 == 1)
 
 
+def test_gc_after_a_killed_run_of_cache_harms_no_reader(server, ftk, scene, truth, tmp_path):
+    cache = tmp_path / "cache"
+    begin(scene, scene.later, cache)
+    assert server.run("cache", scene.later, *to(cache), at=100).code == -signal.SIGKILL
+    assert stored(cache) > stored(scene.sealed)
+    assert ftk("gc", cache, "--yes").code == 0
+    assert everything(cache) == truth[scene.first]
+    assert ftk("cache", scene.later, *to(cache)).code == 0
+    assert everything(cache) == truth[scene.later]
+
+
+@pytest.mark.parametrize("what", ["receipt", "header"])
+def test_gc_of_a_damaged_cache_seals_no_damage(ftk, scene, littered, tmp_path, what):
+    cache = tmp_path / "cache"
+    shutil.copytree(littered.cache, cache)
+    with contextlib.closing(CacheStore.open(cache)) as store:
+        kind, folder, name = (store.shard_table[column][0].as_py() for column in ("kind", "fingerprint", "name"))
+    path = cache / kind / folder / f"{name}{shards.RECEIPT}"
+    if what == "receipt":
+        path.write_bytes(flips_of_receipt(path, 1)[0])
+    else:
+        path = path.with_suffix(shards.SHARD)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
+    assert ftk("gc", cache, "--yes").code in (0, 2)
+    assert ftk("cache", scene.fewer, *to(cache)).code == 0
+    assert everything(cache) == littered.truth
+    assert verify.run(cache, deep=True).damages == []
+
+
 @pytest.mark.campaign
 @pytest.mark.parametrize("mend", [False, True])
 def test_gc_killed_at_every_touch_of_the_disk(server, ftk, scene, littered, tmp_path, mend):

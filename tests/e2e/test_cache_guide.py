@@ -26,9 +26,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from ftk import storage
-from ftk.cache import encode, plan, shards, stage, verify, view
+from ftk.cache import encode, fetch, fingerprint, inspect, plan, shards, stage, verify, view
+from ftk.cache import gc as garbage
 from ftk.cache.fetch import Download
-from ftk.cache.inspect import flat_parts
 from ftk.cache.store import CacheStore
 from ftk.cli.app import app
 from ftk.configs.load import load
@@ -37,6 +37,7 @@ from ftk.contracts import CACHE_SCHEMA, CacheManifest
 from ftk.errors import ConfigError
 from ftk.models import base as families
 from ftk.pipeline import stage as prepare
+from ftk.train import data
 
 DOCS = Path(__file__).parents[2] / "docs"
 GUIDE = (DOCS / "cache.md").read_text()
@@ -79,7 +80,7 @@ def _plain(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Walk:
-    """What the guide's commands printed, by command line; `cache` commands of the second block are the edit's."""
+    """What the commands of the guide's two blocks printed."""
 
     place: Path
     first: list[tuple[str, Any]]
@@ -158,17 +159,8 @@ def test_the_commands_of_the_guide_exist_with_their_options():
     for name, *arguments in found:
         options = {option for parameter in commands[name].params for option in parameter.opts}
         assert {one for one in arguments if one.startswith("--")} <= options, (name, arguments)
-    configured = [command.split("--set ")[1].split("=")[0] for command in lines if "--set " in command]
-    assert {"model.path", "cache.path"} == set(configured)
-
-
-def test_the_page_of_the_last_example_is_written(walk, ftk):
-    (command,) = re.findall(r"^ftk (inspect .*--html.*)$", GUIDE, re.MULTILINE)
-    with contextlib.chdir(walk.place):
-        result = ftk(*command.split())
-        assert result.code == 0, result.err
-        assert Path("work/cache/inspect.html").stat().st_size > 10_000
-        Path("work/cache/inspect.html").unlink()
+    configured = {setting for line in lines for setting in re.findall(r"--set ([\w.]+)=", line)}
+    assert configured == {"model.path", "cache.path"}
 
 
 # A dataset with masks and control images, and what changes encode again.
@@ -221,7 +213,7 @@ def _noting(committing: Callable[..., Any], written: list[str]) -> Callable[...,
     def wrapped(path: Path) -> Iterator[Any]:
         with committing(path) as file:
             yield file
-        written.append(str(path))
+        written.append(str(path.resolve()))
 
     return wrapped
 
@@ -288,11 +280,12 @@ CHANGES: dict[str, list[Change]] = {
         {"data.sources.0.prefix": "photo: "},
         {"data.sources.0.suffix": ", 35 mm"},
     ],
-    "`data.resolutions`, `crop`, `resize`, `background`": [
+    "`data.resolutions`, `crop`, `resize`, `background`, `image_format`": [
         {"data.resolutions": [96]},
         {"data.crop": "focus"},
         {"data.resize": "linear"},
         {"data.background": [0, 0, 0]},
+        {"data.image_format": "jpeg"},
     ],
     "`data.flip`, more `crops` or resolutions": [{"data.flip": True}, {"data.resolutions": [64, 96]}],
     "`repeats`, `role`": [{"data.sources.0.repeats": 3}, {"data.sources.0.role": "class"}],
@@ -364,6 +357,14 @@ def test_a_mask_and_a_picture_added_are_one_and_three_items(copy):
     assert (planned["num_latents_to_encode"], planned["num_texts_to_encode"]) == (1 + 3, 1)
 
 
+def test_the_page_with_decoded_latents_is_written(copy, ftk):
+    (command,) = re.findall(r"^ftk (inspect .*--html.*)$", GUIDE, re.MULTILINE)
+    Path("tiny-model").symlink_to(Path("model").resolve())
+    result = ftk(*command.split())
+    assert result.code == 0, result.err
+    assert Path("work/cache/inspect.html").stat().st_size > 10_000
+
+
 # Settings.
 
 
@@ -408,6 +409,29 @@ def test_the_sizes_of_batches_are_as_the_family_counts_them():
     ):
         assert said in " ".join(GUIDE.split()), said
     assert (encode._DEFAULT_GPU_MEMORY_GIB, encode._DEFAULT_MEMORY_GIB["cpu"]) == (8, 1)
+
+
+SAID = {
+    r"safetensors files above (\d+) MiB": fingerprint._WHOLE_BYTES >> 20,
+    r"last (\d+) KiB of every tensor": fingerprint._BLOCK_BYTES >> 10,
+    r"up to (\d+) steps ahead": 2 * data._ANNOUNCED_STEPS,
+    r"ahead, and (\w+) threads": {4: "four"}[fetch._THREADS],
+    r"up to (\w+) times in all": {3: "three"}[fetch._TRIES],
+    r"from at most (\d+) images": inspect._LATENTS_READ,
+    r"the largest \(at most (\d+) MiB\)": garbage._MAX_SHARD_BYTES >> 20,
+    r"limit, ([\d,]+) tokens": f"{FAMILY.max_text_tokens:,}",
+    r"the (\d+) before the caption": FAMILY.text_options()["prefix_tokens"],
+}
+
+
+@pytest.mark.parametrize("pattern", SAID)
+def test_a_number_in_the_text_is_that_of_the_code(pattern):
+    assert re.findall(pattern, " ".join(GUIDE.split())) == [str(SAID[pattern])]
+
+
+def test_the_files_that_a_digest_covers_are_named():
+    (named,) = re.findall(r"of the files that end in (.*?)\. Of", " ".join(GUIDE.split()))
+    assert set(_code(named)) == fingerprint._RELEVANT
 
 
 def test_the_bytes_of_a_sample_are_as_the_limits_say():
@@ -457,7 +481,7 @@ def test_receipts_are_as_the_guide_says(pets):
 
 def test_every_part_of_the_fingerprints_is_listed_with_its_kind(pets):
     encoders = json.loads((pets / "work/cache/cache.json").read_bytes())["encoders"]
-    of = {kind: {name for name, _ in flat_parts(encoders[kind])} for kind in shards.KINDS}
+    of = {kind: {name for name, _ in inspect.flat_parts(encoders[kind])} for kind in shards.KINDS}
     both = of["latents"] & of["texts"]
     expected = {name: "both" if name in both else kind for kind in shards.KINDS for name in of[kind]}
     assert {_code(part)[0]: kind for part, kind, _ in _table("parts")} == expected
@@ -495,7 +519,7 @@ def test_the_tree_shows_every_file(pets):
 
 
 def test_files_are_written_in_the_order_that_the_guide_gives(pets):
-    written = [Path(name).relative_to("work/cache") for name in json.loads((pets / "written.json").read_text())]
+    written = [Path(name).relative_to(pets / "work/cache") for name in json.loads((pets / "written.json").read_text())]
     items = [path for path in written if path.parts[0] in shards.KINDS]
     receipts = [path for path in items if path.suffix == shards.RECEIPT]
     assert receipts
@@ -745,7 +769,8 @@ def test_every_message_of_the_guide_is_tried():
 
 @pytest.mark.parametrize("name", MESSAGES)
 def test_a_message_is_the_real_one(name, copy, ftk):
-    assert _plain(MESSAGES[name](ftk)) == _plain(_blocks("message")[name])
+    said, stated = ("\n".join(_plain(text)).split() for text in (MESSAGES[name](ftk), _blocks("message")[name]))
+    assert said == stated
 
 
 def test_two_run_files_share_items_but_not_the_view(copy, ftk):
@@ -771,6 +796,7 @@ def _anchors(text: str) -> set[str]:
 def test_links_lead_somewhere():
     for file, anchor in re.findall(r"\]\(([\w.]*)#([^)]+)\)", GUIDE):
         assert anchor in _anchors((DOCS / file).read_text() if file else GUIDE), anchor
+    assert all((DOCS / file).exists() for file in re.findall(r"\]\(([^#)]+)", GUIDE))
 
 
 def test_the_places_for_measured_tables_are_there_or_filled():
