@@ -161,16 +161,28 @@ def _flock(path: Path, mode: int) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
-            file.seek(0)
-            holder = file.read().strip() or "another process"
             raise EnvironmentFault(
-                f"{path.parent} is being written by {holder}. Wait for it to end, or use another --workspace or run name."
+                f"{path.parent} is being written by {_holder(path)}. Wait for it to end, or use another --workspace or run "
+                f"name."
             ) from None
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        # Of those that share a lock each is named in its part's.
+        if mode == fcntl.LOCK_EX:
+            file.seek(0)
+            file.truncate()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
         yield
+
+
+def _holder(path: Path) -> str:
+    """Who holds a lock: of the whole, or of any part."""
+    for candidate in (*sorted(path.parent.glob(f"{path.name}-*")), path):
+        with candidate.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return file.read().strip() or "another process"
+    return "another process"
 
 
 def read_json(path: Path) -> Any:

@@ -95,7 +95,8 @@ def write(folder: Path, items: Sequence[Item]) -> Receipt:
     name = name_of(item for item, _ in items)
     receipt = folder / f"{name}{RECEIPT}"
     storage.commit_bytes(folder / f"{name}{SHARD}", payload)
-    storage.commit_table(receipt, pa.Table.from_pylist(rows, schema=ITEM_SCHEMA.with_metadata(facts)))
+    table = pa.Table.from_pylist(rows, schema=ITEM_SCHEMA)
+    storage.commit_table(receipt, table.replace_schema_metadata({**facts, "digest": _digest(table, facts)}))
     return read_receipt(receipt)
 
 
@@ -107,6 +108,8 @@ def read_receipt(path: Path) -> Receipt:
         facts = {key.decode(): value.decode() for key, value in (items.schema.metadata or {}).items()}
         if not items.schema.equals(ITEM_SCHEMA):
             raise ValueError("other columns than a receipt has")
+        if facts.pop("digest", None) != _digest(items, facts):
+            raise ValueError("it does not have its digest")
         return Receipt(
             name=path.stem,
             items=items.replace_schema_metadata(),
@@ -118,6 +121,12 @@ def read_receipt(path: Path) -> Receipt:
         )
     except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise ValueError(f"it cannot be read ({' '.join(str(error).split())[:120]})") from None
+
+
+def _digest(items: pa.Table, facts: Mapping[str, str]) -> str:
+    """Of all that a receipt says: Parquet itself notices no flipped bit."""
+    columns = {name: items[name].to_pylist() for name in items.column_names}
+    return storage.digest([dict(facts), {**columns, "checksum": [(one or b"").hex() for one in columns["checksum"]]}])
 
 
 def receipts(folder: Path, known: Mapping[str, str]) -> tuple[list[Receipt], list[Damage]]:

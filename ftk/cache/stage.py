@@ -125,6 +125,7 @@ def run(config: RunConfig, part: Part = WHOLE) -> CacheReport:
         work = _plan(config, directory)
         if part == WHOLE:
             _sweep(work)
+        _drop_damaged(work)
         for kind in ("texts", "latents"):
             _announce(work, work.kinds[kind])
             _encode(work, work.kinds[kind], part)
@@ -225,9 +226,13 @@ def _cut(work: _Work, kind: str, needed: Iterable[Any], size: Callable[[Any], in
 
 
 def _sweep(work: _Work) -> None:
-    """Remove what killed runs left behind, and the receipts of damaged shards, so that these are encoded again."""
+    """Remove what killed runs left behind."""
     for folder in (work.directory, work.directory / "view", *(kind.folder for kind in work.kinds.values())):
         storage.sweep(folder)
+
+
+def _drop_damaged(work: _Work) -> None:
+    """Remove the receipts of damaged shards, so that these count no more and are encoded again."""
     for kind in work.kinds.values():
         for damage in kind.damages:
             shards.drop(kind.folder, Path(damage.shard).name)
