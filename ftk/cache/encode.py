@@ -237,8 +237,7 @@ def _write(job: Job, unit: Unit[Any], gathered: dict[str, Tensors], copied: "tor
     items = []
     for item in unit.items:
         _refuse_infinite(job, item, gathered[item.id])
-        # clone: a view would be saved with its whole batch
-        items.append((item.id, {name: tensor.clone() for name, tensor in gathered.pop(item.id).items()}))
+        items.append((item.id, gathered[item.id]))
     receipt = shards.write(job.folder, items)
     return Done(
         unit=unit.number, num_items=len(items), num_bytes=receipt.bytes, peak_memory_bytes=memory_bytes(job.device, peak=True)

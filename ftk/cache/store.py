@@ -385,18 +385,17 @@ def _starts(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
 
 
 def _read_view(directory: Path) -> tuple[CacheManifest, dict[str, pa.Table]]:
-    manifest = view.read_manifest(directory)
-    if manifest is None:
-        raise CacheError(f"{directory} holds no finished cache. Run `ftk cache RUN.yaml` first.")
-    try:
-        return manifest, view.read_tables(directory, manifest)
-    except FileNotFoundError:
-        # A new view may have taken the place of this one since the manifest was read.
-        newer = view.read_manifest(directory)
-        if newer is None or newer == manifest:
-            _refuse(directory, view.check(directory, manifest))
-            raise
-        return newer, view.read_tables(directory, newer)
+    while True:
+        manifest = view.read_manifest(directory)
+        if manifest is None:
+            raise CacheError(f"{directory} holds no finished cache. Run `ftk cache RUN.yaml` first.")
+        try:
+            return manifest, view.read_tables(directory, manifest)
+        except FileNotFoundError:
+            # A new view may have taken the place of this one since the manifest was read.
+            if view.read_manifest(directory) == manifest:
+                _refuse(directory, view.check(directory, manifest))
+                raise
 
 
 def _refuse(directory: Path, damages: list[shards.Damage]) -> None:

@@ -68,14 +68,19 @@ def run(directory: Path, deep: bool = False) -> VerifyReport:
 
 
 def _manifest(directory: Path, damages: list[Damage]) -> CacheManifest | None:
-    try:
-        manifest = view.read_manifest(directory)
-    except CacheError as error:
-        found = " ".join(str(error).split())
-        damages.append(Damage(path=str(directory / view.MANIFEST), problem="damaged", expected="its digest", found=found))
-        return None
-    damages += view.check(directory, manifest) if manifest else []
-    return manifest
+    """The manifest, and what is wrong with the tables that it names."""
+    while True:
+        try:
+            manifest = view.read_manifest(directory)
+            broken = view.check(directory, manifest) if manifest else []
+            # A new view may have taken the place of this one meanwhile.
+            if not broken or view.read_manifest(directory) == manifest:
+                damages += broken
+                return manifest
+        except CacheError as error:
+            found = " ".join(str(error).split())
+            damages.append(Damage(path=str(directory / view.MANIFEST), problem="damaged", expected="its digest", found=found))
+            return None
 
 
 def _without_receipt(directory: Path, known: Mapping[str, str], seen: set[str]) -> list[Damage]:

@@ -302,6 +302,14 @@ class SampleConfig(Section):
     seed: int = Field(default=0, ge=0)
     device: Device = "auto"
 
+    @field_validator("prompts", "negative_prompt")
+    @classmethod
+    def _prompts_are_text(cls, value: tuple[str, ...] | str) -> tuple[str, ...] | str:
+        for prompt in (value,) if isinstance(value, str) else value:
+            if not prompt.isascii() and prompt.encode("utf-8", "ignore").decode() != prompt:
+                raise ValueError("half of a surrogate pair is no text: write the character itself")
+        return value
+
 
 class RunConfig(Section):
     """One run file: it drives every stage."""
