@@ -303,12 +303,12 @@ def captions(count: int, tokens: Sequence[int]) -> list[str]:
 
 
 def pixels_of(files: Sequence[bytes], edge: int, device: torch.device) -> torch.Tensor:
-    """[B,3,edge,edge] in [-1, 1]."""
+    """[B,3,edge,edge] in [-1, 1], in this order in memory: convolutions keep to the order that they are given."""
     arrays = []
     for file in files:
         with Image.open(io.BytesIO(file)) as image:
             arrays.append(np.asarray(ImageOps.fit(image.convert("RGB"), (edge, edge), Image.Resampling.LANCZOS)))
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float().div(127.5).sub(1).to(device)
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous().float().div(127.5).sub(1).to(device)
 
 
 # Part: overhead.
@@ -904,7 +904,9 @@ def parse_arguments() -> argparse.Namespace:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device")
     if options.part == "rounding" and options.dtype:
-        parser.error("rounding takes both precisions")
+        parser.error("rounding takes all precisions")
+    if options.part in ("fold", "prefix") and len(options.kind) == 1:
+        parser.error(f"{options.part} is of one kind by itself")
     return options
 
 
