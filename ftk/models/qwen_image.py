@@ -125,7 +125,9 @@ class QwenImage:
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
         with torch.inference_mode():
-            posterior = DiagonalGaussianDistribution(vae.quant_conv(vae.encoder(pixels_BCHW.to(vae.device, vae.dtype))))
+            # Convolutions take the layout of their input if it has one; here it is that of their weights.
+            pixels_BCHW = pixels_BCHW.to(vae.device, vae.dtype).contiguous()
+            posterior = DiagonalGaussianDistribution(vae.quant_conv(vae.encoder(pixels_BCHW)))
             shift, scale = self._affine(vae)
             mean: torch.Tensor = (posterior.mean.float() - shift) * scale
             std: torch.Tensor = posterior.std.float() * scale

@@ -123,6 +123,12 @@ def test_a_folded_vae_encodes_as_the_video_vae_does(vae_folder: Path, batch: int
     assert_equal_to_rounding(our_std, std)
 
 
+def test_the_layout_of_the_pixels_changes_nothing(vae_folder: Path) -> None:
+    vae, pixels = FAMILY.load_vae(vae_folder, torch.float32, CPU), draw_pixels(2, 64, 48)
+    strided = pixels.to(memory_format=torch.channels_last)
+    assert all(torch.equal(a, b) for a, b in zip(*(FAMILY.encode_images(vae, each) for each in (pixels, strided)), strict=True))
+
+
 def test_the_folded_vae_decodes_as_before_to_the_bit(vae_folder: Path) -> None:
     vae = reference_vae(vae_folder)
     latents = torch.randn(2, 16, 4, 6, generator=torch.Generator().manual_seed(0))
