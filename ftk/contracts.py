@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 PREPARED_SCHEMA = 2
 CACHE_SCHEMA = 2
-RUN_SCHEMA = 1
+RUN_SCHEMA = 2
 
 Role = Literal["instance", "class"]
 

@@ -153,6 +153,19 @@ def lock(directory: Path, part: str = "") -> Iterator[None]:
         yield
 
 
+def holder(directory: Path) -> str | None:
+    """Which process writes to `directory` now, as it called itself; None when no process does."""
+    try:
+        with (directory / ".lock").open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return file.read().decode(errors="replace").strip() or "another process"
+    except (FileNotFoundError, PermissionError):
+        return None
+    return None
+
+
 @contextlib.contextmanager
 def _flock(path: Path, mode: int) -> Iterator[None]:
     with path.open("a+") as file:

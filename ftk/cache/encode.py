@@ -153,7 +153,7 @@ class _Encoder:
                 encoded += encode(batch[len(encoded) : len(encoded) + size])
                 continue
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if not models.is_out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
             free_memory()
@@ -395,12 +395,6 @@ def speed(device: torch.device, dtype: torch.dtype) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or the CPU's allocator, had no memory left."""
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def memory_bytes(device: torch.device, peak: bool = False) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ftk.cli import cache, demo, gc, init, inspect, prepare, run, sample, tiny, train, verify
+from ftk.cli import cache, demo, doctor, gc, init, inspect, prepare, run, sample, tiny, train, verify
 from ftk.errors import FtkError
 
 LOGGER = logging.getLogger("ftk")
@@ -32,6 +32,7 @@ app.command("init")(init.init)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("gc")(gc.gc)
+app.command("doctor")(doctor.doctor)
 app.command("tiny")(tiny.tiny)
 
 
@@ -52,6 +53,9 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Installed, torchao is imported by diffusers and PEFT, and tells of each kernel that it lacks.
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     if not sys.warnoptions:
         import warnings
@@ -75,8 +79,8 @@ def main() -> None:
         if "out of memory" not in str(error).lower():
             raise
         _fail(
-            f"The device is out of memory: {str(error).splitlines()[0]}\nLower train.micro_batch_size or "
-            f"data.resolutions, turn on train.gradient_checkpointing, or set train.precision: bf16.",
+            f"The device is out of memory: {str(error).splitlines()[0]}\nClose what else uses it, or lower "
+            f"data.resolutions or the batch sizes. `ftk doctor RUN.yaml` shows what training takes.",
             4,
             error,
         )

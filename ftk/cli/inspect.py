@@ -14,18 +14,22 @@ if TYPE_CHECKING:
     from ftk.cache.store import CacheStore
     from ftk.pipeline.dataset import PreparedDataset
     from ftk.pipeline.inspect import Summary
+    from ftk.train.inspect import RunSummary
 
 LOGGER = logging.getLogger("ftk")
 _CACHE = "cache.json"
+_RUN = ("config.yaml", "environment.json")
 _PAGE = "inspect.html"
-_ADVICE = "Name a prepared dataset, a cache, or the workspace that holds them."
+_ADVICE = "Name a prepared dataset, a cache, a run, or the workspace that holds them."
 
 
 def inspect(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A prepared dataset, a cache, or their workspace.", show_default=False)
+        Path, typer.Argument(metavar="DIR", help="A prepared dataset, a cache, a run, or their workspace.", show_default=False)
     ],
-    html: Annotated[bool, typer.Option("--html", help="Write a page to look at: samples, crops, rejects; latents.")] = False,
+    html: Annotated[
+        bool, typer.Option("--html", help="Write a page to look at: samples, crops, rejects; latents; curves of a run.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Where --html writes; inspect.html in DIR by default.")
     ] = None,
@@ -37,7 +41,10 @@ def inspect(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show what a prepared dataset or a cache holds: in the terminal, as JSON, or as an HTML page that needs no network."""
+    """Show what a prepared dataset or a cache holds, or where a run stands.
+
+    In the terminal, as JSON, or as an HTML page that needs no network.
+    """
     _check(html, out, model, prepared)
     found = _find(directory)
     _check_found(found, out, model)
@@ -51,7 +58,9 @@ def inspect(
     if store is not None:
         sources = _sources(store, prepared, dataset) if model else None
         parts.append(_cache_part(store, out or Path(store.location) / _PAGE if html else None, model, sources))
-    _show(parts, json)
+    is_one = found.prepared is None and found.cache is None and found.runs == (directory,)
+    parts += [_run_part(run, out or run / _PAGE if html else None, verify=is_one) for run in found.runs]
+    _show(parts, json, is_one)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +69,14 @@ class _Found:
 
     prepared: Path | None
     cache: Path | None
+    runs: tuple[Path, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
     """What is shown of one of them; `page` is the file that was written."""
 
-    summary: "Summary | CacheSummary"
+    summary: "Summary | CacheSummary | RunSummary"
     page: Path | None
 
 
@@ -86,11 +96,14 @@ def _check(html: bool, out: Path | None, model: Path | None, prepared: Path | No
 def _check_found(found: _Found, out: Path | None, model: Path | None) -> None:
     from ftk.errors import ConfigError
 
+    folders = [folder for folder in (found.prepared, found.cache, *found.runs) if folder is not None]
     if found.cache is None and model is not None:
-        raise ConfigError(f"--model {model}: {found.prepared} is a prepared dataset and has no latents to decode.")
-    if out is not None and found.prepared and found.cache:
+        kind = "a prepared dataset" if found.prepared else "a run"
+        raise ConfigError(f"--model {model}: {folders[0]} is {kind} and has no latents to decode.")
+    if out is not None and len(folders) > 1:
+        number = "two" if len(folders) == 2 else f"{len(folders)}"
         raise ConfigError(
-            f"--out {out}: there are two pages to write. Name the one to show, {found.prepared} or {found.cache}."
+            f"--out {out}: there are {number} pages to write. Name the one to show, {' or '.join(map(str, folders))}."
         )
 
 
@@ -98,16 +111,33 @@ def _find(directory: Path) -> _Found:
     """What to show of a folder: the one place that tells kinds of folders apart."""
     from ftk.pipeline.dataset import MANIFEST
 
+    runs = _runs(directory)
+    if runs == (directory,):
+        return _Found(prepared=None, cache=None, runs=runs)
+
     is_either = any((directory / name).exists() for name in (MANIFEST, _CACHE))
     prepared, cache = (directory, directory) if is_either else (directory / "prepared", directory / "cache")
     has_prepared, has_cache = (prepared / MANIFEST).exists(), (cache / _CACHE).exists()
     unfinished = next((one for one in (directory, cache) if _is_unfinished_cache(one)), None)
-    if not has_prepared and not has_cache and unfinished is None:
+    if not has_prepared and not has_cache and unfinished is None and not runs:
         _refuse(directory)
-    if has_prepared and unfinished is not None:
+    if (has_prepared or runs) and unfinished is not None:
         LOGGER.info("%s is not finished and not shown. Run `ftk cache RUN.yaml`.", unfinished)
         unfinished = None
-    return _Found(prepared=prepared if has_prepared else None, cache=cache if has_cache else unfinished)
+    return _Found(prepared=prepared if has_prepared else None, cache=cache if has_cache else unfinished, runs=runs)
+
+
+def _runs(directory: Path) -> tuple[Path, ...]:
+    """The folder itself if it is a run's, else the runs of a workspace, or of its folder `runs`."""
+    for candidates in ([directory], (directory / "runs").glob("*"), directory.glob("*")):
+        found = tuple(sorted(path for path in candidates if _is_run(path)))
+        if found:
+            return found
+    return ()
+
+
+def _is_run(directory: Path) -> bool:
+    return (directory / "metrics.parquet").exists() or all((directory / name).exists() for name in _RUN)
 
 
 def _is_unfinished_cache(directory: Path) -> bool:
@@ -129,7 +159,7 @@ def _refuse(directory: Path) -> None:
     names = sorted(path.name for path in directory.iterdir())
     found = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
     raise DatasetError(
-        f"{directory} is no prepared dataset and no cache: it holds {found}, and no {MANIFEST} or {_CACHE}. {_ADVICE}"
+        f"{directory} is no prepared dataset, no cache and no run: it holds {found}, and no {MANIFEST} or {_CACHE}. {_ADVICE}"
     )
 
 
@@ -175,20 +205,57 @@ def _cache_part(store: "CacheStore", page: Path | None, model: Path | None, sour
     return _Part(summary=summary, page=page)
 
 
-def _show(parts: list[_Part], json: bool) -> None:
-    """As JSON the first one's numbers, and the cache's as `cache` where the first one is the prepared dataset."""
-    from ftk.cli import inspect_tables
-    from ftk.pipeline.inspect import Summary
+def _run_part(directory: Path, page: Path | None, verify: bool) -> _Part:
+    from ftk import storage
+    from ftk.train import inspect as numbers
+    from ftk.train import inspect_page
 
+    if page is None:
+        return _Part(summary=numbers.summarise(directory, verify), page=None)
+    summary, data = inspect_page.page(directory)
+    storage.commit_bytes(page, data)
+    return _Part(summary=summary, page=page)
+
+
+def _show(parts: list[_Part], json: bool, is_run: bool) -> None:
+    """As JSON the first one's numbers, beside them `cache` and `runs` where the first one is something else."""
     if json:
-        first, *rest = ({**asdict(part.summary), **({"page": str(part.page)} if part.page else {})} for part in parts)
-        plain: dict[str, Any] = {**first, **({"cache": rest[0]} if rest else {})}
-        show("inspect", plain, as_json=True)
+        show("inspect", _plain(parts, is_run), as_json=True)
         return
     for part in parts:
         if part.page is not None:
             typer.echo(part.page)
-        elif isinstance(part.summary, Summary):
-            inspect_tables.print_prepared(part.summary)
+    _print([part.summary for part in parts if part.page is None], is_run)
+
+
+def _plain(parts: list[_Part], is_run: bool) -> dict[str, Any]:
+    from ftk.cache.inspect import Summary as CacheSummary
+    from ftk.pipeline.inspect import Summary
+
+    plain = [(part.summary, {**asdict(part.summary), **({"page": str(part.page)} if part.page else {})}) for part in parts]
+    if is_run:
+        return plain[0][1]
+    prepared = next((one for summary, one in plain if isinstance(summary, Summary)), None)
+    cache = next((one for summary, one in plain if isinstance(summary, CacheSummary)), None)
+    runs = [one for summary, one in plain if not isinstance(summary, (Summary, CacheSummary))]
+    first = prepared or cache or {}
+    return {**first, **({"cache": cache} if prepared and cache else {}), **({"runs": runs} if runs else {})}
+
+
+def _print(summaries: "list[Summary | CacheSummary | RunSummary]", is_run: bool) -> None:
+    from ftk.cache.inspect import Summary as CacheSummary
+    from ftk.cli import inspect_tables
+    from ftk.pipeline.inspect import Summary
+
+    runs: list[RunSummary] = []
+    for summary in summaries:
+        if isinstance(summary, Summary):
+            inspect_tables.print_prepared(summary)
+        elif isinstance(summary, CacheSummary):
+            inspect_tables.print_cache(summary)
         else:
-            inspect_tables.print_cache(part.summary)
+            runs.append(summary)
+    if is_run and runs:
+        inspect_tables.print_run(runs[0])
+    elif runs:
+        inspect_tables.print_runs(runs)

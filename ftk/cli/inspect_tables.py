@@ -1,17 +1,21 @@
-"""What `ftk inspect` prints: a prepared dataset and a cache as tables."""
+"""What `ftk inspect` prints: a prepared dataset, a cache and runs as tables."""
 
 import itertools
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ftk.cache.inspect import ChannelSummary, LengthSummary
     from ftk.cache.inspect import Summary as CacheSummary
     from ftk.pipeline.inspect import BucketSummary, Summary
+    from ftk.train.inspect import RunSummary
 
 _EXAMPLE_CHARS = 120
 _BAR_CHARS = 24
 _MOST_CHANNELS, _MOST_PROMPTS = 32, 10
+_MOST_CHECKPOINTS = 10
 
 
 def print_prepared(summary: "Summary") -> None:
@@ -28,6 +32,29 @@ def print_cache(summary: "CacheSummary") -> None:
         *(_latents(summary), _channels(summary.latents.channels), _encoders(summary), _prompts(summary)),
     )
     _print(tables, f"To look at decoded latents: ftk inspect {summary.directory} --html --model MODEL")
+
+
+def print_run(summary: "RunSummary") -> None:
+    """Tables of one run."""
+    tables = (_run_totals(summary), _run_bands(summary), _run_checkpoints(summary), _run_files(summary))
+    _print(tables, f"To look at its curves and sample images: ftk inspect {summary.directory} --html")
+
+
+def print_runs(summaries: Sequence["RunSummary"]) -> None:
+    """A workspace's runs, one a line."""
+    table = _table("runs", "run", "state", "#step", "#of", "#loss", "#best validation", "#a step")
+    for one in summaries:
+        validation = one.validation.best_loss if one.validation else None
+        table.add_row(
+            _text(Path(one.directory).name),
+            one.state,
+            f"{one.step:,}",
+            "-" if one.num_steps is None else f"{one.num_steps:,}",
+            f"{one.loss.now:.4g}" if one.loss else "-",
+            "-" if validation is None else f"{validation:.4g}",
+            "-" if one.seconds_per_step is None else f"{one.seconds_per_step:.3g} s",
+        )
+    _print([table], f"To see more of one: ftk inspect {summaries[0].directory}")
 
 
 def _print(tables: Iterable[Any], advice: str) -> None:
@@ -247,4 +274,100 @@ def _prompts(summary: "CacheSummary") -> Any:
         table.add_row(_text(prompt or "(empty)"))
     if len(summary.prompts) > _MOST_PROMPTS:
         table.add_row(f"and {len(summary.prompts) - _MOST_PROMPTS:,} more")
+    return table
+
+
+def _run_totals(summary: "RunSummary") -> Any:
+    from ftk.progress import human_bytes
+
+    table = _table(summary.directory, "", "", header=False)
+    of = "" if summary.num_steps is None else f" of {summary.num_steps:,}"
+    rows = {
+        "state": summary.state + (f", by {summary.holder}" if summary.holder else ""),
+        "step": f"{summary.step:,}{of}, {summary.num_samples:,} samples seen",
+        "last checkpoint": _last_checkpoint(summary),
+        "time": _run_time(summary),
+        **_run_losses(summary),
+    }
+    if summary.learning_rate is not None:
+        rows["learning rate"] = f"{summary.learning_rate:.3g}"
+    if summary.seconds_per_step is not None and summary.samples_per_second is not None:
+        rows["speed"] = f"{summary.seconds_per_step:.3g} s a step, {summary.samples_per_second:,.3g} samples/s"
+    if summary.data_wait_share is not None:
+        rows["waiting for data"] = f"{summary.data_wait_share:.1%} of the time"
+    if summary.memory_bytes is not None:
+        rows["memory"] = f"{human_bytes(summary.memory_bytes)} at most"
+    rows["bad steps"] = _bad_steps(summary)
+    rows["sample sheets"] = f"{len(summary.sample_sheets):,}"
+    for label, value in rows.items():
+        table.add_row(label, _text(value))
+    return table
+
+
+def _last_checkpoint(summary: "RunSummary") -> str:
+    if not summary.checkpoints:
+        return "none"
+    last = summary.checkpoints[-1]
+    return f"{last.name}, {'whole' if last.problem is None else f'damaged: {last.problem}'}"
+
+
+def _run_time(summary: "RunSummary") -> str:
+    spent = f"{timedelta(seconds=round(summary.seconds))} trained"
+    if summary.seconds_left is None:
+        return spent
+    return f"{spent}, {timedelta(seconds=round(summary.seconds_left))} left"
+
+
+def _run_losses(summary: "RunSummary") -> dict[str, str]:
+    rows = {}
+    if summary.loss is not None:
+        best = f"the best was {summary.loss.best:.4g} at step {summary.loss.best_step:,}"
+        rows["loss"] = f"{summary.loss.now:.4g}, mean of 20 steps; {best}"
+    if summary.validation is not None:
+        measured = summary.validation
+        rows["validation loss"] = f"{measured.loss:.4g} at step {measured.step:,}"
+        if measured.best_loss is not None and measured.best_step is not None:
+            rows["validation loss"] += f"; the best was {measured.best_loss:.4g} at step {measured.best_step:,}"
+    return rows
+
+
+def _bad_steps(summary: "RunSummary") -> str:
+    if not summary.num_bad_steps:
+        return "none"
+    return f"{summary.num_bad_steps:,} without a finite loss or gradient, the last at step {summary.bad_steps[-1]:,}"
+
+
+def _run_bands(summary: "RunSummary") -> Any:
+    if not summary.bands:
+        return None
+    title = f"loss by sigma: means of the first and the last {summary.num_band_steps:,} steps"
+    table = _table(title, "sigma", "#samples", "#first", "#now")
+    for band in summary.bands:
+        means = ("-" if mean is None else f"{mean:.4g}" for mean in (band.first, band.now))
+        table.add_row(f"{band.low:g} to {band.high:g}", f"{band.share:.1%}", *means)
+    return table
+
+
+def _run_checkpoints(summary: "RunSummary") -> Any:
+    from ftk.progress import human_bytes
+
+    if not summary.checkpoints:
+        return None
+    table = _table("checkpoints", "#step", "#size", "")
+    for one in summary.checkpoints[::-1][:_MOST_CHECKPOINTS]:
+        note = "best" if one.is_best else ""
+        table.add_row(f"{one.step:,}", human_bytes(one.num_bytes), _text(f"damaged: {one.problem}" if one.problem else note))
+    if len(summary.checkpoints) > _MOST_CHECKPOINTS:
+        table.add_row(f"and {len(summary.checkpoints) - _MOST_CHECKPOINTS:,} more")
+    return table
+
+
+def _run_files(summary: "RunSummary") -> Any:
+    from ftk.progress import human_bytes
+
+    if not summary.files:
+        return None
+    table = _table("weights", "file", "#size")
+    for one in summary.files:
+        table.add_row(_text(one.name), human_bytes(one.num_bytes))
     return table

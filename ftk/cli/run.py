@@ -37,8 +37,8 @@ def run_all(config: Any) -> dict[str, dict[str, Any]]:
     reports["cache"] = asdict(cache.run(config))
     from ftk.train import stage as train
 
-    reports["train"] = asdict(train.run(config))
-    return reports
+    report = train.run(config)
+    return reports if report is None else {**reports, "train": asdict(report)}
 
 
 def plan_all(config: Any) -> dict[str, Any]:

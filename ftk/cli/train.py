@@ -1,6 +1,6 @@
 """`ftk train`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,9 +14,25 @@ def train(
     dry_run: DryRun = False,
     json: Json = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; the run that is there is set aside.")] = False,
+    allow_change: Annotated[
+        bool, typer.Option("--allow-change", help="Go on from a checkpoint that was trained with other settings.")
+    ] = False,
 ) -> None:
     """Train from the cache with the denoiser alone in memory; resumes by itself from the newest checkpoint."""
     config = load_config(run_file, overrides, workspace)
     from ftk.train import stage
 
-    show("train", stage.dry_run(config) if dry_run else stage.run(config, fresh=fresh), json)
+    if dry_run:
+        show_plan(stage.dry_run(config), json)
+        return
+    report = stage.run(config, fresh=fresh, allow_change=allow_change)
+    if report is not None:
+        show("train", report, json)
+
+
+def show_plan(plan: dict[str, Any], as_json: bool) -> None:
+    """The plan as a table, and below it what sigmas look like."""
+    sigmas = plan["sigmas"]
+    show("train", plan if as_json else {name: value for name, value in plan.items() if name != "sigmas"}, as_json)
+    if not as_json:
+        typer.echo(sigmas)

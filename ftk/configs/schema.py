@@ -5,8 +5,9 @@ the method's own model, and `model.family` is looked up by `ftk.models.base`.
 """
 
 import difflib
+import re
 from pathlib import PurePath
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -228,57 +229,206 @@ class MethodConfig(BaseModel):
 class SigmaConfig(Section):
     """How noise levels are drawn; 1 is pure noise."""
 
-    sampling: Literal["uniform", "logit_normal", "mode"] = "uniform"
+    sampling: Literal["uniform", "logit_normal", "sigmoid", "mode", "beta"] = "uniform"
     logit_mean: float = 0.0
     logit_std: float = Field(default=1.0, gt=0)
-    mode_scale: float = 1.29
-    shift: float | None = Field(default=None, gt=0, description="static shift on top of the family's table; none by default")
+    sigmoid_scale: float = Field(default=1.0, gt=0, description="sigma = sigmoid(scale n), n standard normal: kohya's name")
+    mode_scale: float = Field(default=1.29, ge=-1.0, le=1.75)
+    beta_alpha: float = Field(default=1.0, gt=0, description="of sigma's beta distribution; above 1 thins out clean images")
+    beta_beta: float = Field(default=1.0, gt=0, description="above 1 thins out noise")
+    shift: float | Literal["resolution"] | None = Field(
+        default=None,
+        description="s maps sigma to s sigma / (1 + (s - 1) sigma); resolution: it grows with an image's tokens",
+    )
+    minimum: float = Field(default=0.0, ge=0, lt=1, description="sigmas are squeezed into [minimum, maximum]")
+    maximum: float = Field(default=1.0, gt=0, le=1)
+    stratified: bool = Field(default=False, description="one draw from each of as many equal shares as a step has samples")
+    continuous: bool = Field(default=False, description="any sigma, not those of the family's training table alone")
     weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
 
-
-class OptimizerConfig(Section):
-    """AdamW."""
-
-    name: Literal["adamw"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(default=0.01, ge=0)
-    epsilon: float = Field(default=1e-8, gt=0)
-
-    @field_validator("betas")
+    @field_validator("shift")
     @classmethod
-    def _betas_in_range(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in value):
-            raise ValueError("each beta lies in [0, 1)")
+    def _shift_is_positive(cls, value: float | str | None) -> float | str | None:
+        if isinstance(value, float) and value <= 0:
+            raise ValueError("a shift is a number above 0, or `resolution`")
         return value
+
+    @model_validator(mode="after")
+    def _settings_take_effect(self) -> Self:
+        owners = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "sigmoid_scale": "sigmoid",
+                  "mode_scale": "mode", "beta_alpha": "beta", "beta_beta": "beta"}  # fmt: skip
+        for name, owner in owners.items():
+            if self.sampling != owner:
+                _require_default(self, name, f"sampling: {owner}")
+        if self.minimum >= self.maximum:
+            raise ValueError(f"`minimum` {self.minimum} is not below `maximum` {self.maximum}")
+        return self
+
+
+class LossConfig(Section):
+    """How a prediction is compared with its target."""
+
+    kind: Literal["mse", "huber"] = "mse"
+    huber_delta: float = Field(default=0.1, gt=0, description="errors above it count linearly; a latent's deviation is about 1")
+    prior_weight: float = Field(default=1.0, ge=0, description="weight of samples with `role: class` (prior preservation)")
+    unmasked_weight: float = Field(
+        default=0.0, ge=0, le=1, description="weight of what a sample's mask leaves out; 1 ignores masks"
+    )
+
+    @model_validator(mode="after")
+    def _settings_take_effect(self) -> Self:
+        if self.kind != "huber":
+            _require_default(self, "huber_delta", "kind: huber")
+        return self
+
+
+class ParameterGroupConfig(Section):
+    """Trained parameters that are treated otherwise than the rest."""
+
+    match: str = Field(min_length=1, description="a regular expression, searched in parameter names; the first match counts")
+    learning_rate: float | None = Field(default=None, ge=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+
+    @field_validator("match")
+    @classmethod
+    def _is_a_regular_expression(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{value!r} is no regular expression: {error}") from None
+        return value
+
+
+class OptimizerConfig(BaseModel):
+    """The optimizer: its name, and arguments of its own, which `ftk.train.optim` checks against its signature."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = Field(default="adamw", min_length=1, description="a name that ftk knows, or a dotted class")
+    groups: tuple[ParameterGroupConfig, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_name_will_do(cls, tree: Any) -> Any:
+        return {"name": tree} if isinstance(tree, str) else tree
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The optimizer's own arguments."""
+        return dict(self.model_extra or {})
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the steps; the schedules of diffusers' `get_scheduler`."""
+
+    name: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    cycles: int = Field(default=1, ge=1, description="of cosine_with_restarts")
+    power: float = Field(default=1.0, gt=0, description="of polynomial")
+    rules: str = Field(default="", description="of piecewise_constant: `1:100,0.1:200,0.01` is factor 1 up to step 100, ...")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_name_will_do(cls, tree: Any) -> Any:
+        return {"name": tree} if isinstance(tree, str) else tree
+
+    @model_validator(mode="after")
+    def _settings_take_effect(self) -> Self:
+        for name, owner in (("cycles", "cosine_with_restarts"), ("power", "polynomial"), ("rules", "piecewise_constant")):
+            if self.name != owner:
+                _require_default(self, name, f"name: {owner}")
+        if self.name == "piecewise_constant":
+            if not re.fullmatch(r"(\d+(\.\d+)?:\d+,)*\d+(\.\d+)?", self.rules):
+                raise ValueError("`rules` is FACTOR:STEP,FACTOR:STEP,...,FACTOR, for example 1:100,0.1")
+            _require_default(self, "warmup_steps", "a schedule other than piecewise_constant, which says its own")
+        return self
+
+
+class ValidationConfig(Section):
+    """Samples that are not trained on and measured instead, with noise that never changes."""
+
+    share: float = Field(default=0.0, ge=0, le=0.5, description="of the samples that are held out; 0 turns validation off")
+    every: int = Field(default=100, ge=1, description="steps between two measurements; the last step is always measured")
+    samples: int = Field(default=64, ge=1, description="held-out samples that are measured at most")
+    sigmas: int = Field(default=4, ge=1, le=64, description="noise levels of each, spread evenly over the drawn distribution")
+    patience: int | None = Field(default=None, ge=1, description="measurements without a better one after which training ends")
+
+    @model_validator(mode="after")
+    def _settings_take_effect(self) -> Self:
+        if not self.share:
+            for name in ("every", "samples", "sigmas", "patience"):
+                _require_default(self, name, "share")
+        return self
+
+
+class MemoryConfig(Section):
+    """What is done so that training fits the device. `auto` is decided by the plan that `--dry-run` and `ftk doctor` print."""
+
+    device_gib: float | None = Field(default=None, gt=0, description="memory to plan for; what the device has free by default")
+    checkpointing: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0)] = Field(
+        default="auto", description="blocks whose activations are computed again in the backward pass"
+    )
+    offload: Literal["auto", "none"] | Annotated[int, Field(ge=0)] = Field(
+        default="auto", description="blocks whose frozen weights wait in host memory until they are needed"
+    )
+    base: Literal["auto", "full", "int8"] = Field(
+        default="auto", description="frozen weights: as train.precision says, or 8-bit integers (needs torchao)"
+    )
+    attention: Literal["auto", "native", "flash", "cudnn", "efficient", "math"] = "auto"
+    compile: bool = Field(default=False, description="compile the repeated block; buckets are warmed up before the first step")
 
 
 class TrainConfig(Section):
     """The training loop."""
 
     steps: int = Field(default=1000, ge=1)
-    global_batch_size: int = Field(default=1, ge=1, description="samples an optimizer step")
+    global_batch_size: int = Field(default=1, ge=1, description="samples an optimizer step, over all processes")
     micro_batch_size: int = Field(default=1, ge=1, description="samples a forward pass; they share one bucket")
     remainder: Literal["smaller", "drop", "fill"] = Field(
         default="smaller", description="what becomes of a bucket's incomplete micro-batch"
     )
+    group_by: Literal["bucket", "text_length"] = Field(
+        default="bucket", description="text_length: a micro-batch's captions have equal lengths too, so attention needs no mask"
+    )
+    class_ratio: float | None = Field(
+        default=None, gt=0, description="uses of class images for each use of an instance image; by their repeats by default"
+    )
     learning_rate: float = Field(default=1e-4, gt=0)
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: int = Field(default=0, ge=0)
+    schedule: ScheduleConfig = ScheduleConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     max_grad_norm: float | None = Field(default=1.0, gt=0)
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="of a moving average of the weights, which is then delivered, drawn and validated",
+    )
     sigma: SigmaConfig = SigmaConfig()
+    loss: LossConfig = LossConfig()
     posterior: Literal["sample", "mean", "frozen"] = Field(
         default="sample", description="draw latents afresh each epoch, use the mean, or one draw for good"
     )
     caption_dropout: float = Field(default=0.0, ge=0, le=1, description="share of samples that train on the empty caption")
-    precision: Literal["bf16", "fp32"] = "bf16"
-    gradient_checkpointing: bool = True
+    validation: ValidationConfig = ValidationConfig()
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        default="bf16", description="of the frozen weights and the computation; auto: bf16 where the device computes in it"
+    )
+    memory: MemoryConfig = MemoryConfig()
     device: Device = "auto"
+    sharding: Literal["auto", "none", "fsdp"] = Field(
+        default="auto", description="fsdp: frozen weights are split over the processes (FSDP2); auto: where they do not fit"
+    )
+    timeout_seconds: float = Field(default=600.0, gt=0, description="after which a process that waits for another gives up")
     seed: int = Field(default=0, ge=0)
     checkpoint_every: int = Field(default=250, ge=1)
     keep_last: int = Field(default=3, ge=1, description="checkpoints kept")
+    keep_every: int | None = Field(default=None, ge=1, description="checkpoints at multiples of it are kept for good")
+    max_bad_steps: int = Field(
+        default=10, ge=1, description="steps in a row without a finite loss and gradient, after which training stops"
+    )
     log_every: int = Field(default=10, ge=1, description="steps between log lines; the only times the device is waited for")
-    tensorboard: bool = True
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    project: str = Field(default="ftk", min_length=1, description="under which wandb and trackio list the run")
 
     @model_validator(mode="after")
     def _batch_sizes_divide(self) -> Self:

@@ -42,11 +42,47 @@ class LatentGeometry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenShift:
+    """A shift of sigma to exp(mu) / (exp(mu) + 1 / sigma - 1), where mu grows linearly with an image's tokens.
+
+    It is `base_shift` at `base_tokens` and `max_shift` at `max_tokens`, and goes on beyond both: diffusers' `calculate_shift`.
+    """
+
+    base_tokens: int
+    max_tokens: int
+    base_shift: float
+    max_shift: float
+
+    def mu(self, tokens: int) -> float:
+        """mu for an image of this many tokens."""
+        slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
+        return self.base_shift + slope * (tokens - self.base_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NoiseSchedule:
-    """What the model is trained to predict, and its training table of sigmas: [N], fp32, from 1 (noise) downwards."""
+    """What the model is trained to predict, and its training table of sigmas: [N], fp32, from 1 (noise) downwards.
+
+    `token_shift` is how sampling shifts sigmas with an image's size; None where the model's scheduler does not.
+    """
 
     objective: Objective
     sigmas: "torch.Tensor"
+    token_shift: TokenShift | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activations:
+    """About how many bytes training one sample keeps or works in, weights left out."""
+
+    block_saved: int
+    """What the backward pass of one repeated block needs from its forward pass."""
+    block_input: int
+    """What remains of it where the block is computed again in the backward pass."""
+    block_working: int
+    """What comes and goes while one block computes, forward or backward, at its highest."""
+    outside: int
+    """The same for all that is not a repeated block."""
 
 
 class Family(Protocol):
@@ -120,6 +156,12 @@ class Family(Protocol):
     def load_schedule(self, directory: Path) -> NoiseSchedule:
         """Objective and training sigmas, from the scheduler's configuration."""
 
+    def activations(self, denoiser: Any, image_tokens: int, text_tokens: int, dtype: "torch.dtype") -> Activations:
+        """What one sample of so many tokens takes in training, of a denoiser that a method was attached to.
+
+        `denoiser` may be on the `meta` device. Attention keeps no matrix of scores.
+        """
+
     def collate_texts(self, texts: Sequence[Mapping[str, "torch.Tensor"]]) -> dict[str, "torch.Tensor | None"]:
         """Pad texts into one batch; the mask is None when nothing was padded (attention without a mask is faster)."""
 
@@ -135,7 +177,10 @@ class Family(Protocol):
         """The model's prediction [B,C,H,W] in fp32. `references` are latents to edit from, `residuals` a ControlNet's."""
 
     def pipeline(self, directory: Path, dtype: "torch.dtype", device: "torch.device", **components: Any) -> Any:
-        """The diffusers pipeline; `components` replaces parts of it (`text_encoder=None` leaves one out)."""
+        """The diffusers pipeline; `components` replaces parts of it (`text_encoder=None` leaves one out).
+
+        What is given stays where it is; the rest is loaded onto the device.
+        """
 
     def pipeline_texts(self, texts: Mapping[str, "torch.Tensor"]) -> dict[str, Any]:
         """The pipeline's arguments for one cached text item, in place of `prompt`."""
@@ -218,6 +263,14 @@ def resolve_device(name: str) -> "torch.device":
     if name == "mps" and not torch.backends.mps.is_available():
         raise EnvironmentFault("device mps was asked for, but torch sees no Metal device. Set the device to auto or cpu.")
     return torch.device(name)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the CPU's allocator, had no memory left."""
+    import torch
+
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def memory_bytes(device: "torch.device") -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftk import storage
 from ftk.errors import ModelError
-from ftk.models.base import LatentGeometry, NoiseSchedule
+from ftk.models.base import Activations, LatentGeometry, NoiseSchedule, TokenShift
 from ftk.progress import human_bytes
 
 if TYPE_CHECKING:
@@ -261,7 +261,41 @@ class QwenImage:
             scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(directory, subfolder="scheduler")
         except (OSError, ValueError) as error:
             raise ModelError(f"{directory / 'scheduler'} cannot be loaded: {_first_line(error)}") from error
-        return NoiseSchedule(objective="flow", sigmas=(scheduler.timesteps / scheduler.config.num_train_timesteps).float())
+        settings = scheduler.config
+        is_by_tokens = settings.use_dynamic_shifting and settings.time_shift_type == "exponential"
+        token_shift = TokenShift(
+            base_tokens=settings.base_image_seq_len,
+            max_tokens=settings.max_image_seq_len,
+            base_shift=settings.base_shift,
+            max_shift=settings.max_shift,
+        )
+        return NoiseSchedule(
+            objective="flow",
+            sigmas=(scheduler.timesteps / settings.num_train_timesteps).float(),
+            token_shift=token_shift if is_by_tokens else None,
+        )
+
+    def activations(self, denoiser: Any, image_tokens: int, text_tokens: int, dtype: "torch.dtype") -> Activations:
+        """Counted from `QwenImageTransformerBlock`, in units of one token's hidden state of width D.
+
+        Each stream keeps, for its backward pass: the inputs of both LayerNorms (2), query and key before their RMSNorms (2),
+        query, key, value and output of the joint attention (4), and the input of GELU (4). Below fp32 the RMSNorms keep query
+        and key in fp32 too. What an adapter multiplies is kept once more, see `_adapter_inputs`. A frozen linear layer keeps
+        its weights alone, and modulation, which hangs on the timestep alone, its factors.
+        """
+        block, width = denoiser.transformer_blocks[0], denoiser.inner_dim * dtype.itemsize
+        fp32_norms = 2 * denoiser.inner_dim * 4 if dtype.itemsize < 4 else 0
+        kept = image_tokens * _adapter_inputs(block, "img", dtype) + text_tokens * _adapter_inputs(block, "txt", dtype)
+        hidden = (image_tokens + text_tokens) * width
+        text_width = denoiser.txt_norm.dim[0]
+        return Activations(
+            block_saved=int(12 * hidden + (image_tokens + text_tokens) * fp32_norms + kept * width),
+            block_input=hidden,
+            # Backward through the MLP: gradients at both sides of GELU, of its input, of two residual streams, and a copy.
+            block_working=12 * hidden,
+            # Both embeddings, norm and output of the last layer; texts are normed in fp32.
+            outside=2 * hidden + 2 * image_tokens * width + text_tokens * text_width * (8 + 2 * dtype.itemsize),
+        )
 
     def collate_texts(self, texts: Sequence[Mapping[str, "torch.Tensor"]]) -> dict[str, "torch.Tensor | None"]:
         """`embeds` [B,L,D] zero-padded to the longest, `mask` [B,L] bool or None."""
@@ -303,6 +337,7 @@ class QwenImage:
 
     def pipeline(self, directory: Path, dtype: "torch.dtype", device: "torch.device", **components: Any) -> Any:
         """diffusers' QwenImagePipeline."""
+        import torch
         from diffusers import QwenImagePipeline
 
         _no_progress_bars()
@@ -311,7 +346,10 @@ class QwenImage:
         except (OSError, ValueError) as error:
             raise ModelError(f"{directory} cannot be loaded as a pipeline: {_first_line(error)}") from error
         pipeline.set_progress_bar_config(disable=True)
-        return pipeline.to(device)
+        for name, component in pipeline.components.items():
+            if isinstance(component, torch.nn.Module) and name not in components:
+                component.to(device)
+        return pipeline
 
     def pipeline_texts(self, texts: Mapping[str, "torch.Tensor"]) -> dict[str, Any]:
         """Unpadded embeddings of one prompt, all of them valid."""
@@ -354,6 +392,31 @@ class QwenImage:
         QwenImagePipeline(
             scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
         ).save_pretrained(directory)
+
+
+def _adapter_inputs(block: Any, stream: str, dtype: "torch.dtype") -> float:
+    """What the trained parts of a block keep of one token's inputs in one stream, in hidden states of the working precision.
+
+    Layers that read the same tensor share one copy, unless their adapters are in another precision: then each makes its own.
+    """
+    image = ("to_q", "to_k", "to_v", "to_out.0")
+    text = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    *projections, output = (f"attn.{name}" for name in (image if stream == "img" else text))
+    readers = ((1, projections), (1, [output]), (1, [f"{stream}_mlp.net.0.proj"]), (4, [f"{stream}_mlp.net.2"]))
+    total = 0.0
+    for width, layers in readers:
+        found = [one for layer in layers if (one := _trained(block, layer)) is not None]
+        # PEFT gives adapters the precision of their layer, but not on the meta device.
+        sizes = [dtype.itemsize if one.is_meta else one.dtype.itemsize for one in found]
+        total += width * (min(len(sizes), 1) if set(sizes) <= {dtype.itemsize} else sum(sizes) / dtype.itemsize)
+    # With a gradient of its own, modulation keeps what it multiplies: both normed inputs, and both outputs that it gates.
+    return total + (4 if _trained(block, f"{stream}_mod.1") is not None else 0)
+
+
+def _trained(block: Any, layer: str) -> Any:
+    """A trained parameter of this layer, or of an adapter on it."""
+    named = ((name, one) for name, one in block.named_parameters() if one.requires_grad)
+    return next((one for name, one in named if name.startswith(f"{layer}.")), None)
 
 
 def fold_single_frame(vae: Any) -> None:

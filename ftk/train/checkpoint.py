@@ -1,8 +1,10 @@
 """Checkpoints: a directory each, atomic, verified before an older one goes.
 
 checkpoints/00000250/   adapter.safetensors (fp32 masters)   optimizer.safetensors   trainer.json   COMPLETE (hashes)
+checkpoints/best.json   the step whose validation loss was the lowest; its checkpoint is kept
 """
 
+import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -14,13 +16,21 @@ import torch
 from safetensors.torch import load_file, save
 
 from ftk import storage
+from ftk.configs.schema import TrainConfig
 from ftk.contracts import RUN_SCHEMA
 from ftk.errors import CheckpointError
 from ftk.train.optim import MasterOptimizer
 
 LOGGER = logging.getLogger("ftk")
 RECEIPT = "COMPLETE"
+BEST = "best.json"
 _FILES = ("adapter.safetensors", "optimizer.safetensors", "trainer.json")
+_FREE = {"checkpoint_every", "keep_last", "keep_every", "log_every", "trackers", "project", "device", "sharding",
+         "timeout_seconds", "max_bad_steps"}  # fmt: skip
+# Which share is held out is part of the order; these only say what is done with it.
+_FREE_VALIDATION = {"every", "samples", "sigmas", "patience"}
+# Where things are computed changes their rounding alone; 8-bit weights are other weights.
+_EXACT_MEMORY = {"base"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +40,24 @@ class Checkpoint:
     path: Path
     step: int
     num_samples_seen: int
+    optimizer_facts: Any
     settings: dict[str, Any]
 
     def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """(fp32 masters, optimizer moments), on the CPU."""
+        """(fp32 masters, optimizer state), on the CPU."""
         return load_file(self.path / "adapter.safetensors"), load_file(self.path / "optimizer.safetensors")
+
+
+def exact_settings(config: TrainConfig, others: Mapping[str, Any]) -> dict[str, Any]:
+    """What a resumed run must share with the one it continues, so that it ends where an uninterrupted one would.
+
+    A longer constant schedule is the same run; a longer cosine is another curve.
+    """
+    free = _FREE | ({"steps"} if config.schedule.name in ("constant", "piecewise_constant") else set())
+    train = config.model_dump(mode="json", exclude=free)
+    train["validation"] = {name: value for name, value in train["validation"].items() if name not in _FREE_VALIDATION}
+    train["memory"] = {name: value for name, value in train["memory"].items() if name in _EXACT_MEMORY}
+    return {"train": train, **others}
 
 
 def save_checkpoint(
@@ -46,16 +69,18 @@ def save_checkpoint(
 ) -> Path:
     """Commit a checkpoint; its final name appears only when every file is complete and on disk."""
     path = directory / f"{step:08d}"
+    tensors, facts = optimizer.state()
     trainer = {
         "schema_version": RUN_SCHEMA,
         "step": step,
         "num_samples_seen": num_samples_seen,
+        "optimizer": facts,
         "settings": dict(settings),
     }
-    files = {"adapter.safetensors": optimizer.weights(), "optimizer.safetensors": optimizer.moments()}
+    files = {"adapter.safetensors": optimizer.weights(), "optimizer.safetensors": tensors}
     with storage.committing_directory(path) as temporary:
-        for name, tensors in files.items():
-            payload = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+        for name, contents in files.items():
+            payload = save({key: tensor.detach().cpu().contiguous() for key, tensor in contents.items()})
             storage.commit_bytes(temporary / name, payload)
         storage.commit_json(temporary / "trainer.json", trainer)
         storage.commit_json(temporary / RECEIPT, {name: storage.blake3_file(temporary / name) for name in _FILES})
@@ -64,8 +89,8 @@ def save_checkpoint(
 
 def latest(directory: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole; a damaged one is named in the log and passed over."""
-    for path in sorted(directory.glob("[0-9]*"), reverse=True):
-        problem = _damage(path)
+    for path in reversed(all_of(directory)):
+        problem = damage(path)
         if problem is None:
             trainer = storage.read_json(path / "trainer.json")
             if trainer.get("schema_version") != RUN_SCHEMA:
@@ -77,36 +102,68 @@ def latest(directory: Path) -> Checkpoint | None:
                 path=path,
                 step=trainer["step"],
                 num_samples_seen=trainer["num_samples_seen"],
+                optimizer_facts=trainer["optimizer"],
                 settings=trainer["settings"],
             )
         LOGGER.warning("checkpoint %s is damaged (%s): the one before it is used", path, problem)
     return None
 
 
-def prune(directory: Path, keep_last: int) -> None:
-    """Remove all but the newest checkpoints, once the newest is verified to be whole."""
-    paths = sorted(directory.glob("[0-9]*"))
-    if paths and _damage(paths[-1]) is None:
-        for path in paths[:-keep_last]:
+def all_of(directory: Path) -> list[Path]:
+    """Every checkpoint's directory, the oldest first; whole or not."""
+    return sorted(directory.glob("[0-9]*"))
+
+
+def prune(directory: Path, keep_last: int, keep_every: int | None) -> None:
+    """Remove all but the newest, the best, and multiples of `keep_every`, once the newest is verified to be whole."""
+    paths = all_of(directory)
+    if not paths or damage(paths[-1]) is not None:
+        return
+    best = best_step(directory)
+    for path in paths[:-keep_last]:
+        step = int(path.name)
+        if step != best and not (keep_every and step % keep_every == 0):
             shutil.rmtree(path)
 
 
-def refuse_changed_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` with a table if continuing under `settings` would not be what was begun."""
-    before, now = _flat(checkpoint.settings), _flat(settings)
+def mark_best(directory: Path, step: int, loss: float) -> None:
+    """Note the step with the lowest validation loss so far."""
+    storage.commit_json(directory / BEST, {"step": step, "loss": loss})
+
+
+def best_step(directory: Path) -> int | None:
+    """The step with the lowest validation loss, if any was measured."""
+    try:
+        return int(storage.read_json(directory / BEST)["step"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        LOGGER.warning("%s is damaged (%s): the best step is not known until the next measurement", directory / BEST, error)
+        return None
+
+
+def refuse_changed_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], allow: bool = False) -> None:
+    """Raise `CheckpointError` with a table if continuing under `settings` would not be what was begun; or log it."""
+    before, now = _flat(checkpoint.settings), _flat(json.loads(json.dumps(settings)))
     changed = [
         f"  {name}: checkpoint {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)
     ]
-    if changed:
-        raise CheckpointError(
-            f"{checkpoint.path} (step {checkpoint.step}) was trained with other settings, so resuming would not continue "
-            f"the same run:\n" + "\n".join(changed) + "\nPut them back, give the run another name, or start over with --fresh."
-        )
+    if not changed:
+        return
+    what = f"{checkpoint.path} (step {checkpoint.step}) was trained with other settings"
+    if allow:
+        LOGGER.warning("--allow-change: %s, and goes on as another run than it was:\n%s", what, "\n".join(changed))
+        return
+    raise CheckpointError(
+        f"{what}, so resuming would not continue the same run:\n" + "\n".join(changed) + "\n"
+        "Put them back, give the run another name, start over with --fresh, or accept the break with --allow-change."
+    )
 
 
-def _damage(path: Path) -> str | None:
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None when it is whole."""
     try:
         receipt = storage.read_json(path / RECEIPT)
         wrong = [name for name in _FILES if storage.blake3_file(path / name) != receipt.get(name)]

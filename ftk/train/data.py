@@ -5,152 +5,268 @@ Shape legend: B batch, C channels, H W latent cells.
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 
 from ftk.cache.store import CacheStore
 from ftk.configs.schema import TrainConfig
 from ftk.models.base import Family
-from ftk.train import flow
-from ftk.train.order import Draw, MicroBatch, Order, keyed_seed
+from ftk.train.flow import SigmaDistribution
+from ftk.train.order import Draw, MicroBatch, Order, keyed_permutation, keyed_seed, share
 
 _AHEAD = 2
 _ANNOUNCED_STEPS = 32
+_U_BELOW_1 = 1 - 2.0**-24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One micro-batch: clean latents and noise in the working dtype, sigma in fp32, texts as the family collates them."""
+    """One micro-batch: clean latents and noise in the working dtype, sigma in fp32, texts as the family collates them.
+
+    `weight_B` is each sample's own (that of class images), `cell_weight_BHW` that of its cells (masks). `share` is 0 where
+    a process computes along only because the others do.
+    """
 
     latents_BCHW: torch.Tensor
     noise_BCHW: torch.Tensor
     sigma_B: torch.Tensor
+    weight_B: torch.Tensor
     texts: Mapping[str, torch.Tensor | None]
+    cell_weight_BHW: torch.Tensor | None = None
+    share: float = 1.0
 
     def __len__(self) -> int:
         return len(self.sigma_B)
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
-        if device.type == "cpu":
-            return self
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """The same batch with each tensor replaced."""
         return Batch(
-            latents_BCHW=move(self.latents_BCHW),
-            noise_BCHW=move(self.noise_BCHW),
-            sigma_B=move(self.sigma_B),
-            texts={name: None if tensor is None else move(tensor) for name, tensor in self.texts.items()},
+            latents_BCHW=function(self.latents_BCHW),
+            noise_BCHW=function(self.noise_BCHW),
+            sigma_B=function(self.sigma_B),
+            weight_B=function(self.weight_B),
+            texts={name: None if tensor is None else function(tensor) for name, tensor in self.texts.items()},
+            cell_weight_BHW=None if self.cell_weight_BHW is None else function(self.cell_weight_BHW),
+            share=self.share,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What this process computes of a step: (number of the micro-batch within the step, batch); samples over all processes."""
+
+    batches: Sequence[tuple[int, Batch]]
+    num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchBuilder:
     """Turns the order's micro-batches into tensors."""
 
     store: CacheStore
     family: Family
-    table: torch.Tensor
+    sigmas: SigmaDistribution
     config: TrainConfig
     dtype: torch.dtype
 
-    def build(self, micro_batch: MicroBatch) -> Batch:
-        """Latents [B,C,H,W] drawn from their posterior, noise, sigma, and texts after caption choice and dropout."""
-        parts = [self._sample(draw) for draw in micro_batch]
+    def build(self, micro_batch: MicroBatch, strata: Sequence[tuple[int, int]] | None = None) -> Batch:
+        """Latents [B,C,H,W] drawn from their posterior, noise, sigma, and texts.
+
+        Args:
+            strata: for each sample (i, n): its sigma comes from the i-th of n equal shares of the distribution.
+        """
+        keys = [self._key(draw) for draw in micro_batch]
+        pairs = [self._latents_and_noise(draw, key) for draw, key in zip(micro_batch, keys, strict=True)]
+        u_B = torch.stack([torch.rand((), generator=_generator(*key, "sigma")) for key in keys])
+        if strata is not None:
+            first_B, count_B = torch.tensor(strata, dtype=torch.float32).T
+            u_B = ((first_B + u_B) / count_B).clamp(max=_U_BELOW_1)
+        return self._batch([draw.sample for draw in micro_batch], [draw.caption for draw in micro_batch], pairs, u_B)
+
+    def fixed(self, samples: Sequence[int], position: int, count: int) -> Batch:
+        """For validation: latents' means, first captions, and noise and sigma that never change.
+
+        Sigma is at the middle of share `position` of `count` equal shares of the distribution.
+        """
+        pairs = []
+        for sample in samples:
+            mean = self.store.latents(sample)[0].float()
+            noise = torch.randn(
+                mean.shape, generator=_generator(self.config.seed, "validation", self._name(sample), position, "noise")
+            )
+            pairs.append((mean, noise))
+        return self._batch(samples, [0] * len(samples), pairs, torch.full((len(samples),), (position + 0.5) / count))
+
+    def _batch(
+        self,
+        samples: Sequence[int],
+        captions: Sequence[int],
+        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        u_B: torch.Tensor,
+    ) -> Batch:
+        latents_BCHW = torch.stack([latents for latents, _ in pairs])
+        height, width = latents_BCHW.shape[-2:]
         return Batch(
-            latents_BCHW=torch.stack([latents for latents, _, _, _ in parts]).to(self.dtype),
-            noise_BCHW=torch.stack([noise for _, noise, _, _ in parts]).to(self.dtype),
-            sigma_B=torch.stack([sigma for _, _, sigma, _ in parts]),
-            texts=self.family.collate_texts([text for _, _, _, text in parts]),
+            latents_BCHW=latents_BCHW.to(self.dtype),
+            noise_BCHW=torch.stack([noise for _, noise in pairs]).to(self.dtype),
+            sigma_B=self.sigmas.sigma(u_B, height * width // self.family.geometry.patch**2),
+            weight_B=torch.tensor([self._weights[sample] for sample in samples], dtype=torch.float32),
+            texts=self.family.collate_texts([self._text(*chosen) for chosen in zip(samples, captions, strict=True)]),
+            cell_weight_BHW=self._cell_weights(samples, height, width),
         )
 
-    def _sample(self, draw: Draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        name = self.store.table["key"][draw.sample].as_py()
-        key = (self.config.seed, draw.epoch, name, draw.repeat)
+    def _key(self, draw: Draw) -> tuple[object, ...]:
+        return (self.config.seed, draw.epoch, self._name(draw.sample), draw.repeat)
+
+    def _name(self, sample: int) -> str:
+        name: str = self.store.table["key"][sample].as_py()
+        return name
+
+    @cached_property
+    def _weights(self) -> "np.ndarray[tuple[int], np.dtype[np.float32]]":
+        is_class = pc.equal(self.store.table["role"], "class").to_numpy()
+        return np.where(is_class, self.config.loss.prior_weight, 1.0).astype(np.float32)
+
+    def _latents_and_noise(self, draw: Draw, key: tuple[object, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         mean, std = (tensor.float() for tensor in self.store.latents(draw.sample))
         latents = mean
         if self.config.posterior != "mean":
-            drawn_by = key if self.config.posterior == "sample" else (self.config.seed, name)
+            drawn_by = key if self.config.posterior == "sample" else (self.config.seed, self._name(draw.sample))
             latents = mean + std * torch.randn(mean.shape, generator=_generator(*drawn_by, "posterior"))
-        noise = torch.randn(mean.shape, generator=_generator(*key, "noise"))
-        settings = self.config.sigma
-        u = flow.draw_u(
-            settings.sampling, _generator(*key, "sigma"), settings.logit_mean, settings.logit_std, settings.mode_scale
-        )
-        return latents, noise, flow.sigma_at(u, self.table, settings.shift), self._text(key, draw.sample)
+        return latents, torch.randn(mean.shape, generator=_generator(*key, "noise"))
 
-    def _text(self, key: tuple[object, ...], sample: int) -> dict[str, torch.Tensor]:
-        text = self._choose_text(key, sample)
+    def _text(self, sample: int, caption: int) -> dict[str, torch.Tensor]:
+        text = self.store.text(sample, caption) if caption >= 0 else self.store.empty_text()
         return {name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in text.items()}
 
-    def _choose_text(self, key: tuple[object, ...], sample: int) -> dict[str, torch.Tensor]:
-        if self.config.caption_dropout:
-            dropped = torch.rand((), generator=_generator(*key, "caption dropout")) < self.config.caption_dropout
-            if dropped:
-                return self.store.empty_text()
-        captions = self.store.num_texts(sample)
-        if captions == 1:
-            return self.store.text(sample)
-        return self.store.text(sample, int(torch.randint(captions, (), generator=_generator(*key, "caption choice"))))
+    def _cell_weights(self, samples: Sequence[int], height: int, width: int) -> torch.Tensor | None:
+        unmasked = self.config.loss.unmasked_weight
+        if unmasked == 1:
+            return None
+        masks = [self.store.mask(sample) for sample in samples]
+        if all(mask is None for mask in masks):
+            return None
+        whole = torch.ones(height, width)
+        return torch.stack([whole if mask is None else unmasked + (1 - unmasked) * mask.float() for mask in masks])
 
 
 def _generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(keyed_seed(*key))
 
 
-def _announced(order: Order, first: int, last: int, announce: Callable[[Iterable[int]], None]) -> Iterator[list[MicroBatch]]:
-    """The micro-batches of each step; every so often the samples of the coming ones are announced."""
-    for step in range(first, last):
-        if (step - first) % _ANNOUNCED_STEPS == 0:
-            coming = range(step, min(last, step + 2 * _ANNOUNCED_STEPS))
-            announce(draw.sample for later in coming for micro_batch in order.step(later) for draw in micro_batch)
-        yield order.step(step)
+@dataclass(frozen=True, kw_only=True)
+class Loader:
+    """Builds the steps that one process computes, a few ahead of the loop.
 
-
-def steps(
-    order: Order,
-    build: Callable[[MicroBatch], Batch],
-    first: int,
-    last: int,
-    announce: Callable[[Iterable[int]], None] = lambda _: None,
-) -> Iterator[list[Batch]]:
-    """The batches of steps first..last-1, built a few steps ahead by a thread; its errors are raised here.
-
-    Args:
-        announce: is told long before which samples are coming, in their order.
+    `is_even`: every process gets as many micro-batches as any other, those too many with a share of 0: processes that split
+    the weights of a model must all compute whenever one does.
     """
-    ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=_AHEAD)
-    stopped = threading.Event()
 
-    def put(item: list[Batch] | BaseException) -> None:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.2)
-                return
-            except queue.Full:
-                continue
+    order: Order
+    builder: BatchBuilder
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    is_even: bool = False
 
-    def work() -> None:
+    def steps(self, first: int, last: int) -> Iterator[Step]:
+        """Steps first..last-1 on the device, made by a thread; its errors are raised here."""
+        ready: queue.Queue[tuple[Step, torch.cuda.Event | None] | BaseException] = queue.Queue(maxsize=_AHEAD)
+        stopped = threading.Event()
+        thread = threading.Thread(target=self._work, args=(first, last, ready, stopped), name="ftk-batches", daemon=True)
+        thread.start()
         try:
-            for micro_batches in _announced(order, first, last, announce):
-                put([build(micro_batch) for micro_batch in micro_batches])
+            for _ in range(first, last):
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                step, copied = item
+                if copied is not None:
+                    torch.cuda.current_stream(self.device).wait_event(copied)
+                    for _, batch in step.batches:
+                        batch.map(self._in_use)
+                yield step
+        finally:
+            stopped.set()
+            thread.join(timeout=5)
+
+    def step(self, index: int) -> Step:
+        """One step, on the CPU."""
+        micro_batches = self.order.step(index)
+        num_samples = sum(len(micro_batch) for micro_batch in micro_batches)
+        starts = np.cumsum([0, *(len(micro_batch) for micro_batch in micro_batches)])
+        strata: list[tuple[int, int]] | None = None
+        if self.builder.config.sigma.stratified:
+            shuffled = keyed_permutation(num_samples, self.builder.config.seed, "strata", index)
+            strata = [(int(stratum), num_samples) for stratum in shuffled]
+
+        def build(number: int, micro_batch: MicroBatch) -> Batch:
+            return self.builder.build(micro_batch, strata and strata[starts[number] : starts[number + 1]])
+
+        batches = [(number, build(number, each)) for number, each in share(micro_batches, self.rank, self.world_size)]
+        most = -(-len(micro_batches) // self.world_size)
+        while self.is_even and len(batches) < most:
+            number = len(micro_batches) - 1
+            batches.append((number, replace(build(number, micro_batches[number]), share=0.0)))
+        return Step(batches=batches, num_samples=num_samples)
+
+    def _work(
+        self,
+        first: int,
+        last: int,
+        ready: "queue.Queue[tuple[Step, torch.cuda.Event | None] | BaseException]",
+        stopped: threading.Event,
+    ) -> None:
+        def put(item: "tuple[Step, torch.cuda.Event | None] | BaseException") -> None:
+            while not stopped.is_set():
+                try:
+                    ready.put(item, timeout=0.2)
+                    return
+                except queue.Full:
+                    continue
+
+        try:
+            stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+            for index in range(first, last):
+                self._announce(index, first, last)
+                put(self._moved(self.step(index), stream))
                 if stopped.is_set():
                     return
         except BaseException as error:
             put(error)
 
-    thread = threading.Thread(target=work, name="ftk-batches", daemon=True)
-    thread.start()
-    try:
-        for _ in range(first, last):
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join(timeout=5)
+    def _announce(self, index: int, first: int, last: int) -> None:
+        """Every so often, tell the store which samples are coming: it may have to fetch them."""
+        if (index - first) % _ANNOUNCED_STEPS == 0:
+            coming = range(index, min(last, index + 2 * _ANNOUNCED_STEPS))
+            self.builder.store.ahead(self._samples(coming))
+
+    def _samples(self, steps: Iterable[int]) -> Iterator[int]:
+        for index in steps:
+            for _, micro_batch in share(self.order.step(index), self.rank, self.world_size):
+                yield from (draw.sample for draw in micro_batch)
+
+    def _moved(self, step: Step, stream: "torch.cuda.Stream | None") -> "tuple[Step, torch.cuda.Event | None]":
+        """The step on the device; on a GPU copied from pinned memory beside what the GPU computes."""
+        if self.device.type == "cpu":
+            return step, None
+        if stream is None:
+            batches = [(number, batch.map(lambda tensor: tensor.to(self.device))) for number, batch in step.batches]
+            return replace(step, batches=batches), None
+        with torch.cuda.stream(stream):
+            batches = [
+                (number, batch.map(lambda tensor: tensor.pin_memory().to(self.device, non_blocking=True)))
+                for number, batch in step.batches
+            ]
+            copied = torch.cuda.Event()
+            copied.record(stream)
+        return replace(step, batches=batches), copied
+
+    def _in_use(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor.record_stream(torch.cuda.current_stream(self.device))
+        return tensor

@@ -8,35 +8,118 @@ Shape legend: B batch, C channels, H W latent cells.
 """
 
 import math
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
 
-Sampling = Literal["uniform", "logit_normal", "mode"]
+from ftk.models.base import TokenShift
+
+Sampling = Literal["uniform", "logit_normal", "sigmoid", "mode", "beta"]
 Weighting = Literal["none", "sigma_sqrt", "cosmap"]
 
-
-def draw_u(
-    sampling: Sampling,
-    generator: torch.Generator,
-    logit_mean: float = 0.0,
-    logit_std: float = 1.0,
-    mode_scale: float = 1.29,
-) -> torch.Tensor:
-    """One position u in [0, 1] of the training table, fp32 scalar; u = 0 is pure noise."""
-    if sampling == "logit_normal":
-        return torch.sigmoid(torch.randn((), generator=generator) * logit_std + logit_mean)
-    u = torch.rand((), generator=generator)
-    if sampling == "mode":
-        return 1 - u - mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
-    return u
+_BELOW_1 = 1 - 2.0**-24
+SMALLEST_WEIGHTED_SIGMA = 2.0**-10
+"""Smaller sigmas weigh as this one does. Below 1/1000, the end of the usual training table, also when rounded to bf16."""
+_BETA_POINTS = 2**16
+_BETA_LOGIT = 20.0
 
 
-def sigma_at(u: torch.Tensor, table: torch.Tensor, shift: float | None = None) -> torch.Tensor:
-    """The table's sigma at u: entry floor(N u) of N, any shape; `shift` s maps it to s sigma / (1 + (s - 1) sigma)."""
-    index = (u * len(table)).long().clamp(0, len(table) - 1)
-    sigma = table[index]
-    return sigma if shift is None else shift * sigma / (1 + (shift - 1) * sigma)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SigmaDistribution:
+    """The noise levels that training draws, as a map of uniform numbers: equal shares of [0, 1) have equal probability.
+
+    A number becomes a position in `table` [N] by the quantile function of the sampling; 0 is the table's start, noise. There
+    stands sigma: the entry at it, or, `continuous`, what lies between two entries (behind the last one comes 0). Then sigma
+    is shifted, by a number or by an image's tokens, and at last squeezed linearly into [minimum, maximum].
+
+    Attributes:
+        logit_mean, logit_std: of `logit_normal`: the position is sigmoid(mean + std n), so a mean above 0 means less noise.
+        sigmoid_scale: of `sigmoid`: the position is sigmoid(scale n).
+        mode_scale: of `mode`: Esser et al. 2024, equation 20, at the position.
+        beta_alpha, beta_beta: of `beta`: sigma itself follows Beta(alpha, beta), so alpha above 1 thins out clean images
+            and beta above 1 thins out noise.
+    """
+
+    table: torch.Tensor
+    sampling: Sampling = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    sigmoid_scale: float = 1.0
+    mode_scale: float = 1.29
+    beta_alpha: float = 1.0
+    beta_beta: float = 1.0
+    shift: float | TokenShift | None = None
+    minimum: float = 0.0
+    maximum: float = 1.0
+    continuous: bool = False
+
+    def sigma(self, u_B: torch.Tensor, tokens: int) -> torch.Tensor:
+        """sigma [B] fp32 of uniform numbers in [0, 1], for images of this many tokens (latent cells / patch^2)."""
+        position_B = self.position(u_B)
+        table = self.table.to(u_B.device)
+        sigma_B = between_at(position_B, table) if self.continuous else sigma_at(position_B, table)
+        factor = math.exp(self.shift.mu(tokens)) if isinstance(self.shift, TokenShift) else self.shift
+        sigma_B = sigma_B if factor is None else shifted(sigma_B, factor)
+        return self.minimum + (self.maximum - self.minimum) * sigma_B
+
+    def position(self, u: torch.Tensor) -> torch.Tensor:
+        """The position in [0, 1] of the table; what is computed is computed in float64."""
+        if self.sampling == "uniform":
+            return u
+        u = u.double()
+        if self.sampling == "mode":
+            return 1 - u - self.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+        if self.sampling == "beta":
+            # The position is 1 - sigma, and 1 - Beta(a, b) is Beta(b, a).
+            return beta_quantile(u, self.beta_beta, self.beta_alpha)
+        is_logit_normal = self.sampling == "logit_normal"
+        mean, std = (self.logit_mean, self.logit_std) if is_logit_normal else (0.0, self.sigmoid_scale)
+        return torch.sigmoid(torch.special.ndtri(u) * std + mean)
+
+
+def sigma_at(position: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The table's sigma at a position: entry floor(N position) of N, any shape."""
+    return table[(position * len(table)).long().clamp(0, len(table) - 1)]
+
+
+def between_at(position: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The table's sigma at N position, interpolated linearly between its entries [N] and 0 behind them: in (0, 1]."""
+    ends = torch.cat([table.double(), table.new_zeros(1, dtype=torch.float64)])
+    place = position.double().clamp(0, _BELOW_1) * len(table)
+    entry = place.long().clamp(max=len(table) - 1)
+    return torch.lerp(ends[entry], ends[entry + 1], place - entry).to(table.dtype)
+
+
+def shifted(sigma: torch.Tensor, factor: float) -> torch.Tensor:
+    """s sigma / (1 + (s - 1) sigma). With s = exp(mu) that is diffusers' exponential time shift: Esser et al., equation 23."""
+    return factor * sigma / (1 + (factor - 1) * sigma)
+
+
+def beta_quantile(u: torch.Tensor, alpha: float, beta: float) -> torch.Tensor:
+    """x in [0, 1] below which a share u of the beta distribution lies; float64, within 1e-6 for exponents of 0.05 to 1000."""
+    cumulative, logit = (values.to(u.device) for values in _beta_table(alpha, beta))
+    u = u.double().contiguous()
+    right = torch.searchsorted(cumulative, u).clamp(1, len(cumulative) - 1)
+    below, above = cumulative[right - 1], cumulative[right]
+    share = ((u - below) / (above - below).clamp(min=torch.finfo(torch.float64).tiny)).clamp(0, 1)
+    return torch.sigmoid(torch.lerp(logit[right - 1], logit[right], share))
+
+
+@lru_cache(maxsize=8)
+def _beta_table(alpha: float, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cumulative distribution over evenly spaced logits of x.
+
+    Over t = logit(x) the density is x^alpha (1-x)^beta: smooth and bounded where that over x is not, for exponents below 1.
+    The tails outside the grid, x^alpha / alpha and its mirror image, have closed forms there.
+    """
+    logit = torch.linspace(-_BETA_LOGIT, _BETA_LOGIT, _BETA_POINTS, dtype=torch.float64)
+    log_density = alpha * torch.nn.functional.logsigmoid(logit) + beta * torch.nn.functional.logsigmoid(-logit)
+    density = torch.exp(log_density - log_density.max())
+    cells = torch.cumulative_trapezoid(density, logit)
+    cumulative = torch.cat([cells.new_zeros(1), cells]) + density[0] / alpha
+    return cumulative / (cumulative[-1] + density[-1] / beta), logit
 
 
 def interpolate(clean_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
@@ -51,15 +134,39 @@ def velocity(clean_BCHW: torch.Tensor, noise_BCHW: torch.Tensor) -> torch.Tensor
 
 
 def weight(sigma_B: torch.Tensor, weighting: Weighting) -> torch.Tensor:
-    """[B] loss weights: sigma^-2 (`sigma_sqrt`), 2 / (pi (1 - 2 sigma + 2 sigma^2)) (`cosmap`), or 1."""
+    """[B] loss weights: sigma^-2 (`sigma_sqrt`), 2 / (pi (1 - 2 sigma + 2 sigma^2)) (`cosmap`), or 1.
+
+    For sigma^-2, sigma is at least `SMALLEST_WEIGHTED_SIGMA`: a weight is at most 2^20, and never infinite.
+    """
     if weighting == "sigma_sqrt":
-        return sigma_B**-2.0
+        return sigma_B.clamp(min=SMALLEST_WEIGHTED_SIGMA) ** -2.0
     if weighting == "cosmap":
         return 2 / (math.pi * (1 - 2 * sigma_B + 2 * sigma_B**2))
     return torch.ones_like(sigma_B)
 
 
-def loss_per_sample(prediction_BCHW: torch.Tensor, target_BCHW: torch.Tensor, weight_B: torch.Tensor) -> torch.Tensor:
-    """[B] fp32: the weighted squared error's mean over each sample's latent."""
+def loss_per_sample(
+    prediction_BCHW: torch.Tensor,
+    target_BCHW: torch.Tensor,
+    weight_B: torch.Tensor,
+    cell_weight_BHW: torch.Tensor | None = None,
+    huber_delta: float | None = None,
+) -> torch.Tensor:
+    """[B] fp32: the weight times the mean error over each sample's latent.
+
+    Args:
+        cell_weight_BHW: 0 or more; the mean is weighted with it and divided by its sum. A sample without any weight has 0.
+        huber_delta: the error e counts e^2, or with a delta pseudo-Huber (Charbonnier et al. 1997), 2 delta (sqrt(e^2 +
+            delta^2) - delta), as diffusers' scripts scale it: e^2 for small errors and for delta to infinity, 2 delta |e|
+            for large errors.
+    """
     error = (prediction_BCHW.float() - target_BCHW.float()) ** 2
-    return weight_B.float() * error.flatten(1).mean(1)
+    if huber_delta is not None:
+        # The same without the difference, in which small errors would be lost.
+        error = 2 * error / (1 + torch.sqrt(1 + error / huber_delta**2))
+    if cell_weight_BHW is None:
+        return weight_B.float() * error.flatten(1).mean(1)
+    cell_weight_BHW = cell_weight_BHW.float()
+    total_B = cell_weight_BHW.flatten(1).sum(1)
+    sum_B = (cell_weight_BHW * error.mean(1)).flatten(1).sum(1)
+    return weight_B.float() * sum_B / torch.where(total_B > 0, total_B, 1)

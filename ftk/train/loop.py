@@ -1,6 +1,10 @@
-"""The training loop: one update, readable in one screen. Everything that is not the update is a hook."""
+"""The training loop: one update, readable in one screen. Everything that is not the update is a hook.
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+Shape legend: B batch, C channels, H W latent cells, K sigma bands.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,20 +14,32 @@ from ftk.configs.schema import TrainConfig
 from ftk.errors import Preempted
 from ftk.models.base import Family
 from ftk.train import flow
-from ftk.train.data import Batch
-from ftk.train.optim import MasterOptimizer, learning_rate_factor
+from ftk.train.data import Batch, Step
+from ftk.train.optim import MasterOptimizer
 from ftk.train.order import keyed_seed
+from ftk.train.ranks import Ranks
+
+NUM_BANDS = 4
+"""Losses are recorded apart for sigma in [0, 1/4), [1/4, 1/2), [1/2, 3/4) and [3/4, 1]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """One update; loss and norm are still on the device: reading them waits for it."""
+    """One update, over all processes. Tensors are still on the device: reading them waits for it.
+
+    `is_bad`: the loss or the gradient was not finite, so nothing was updated. `band_loss_K` are sums of the samples' losses.
+    """
 
     step: int
     loss: torch.Tensor
     grad_norm: torch.Tensor
+    is_bad: torch.Tensor
+    band_loss_K: torch.Tensor
+    band_count_K: torch.Tensor
     learning_rate: float
     num_samples: int
+    data_seconds: float
+    """How long the loop waited for its batches."""
 
 
 class Hook(Protocol):
@@ -36,7 +52,7 @@ class Hook(Protocol):
         """After each update."""
 
     def on_end(self, trainer: "Trainer") -> None:
-        """After the last update, or after the one that a stop signal let finish."""
+        """After the last update, or after the one that a stop let finish."""
 
 
 @dataclass(kw_only=True)
@@ -47,56 +63,84 @@ class Trainer:
     denoiser: Any
     predict: Callable[..., torch.Tensor]
     optimizer: MasterOptimizer
+    schedule: Callable[[int], float]
     config: TrainConfig
     device: torch.device
+    dtype: torch.dtype = torch.float32
+    ranks: Ranks = field(default_factory=Ranks)
     hooks: Sequence[Hook] = ()
     step: int = 0
     num_samples_seen: int = 0
-    stop_requested: bool = field(default=False)
+    is_finished: bool = False
+    """Set by a hook that ends the training before its last step."""
 
-    def fit(self, batches: Iterable[list[Batch]]) -> None:
-        """Update once for each step's batches; raises `Preempted` after the step in which a stop was asked for."""
+    def fit(self, steps: Iterable[Step]) -> None:
+        """Update once for each step; raises `Preempted` after the step in which a process was asked to stop."""
         for hook in self.hooks:
             hook.on_start(self)
-        for micro_batches in batches:
-            result = self.update(micro_batches)
+        is_stopped, self.is_finished = self.ranks.agree(False, self.is_finished)
+        waiting_since = time.perf_counter()
+        for step in () if self.is_finished else steps:
+            result = self.update(step, time.perf_counter() - waiting_since)
             for hook in self.hooks:
                 hook.on_step(self, result)
-            if self.stop_requested and self.step < self.config.steps:
+            is_stopped, self.is_finished = self.ranks.agree(self.ranks.stop_requested, self.is_finished)
+            if is_stopped or self.is_finished:
                 break
+            waiting_since = time.perf_counter()
         for hook in self.hooks:
             hook.on_end(self)
-        if self.step < self.config.steps:
+        if is_stopped and not self.is_finished and self.step < self.config.steps:
             raise Preempted(f"Stopped by a signal at step {self.step}, which is saved. The same command goes on from there.")
 
-    def update(self, micro_batches: Sequence[Batch]) -> StepResult:
+    def update(self, step: Step, data_seconds: float = 0.0) -> StepResult:
         """One optimizer step over the global batch: the sum of the samples' losses over the number of samples."""
-        config = self.config
-        # Whatever is random in the model itself (adapter dropout) depends on the step alone, so a resume repeats it.
-        seed_generators(self.device, keyed_seed(config.seed, "model", self.step))
-        num_samples = sum(len(batch) for batch in micro_batches)
-        loss = torch.zeros((), device=self.device)
-        for batch in micro_batches:
-            share = self.losses(batch.to(self.device)).sum() / num_samples
-            share.backward()
+        totals = torch.zeros(2, NUM_BANDS, device=self.device)
+        for number, batch in step.batches:
+            # What is random in the model itself (adapter dropout) hangs on the micro-batch alone: not on who computes it.
+            seed_generators(self.device, keyed_seed(self.config.seed, "model", self.step, number))
+            losses_B = self.losses(batch)
+            (losses_B.sum() * (batch.share / step.num_samples)).backward()
             self.optimizer.accumulate()
-            loss += share.detach()
-        learning_rate = config.learning_rate * learning_rate_factor(
-            self.step, config.schedule, config.warmup_steps, config.steps
-        )
-        grad_norm = self.optimizer.step(learning_rate, config.max_grad_norm)
+            totals += batch.share * band_totals(batch.sigma_B, losses_B.detach())
+        self.ranks.sum([totals, *self.optimizer.gradients()])
+        loss = totals[0].sum() / step.num_samples
+        factor = self.schedule(self.step)
+        grad_norm, is_bad = self.optimizer.step(factor, self.config.max_grad_norm, loss)
         self.step += 1
-        self.num_samples_seen += num_samples
-        return StepResult(step=self.step, loss=loss, grad_norm=grad_norm, learning_rate=learning_rate, num_samples=num_samples)
+        self.num_samples_seen += step.num_samples
+        return StepResult(
+            step=self.step,
+            loss=loss,
+            grad_norm=grad_norm,
+            is_bad=is_bad,
+            band_loss_K=totals[0],
+            band_count_K=totals[1],
+            learning_rate=self.config.learning_rate * factor,
+            num_samples=step.num_samples,
+            data_seconds=data_seconds,
+        )
 
     def losses(self, batch: Batch) -> torch.Tensor:
-        """[B] fp32 loss of each sample: noise it to its sigma, predict, compare with the velocity."""
+        """[B] fp32 weighted loss of each sample: noise it to its sigma, predict, compare with the velocity."""
         noisy_BCHW = flow.interpolate(batch.latents_BCHW, batch.noise_BCHW, batch.sigma_B)
         prediction_BCHW = self.predict(self.denoiser, noisy_BCHW, batch.sigma_B, batch.texts)
         # The weight is of the sigma that was applied: rounded to the working dtype, as in the interpolation.
         applied_B = batch.sigma_B.to(noisy_BCHW.dtype).float()
-        weight_B = flow.weight(applied_B, self.config.sigma.weighting)
-        return flow.loss_per_sample(prediction_BCHW, flow.velocity(batch.latents_BCHW, batch.noise_BCHW), weight_B)
+        return batch.weight_B * flow.loss_per_sample(
+            prediction_BCHW,
+            flow.velocity(batch.latents_BCHW, batch.noise_BCHW),
+            flow.weight(applied_B, self.config.sigma.weighting),
+            cell_weight_BHW=batch.cell_weight_BHW,
+            huber_delta=self.config.loss.huber_delta if self.config.loss.kind == "huber" else None,
+        )
+
+
+def band_totals(sigma_B: torch.Tensor, losses_B: torch.Tensor) -> torch.Tensor:
+    """[2,K]: the sum of the losses, and the number of samples, of each sigma band."""
+    band_B = (sigma_B * NUM_BANDS).long().clamp(0, NUM_BANDS - 1)
+    rows_2B = torch.stack([losses_B.float(), torch.ones_like(losses_B, dtype=torch.float32)])
+    return torch.zeros(2, NUM_BANDS, device=losses_B.device).index_add_(1, band_B, rows_2B)
 
 
 def seed_generators(device: torch.device, seed: int) -> None:
@@ -109,14 +153,3 @@ def seed_generators(device: torch.device, seed: int) -> None:
         torch.cuda.manual_seed(seed)
     elif device.type == "mps":
         torch.mps.manual_seed(seed)
-
-
-def exact_settings(config: TrainConfig, others: Mapping[str, Any]) -> dict[str, Any]:
-    """What a resumed run must share with the one it continues, so that it ends where an uninterrupted one would.
-
-    A longer constant schedule is the same run; a longer cosine is another curve.
-    """
-    free = {"checkpoint_every", "keep_last", "log_every", "tensorboard", "device", "gradient_checkpointing"}
-    if config.schedule == "constant":
-        free.add("steps")
-    return {"train": config.model_dump(mode="json", exclude=free), **others}

@@ -86,7 +86,7 @@ def workspace(tmp_path, pictures, tiny_model) -> Callable[..., Path]:
             "method": {"name": "lora", "rank": 4},
             "train": {
                 "steps": 6, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3, "precision": "fp32",
-                "checkpoint_every": 3, "gradient_checkpointing": False, "caption_dropout": 0.2, "seed": 5,
+                "checkpoint_every": 3, "caption_dropout": 0.2, "seed": 5,
             },
             "sample": {"prompts": ["a red circle"], "num_inference_steps": 2, "guidance_scale": 1.0},
         }  # fmt: skip

@@ -122,7 +122,7 @@ def write_run_file(place: Path, model: Path) -> Path:
             "resolutions": [64], "workers": 1,
         },
         "cache": {"text_dtype": "float32", "latents_dtype": "float32", "shard_bytes": 20_000},
-        "train": {"steps": 2, "precision": "fp32", "gradient_checkpointing": False},
+        "train": {"steps": 2, "precision": "fp32"},
         "sample": {"prompts": ["a red circle"], "num_inference_steps": 2},
     }  # fmt: skip
     run_file = place.with_suffix(".yaml")

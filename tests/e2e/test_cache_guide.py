@@ -173,7 +173,7 @@ data:
   sources: [{path: photos, masks: masks, controls: [depth]}]
   resolutions: [64]
   workers: 1
-train: {steps: 2, precision: fp32, gradient_checkpointing: false}
+train: {steps: 2, precision: fp32}
 sample: {prompts: [a red circle], num_inference_steps: 1}
 """
 NUM_LATENTS, NUM_TEXTS = 9, 6

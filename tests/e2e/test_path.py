@@ -17,8 +17,7 @@ from ftk.configs.load import load
 from ftk.methods import base as methods
 from ftk.models import base as models
 from ftk.pipeline.dataset import PreparedDataset
-from ftk.train import data
-from ftk.train import stage as train
+from ftk.train.build import build_trainer
 
 ADAPTER = "work/runs/test/adapter/pytorch_lora_weights.safetensors"
 
@@ -124,7 +123,7 @@ def test_only_the_denoiser_is_alive_during_steps(ftk, workspace):
     run_file = workspace(sample={"every": 2})
     assert ftk("prepare", run_file).code == 0
     assert ftk("cache", run_file).code == 0
-    build = train.build_trainer(load(run_file))
+    build = build_trainer(load(run_file))
     alive = []
 
     class Watch:
@@ -140,7 +139,7 @@ def test_only_the_denoiser_is_alive_during_steps(ftk, workspace):
             pass
 
     build.trainer.hooks = [*build.trainer.hooks, Watch()]
-    build.trainer.fit(data.steps(build.order, build.batches.build, 0, 6))
+    build.trainer.fit(build.loader.steps(0, 6))
     assert len(alive) == 7
     for names in alive:
         assert "QwenImageTransformer2DModel" in names
@@ -153,11 +152,11 @@ def test_the_adapter_is_the_model(ftk, workspace, tmp_path):
     run_file = workspace(method={"name": "lora", "rank": 4, "alpha": 8, "targets": "all-linear"})
     assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
     config = load(run_file)
-    build = train.build_trainer(config)
-    build.trainer.fit(data.steps(build.order, build.batches.build, 0, 6))
+    build = build_trainer(config)
+    build.trainer.fit(build.loader.steps(0, 6))
     family, method = models.get("qwen-image"), methods.get("lora")
     pipeline = family.pipeline(tmp_path / "model", torch.float32, torch.device("cpu"))
-    batch = build.batches.build(build.order.micro_batch(0))
+    batch = build.loader.builder.build(build.inputs.order.micro_batch(0))
     arguments = (batch.noise_BCHW, batch.sigma_B, batch.texts)
     settings = {"prompt": "a red circle", "width": 64, "height": 64, "num_inference_steps": 2, "true_cfg_scale": 1.0}
     with torch.no_grad():
@@ -174,7 +173,7 @@ def test_the_adapter_is_the_model(ftk, workspace, tmp_path):
 
 def test_sample_puts_base_and_adapter_side_by_side(ftk, workspace):
     run_file = workspace(
-        train={"steps": 6, "learning_rate": 1e-2, "precision": "fp32", "gradient_checkpointing": False},
+        train={"steps": 6, "learning_rate": 1e-2, "precision": "fp32"},
         sample={"prompts": ["a red circle", "two squares"], "num_inference_steps": 2, "guidance_scale": 2.0},
     )
     assert ftk("run", run_file).code == 0
@@ -210,16 +209,16 @@ def test_four_samples_are_learnt_by_heart(ftk, workspace, tmp_path):
         data={"sources": [{"path": str(tmp_path / "pictures")}], "resolutions": [32], "workers": 1},
         method={"name": "lora", "rank": 64, "targets": "all-linear"},
         train={
-            "steps": 400, "global_batch_size": 4, "micro_batch_size": 1, "learning_rate": 1e-2, "schedule": "cosine",
-            "warmup_steps": 10, "precision": "fp32", "gradient_checkpointing": False, "checkpoint_every": 1000,
+            "steps": 400, "global_batch_size": 4, "micro_batch_size": 1, "learning_rate": 1e-2, "precision": "fp32",
+            "schedule": {"name": "cosine", "warmup_steps": 10}, "checkpoint_every": 1000,
             "posterior": "mean", "optimizer": {"weight_decay": 0.0},
         },
     )  # fmt: skip
     assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
-    build = train.build_trainer(load(run_file))
-    assert len(build.store) == 4
-    epoch = [build.batches.build(build.order.micro_batch(index)) for index in range(4)]
-    build.trainer.fit([epoch] * 400)
+    build = build_trainer(load(run_file))
+    assert len(build.inputs.store) == 4
+    step = build.loader.step(0)
+    build.trainer.fit([step] * 400)
     losses = [row["loss"] for row in build.recorder.rows]
     assert sum(losses[-5:]) / 5 <= losses[0] / 5
 
@@ -229,10 +228,10 @@ def test_gradient_checkpointing_changes_memory_and_not_the_loss(ftk, workspace, 
     run_file = workspace()
     assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
     losses = []
-    for on in ("true", "false"):
-        settings = [f"train.gradient_checkpointing={on}", f"train.precision={precision}", f"run=r{on}"]
-        build = train.build_trainer(load(run_file, settings))
-        build.trainer.fit(data.steps(build.order, build.batches.build, 0, 6))
+    for on in ("all", "none"):
+        settings = [f"train.memory.checkpointing={on}", f"train.precision={precision}", f"run=r{on}"]
+        build = build_trainer(load(run_file, settings))
+        build.trainer.fit(build.loader.steps(0, 6))
         losses.append([row["loss"] for row in build.recorder.rows])
         dtypes = {parameter.dtype for parameter in build.trainer.denoiser.parameters()}
         assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float32}

@@ -16,13 +16,13 @@ import torch
 
 from ftk.configs.load import load
 from ftk.errors import Preempted
-from ftk.train import data
-from ftk.train import stage as train
+from ftk.train.build import build_trainer
+from ftk.train.hooks.recorder import read_metrics
 
 STEPS = 120
 TRAIN = {
     "steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3, "precision": "fp32",
-    "schedule": "cosine", "warmup_steps": 3, "checkpoint_every": 5, "gradient_checkpointing": False,
+    "schedule": {"name": "cosine", "warmup_steps": 3}, "checkpoint_every": 5,
     "caption_dropout": 0.2, "seed": 5, "log_every": 4,
 }  # fmt: skip
 
@@ -63,7 +63,7 @@ def test_a_run_killed_three_times_ends_with_the_bytes_of_one_left_alone(ftk, sta
     assert json.loads(out)["step"] == STEPS
     assert json.loads(out)["num_steps_now"] < STEPS
     assert adapter_hash(run) == adapter_hash(tmp_path / "alone/runs/test")
-    both = [train.read_metrics(place) for place in (run, tmp_path / "alone/runs/test")]
+    both = [read_metrics(place) for place in (run, tmp_path / "alone/runs/test")]
     assert [row["step"] for row in both[0]] == list(range(1, STEPS + 1))
     assert [row["loss"] for row in both[0]] == [row["loss"] for row in both[1]]
     assert not list(run.rglob(".tmp-*"))
@@ -73,16 +73,16 @@ def test_a_run_killed_three_times_ends_with_the_bytes_of_one_left_alone(ftk, sta
 def test_resuming_in_every_step_is_exact(ftk, workspace, precision):
     run_file = workspace(train={**TRAIN, "precision": precision, "checkpoint_every": 1})
     assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
-    whole = train.build_trainer(load(run_file, ["run=whole"]))
-    whole.trainer.fit(data.steps(whole.order, whole.batches.build, 0, STEPS))
+    whole = build_trainer(load(run_file, ["run=whole"]))
+    whole.trainer.fit(whole.loader.steps(0, STEPS))
     for step in range(6):
-        part = train.build_trainer(load(run_file, ["run=part"]))
+        part = build_trainer(load(run_file, ["run=part"]))
         assert part.trainer.step == step
-        part.trainer.stop_requested = True
+        part.trainer.ranks.stop_requested = True
         with pytest.raises(Preempted):
-            part.trainer.fit(data.steps(part.order, part.batches.build, step, STEPS))
-    rest = train.build_trainer(load(run_file, ["run=part"]))
-    rest.trainer.fit(data.steps(rest.order, rest.batches.build, 6, STEPS))
+            part.trainer.fit(part.loader.steps(step, STEPS))
+    rest = build_trainer(load(run_file, ["run=part"]))
+    rest.trainer.fit(rest.loader.steps(6, STEPS))
     for name, tensor in whole.trainer.optimizer.weights().items():
         assert torch.equal(tensor, rest.trainer.optimizer.weights()[name])
     assert adapter_hash(whole.directory) == adapter_hash(rest.directory)

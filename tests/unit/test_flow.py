@@ -2,43 +2,181 @@ import math
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
+from ftk.models import base as models
+from ftk.models.base import TokenShift
 from ftk.train import flow
+from ftk.train.flow import SigmaDistribution
 
 TABLE = torch.arange(1000, 0, -1) / 1000
+QWEN = TokenShift(base_tokens=256, max_tokens=8192, base_shift=0.5, max_shift=0.9)
+EXTREMES = torch.tensor([0.0, 2.0**-24, 0.5, 1 - 2.0**-24])
+ALL = [
+    {"sampling": "uniform"},
+    {"sampling": "logit_normal", "logit_mean": 0.7, "logit_std": 3.0},
+    {"sampling": "sigmoid", "sigmoid_scale": 4.0},
+    {"sampling": "mode", "mode_scale": 1.29},
+    {"sampling": "beta", "beta_alpha": 0.5, "beta_beta": 30.0},
+]
+
+
+def shares(number):
+    """The middles of so many equal shares of [0, 1)."""
+    return (torch.arange(number, dtype=torch.float64) + 0.5) / number
 
 
 def test_sigma_is_the_tables_entry_and_u_zero_is_noise():
     u = torch.tensor([0.0, 0.0005, 0.5, 0.9999, 1.0])
     assert flow.sigma_at(u, TABLE).tolist() == pytest.approx([1.0, 1.0, 0.5, 0.001, 0.001])
-
-
-def test_a_static_shift_has_its_closed_form():
-    assert flow.sigma_at(torch.tensor(0.5), TABLE, shift=3.0).item() == pytest.approx(0.75)
+    assert torch.equal(SigmaDistribution(table=TABLE).sigma(u, tokens=64), flow.sigma_at(u, TABLE))
 
 
 @pytest.mark.parametrize("sampling", ["logit_normal", "mode"])
 def test_samplers_agree_with_diffusers_in_distribution(sampling):
-    generator = torch.Generator().manual_seed(0)
-    ours = torch.stack([flow.draw_u(sampling, generator, 0.3, 0.8, 1.1) for _ in range(20_000)]).sort().values
+    ours = SigmaDistribution(table=TABLE, sampling=sampling, logit_mean=0.3, logit_std=0.8, mode_scale=1.1)
     theirs = compute_density_for_timestep_sampling(
         sampling, 20_000, logit_mean=0.3, logit_std=0.8, mode_scale=1.1, generator=torch.Generator().manual_seed(1)
     )
-    assert (ours - theirs.sort().values).abs().max() < 0.03
+    assert (ours.position(shares(20_000)).sort().values - theirs.double().sort().values).abs().max() < 0.03
 
 
-def test_uniform_u_has_the_uniform_moments():
-    generator = torch.Generator().manual_seed(0)
-    u = torch.stack([flow.draw_u("uniform", generator) for _ in range(20_000)])
-    assert u.mean().item() == pytest.approx(0.5, abs=0.01)
-    assert u.var().item() == pytest.approx(1 / 12, abs=0.005)
+def test_a_position_above_the_logits_mean_has_half_of_the_probability():
+    logit_normal = SigmaDistribution(table=TABLE, sampling="logit_normal", logit_mean=0.7, logit_std=2.0)
+    assert logit_normal.position(torch.tensor(0.5)).item() == pytest.approx(1 / (1 + math.exp(-0.7)))
+    # one standard deviation above
+    assert logit_normal.position(torch.tensor(0.8413447461, dtype=torch.float64)).item() == pytest.approx(
+        1 / (1 + math.exp(-2.7))
+    )
+    sigmoid = SigmaDistribution(table=TABLE, sampling="sigmoid", sigmoid_scale=3.0)
+    assert sigmoid.position(torch.tensor(0.8413447461, dtype=torch.float64)).item() == pytest.approx(1 / (1 + math.exp(-3)))
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "quantile"),
+    [
+        (1.0, 1.0, lambda u: u),
+        (2.0, 1.0, lambda u: u**0.5),
+        (1.0, 2.0, lambda u: 1 - (1 - u) ** 0.5),
+        (0.5, 0.5, lambda u: torch.sin(math.pi * u / 2) ** 2),
+        (0.05, 1.0, lambda u: u**20),
+        (1.0, 0.05, lambda u: 1 - (1 - u) ** 20),
+        (1000.0, 1.0, lambda u: u**0.001),
+    ],
+)
+def test_beta_quantiles_have_their_closed_forms(alpha, beta, quantile):
+    u = torch.cat([shares(50_000), EXTREMES.double()])
+    assert (flow.beta_quantile(u, alpha, beta) - quantile(u)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(2.0, 5.0), (0.6, 0.6), (3.0, 0.8), (400.0, 700.0)])
+def test_beta_quantiles_agree_with_samples(alpha, beta):
+    number = 200_000
+    torch.manual_seed(0)
+    drawn = torch.distributions.Beta(torch.tensor(alpha, dtype=torch.float64), torch.tensor(beta, dtype=torch.float64))
+    samples = drawn.sample((number,)).sort().values
+    ours = flow.beta_quantile(shares(number), alpha, beta)
+    assert (ours - samples).abs().max() < 0.03
+    assert (ours - samples).abs().mean() < 0.002
+    assert ours.mean().item() == pytest.approx(alpha / (alpha + beta), abs=1e-5)
+    variance = alpha * beta / ((alpha + beta) ** 2 * (alpha + beta + 1))
+    assert ours.var().item() == pytest.approx(variance, rel=1e-3)
+
+
+def test_beta_is_of_sigma():
+    thins_out_clean_images = SigmaDistribution(table=TABLE, sampling="beta", beta_alpha=3.0, beta_beta=1.0, continuous=True)
+    sigma = thins_out_clean_images.sigma(shares(10_000), tokens=64)
+    assert sigma.mean().item() == pytest.approx(0.75, abs=1e-3)
+    assert (sigma < 0.5).float().mean().item() == pytest.approx(0.125, abs=1e-3)
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+@pytest.mark.parametrize("settings", ALL, ids=lambda settings: settings["sampling"])
+def test_extreme_numbers_give_sigmas_within_the_table(settings, continuous):
+    sigma = SigmaDistribution(table=TABLE, continuous=continuous, **settings).sigma(EXTREMES, tokens=64)
+    assert sigma.dtype == torch.float32
+    assert torch.isfinite(sigma).all()
+    assert (sigma > 0).all()
+    assert (sigma <= 1).all()
+    assert sigma.max() > 0.99
+    assert sigma.min() < 0.1
+
+
+@pytest.mark.parametrize("settings", ALL, ids=lambda settings: settings["sampling"])
+def test_equal_shares_of_numbers_are_equal_shares_of_the_distribution(settings):
+    """Quantile functions are monotone: strata of u are strata of sigma."""
+    position = SigmaDistribution(table=TABLE, **settings).position(shares(5000))
+    steps = position.diff()
+    assert (steps >= 0).all() or (steps <= 0).all()
+
+
+def test_continuous_sigmas_lie_between_the_entries_and_reach_towards_zero():
+    continuous = SigmaDistribution(table=TABLE, continuous=True)
+    u = shares(7777)
+    assert torch.allclose(continuous.sigma(u, tokens=64).double(), 1 - u, atol=1e-6)
+    table = torch.tensor([1.0, 0.6, 0.4])
+    sigma = flow.between_at(torch.tensor([0.0, 0.5 / 3, 1 / 3, 1.5 / 3, 2.5 / 3, 1.0]), table)
+    assert sigma.tolist() == pytest.approx([1.0, 0.8, 0.6, 0.5, 0.2, 0.0], abs=1e-6)
+    assert sigma.min() > 0
+    assert len(set(continuous.sigma(u, tokens=64).tolist())) > 7000
+    assert len(set(SigmaDistribution(table=TABLE).sigma(u, tokens=64).tolist())) == 1000
+
+
+def test_a_static_shift_has_its_closed_form():
+    shifted = SigmaDistribution(table=TABLE, shift=3.0)
+    assert shifted.sigma(torch.tensor([0.0, 0.5]), tokens=64).tolist() == pytest.approx([1.0, 0.75])
+    assert torch.equal(flow.shifted(TABLE, 1.0), TABLE)
+
+
+@pytest.mark.parametrize("tokens", [64, 256, 4096, 8192, 10_000])
+def test_a_shift_by_resolution_is_that_of_the_scheduler(tokens):
+    mu = calculate_shift(tokens, 256, 8192, 0.5, 0.9)
+    assert QWEN.mu(tokens) == pytest.approx(mu)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    distribution = SigmaDistribution(table=TABLE, shift=QWEN)
+    ours = distribution.sigma((torch.arange(1000) + 0.5) / 1000, tokens)
+    assert torch.allclose(ours, scheduler.time_shift(mu, 1.0, TABLE), atol=1e-6)
+
+
+def test_more_tokens_mean_more_noise():
+    small, large = (SigmaDistribution(table=TABLE, shift=QWEN).sigma(torch.tensor([0.5]), tokens) for tokens in (256, 4096))
+    assert 0.5 < small < large
+
+
+def test_sigmas_are_squeezed_after_the_shift():
+    distribution = SigmaDistribution(table=TABLE, shift=3.0, minimum=0.2, maximum=0.6)
+    assert distribution.sigma(torch.tensor([0.0, 0.5]), tokens=64).tolist() == pytest.approx([0.6, 0.2 + 0.4 * 0.75])
+
+
+def test_the_family_reads_the_token_shift_of_its_scheduler(tmp_path):
+    family = models.get("qwen-image")
+    FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256, max_image_seq_len=8192
+    ).save_pretrained(tmp_path / "scheduler")
+    assert family.load_schedule(tmp_path).token_shift == QWEN
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(tmp_path / "scheduler")
+    schedule = family.load_schedule(tmp_path)
+    # A static shift is in the table already.
+    assert schedule.token_shift is None
+    assert torch.allclose(schedule.sigmas, flow.shifted(TABLE, 3.0))
 
 
 @pytest.mark.parametrize("weighting", ["none", "sigma_sqrt", "cosmap"])
 def test_weights_equal_diffusers(weighting):
-    sigma = torch.linspace(0.01, 1, 50)
+    sigma = torch.cat([TABLE, TABLE.bfloat16().float()])
     assert torch.equal(flow.weight(sigma, weighting), compute_loss_weighting_for_sd3(weighting, sigma).float())
+
+
+def test_no_weight_is_infinite():
+    weights = flow.weight(torch.tensor([0.0, 1e-8, 2.0**-10, 1.0]), "sigma_sqrt")
+    assert weights.tolist() == [2.0**20, 2.0**20, 2.0**20, 1.0]
+
+
+def test_cosmap_integrates_to_one():
+    # 2 / pi * integral of 1 / (1 - 2 s + 2 s^2) over [0, 1] is (2 / pi) (pi / 2)
+    assert flow.weight(shares(100_000), "cosmap").mean().item() == pytest.approx(1.0, rel=1e-6)
 
 
 def test_the_path_ends_at_data_and_at_noise_and_its_slope_is_the_target():
@@ -57,8 +195,46 @@ def test_loss_is_a_mean_over_each_sample_alone():
     assert loss.tolist() == [1.0, 4.5]
 
 
-def test_cosmap_integrates_to_one():
-    # 2 / pi * integral of 1 / (1 - 2 s + 2 s^2) over [0, 1] is (2 / pi) (pi / 2)
-    sigma = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    assert flow.weight(sigma, "cosmap").mean().item() == pytest.approx(1.0, rel=1e-6)
-    assert math.isfinite(flow.weight(torch.ones(1), "sigma_sqrt").item())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_plain_loss_keeps_its_bits(dtype):
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = (torch.randn(3, 16, 8, 12, generator=generator).to(dtype) for _ in range(2))
+    weight = torch.rand(3, generator=generator)
+    expected = weight.float() * ((prediction.float() - target.float()) ** 2).flatten(1).mean(1)
+    assert torch.equal(flow.loss_per_sample(prediction, target, weight), expected)
+
+
+def test_cells_count_by_their_weight_and_none_at_all_is_no_loss():
+    generator = torch.Generator().manual_seed(0)
+    prediction = torch.randn(3, 2, 3, 4, generator=generator, requires_grad=True)
+    target, cells = torch.randn(3, 2, 3, 4, generator=generator), torch.rand(3, 3, 4, generator=generator)
+    cells[1], cells[2] = 0, 0.25
+    loss = flow.loss_per_sample(prediction, target, torch.tensor([2.0, 1.0, 1.0]), cell_weight_BHW=cells)
+    error = (prediction.double() - target.double()).detach() ** 2
+    first = sum(
+        cells[0, row, column].item() * error[0, :, row, column].mean().item() for row in range(3) for column in range(4)
+    )
+    assert loss[0].item() == pytest.approx(2 * first / cells[0].double().sum().item(), rel=1e-5)
+    assert loss[1].item() == 0
+    assert loss[2].item() == pytest.approx(error[2].mean().item(), rel=1e-5)
+    loss.sum().backward()
+    assert torch.isfinite(prediction.grad).all()
+    assert (prediction.grad[1] == 0).all()
+
+
+def test_huber_is_a_square_for_small_errors_and_a_line_for_large_ones():
+    def of(error, delta):
+        return flow.loss_per_sample(torch.full((1, 1, 1, 1), error), torch.zeros(1, 1, 1, 1), torch.ones(1), None, delta).item()
+
+    assert of(1e-4, 0.1) == pytest.approx(1e-8, rel=1e-5)
+    assert of(1000.0, 0.1) == pytest.approx(2 * 0.1 * 1000, rel=1e-3)
+    for error in (0.01, 0.1, 0.3, 2.0):
+        assert of(error, 0.1) == pytest.approx(2 * 0.1 * (math.sqrt(error**2 + 0.1**2) - 0.1), rel=1e-4)
+        assert of(error, 1e12) == pytest.approx(error**2, rel=1e-6)
+
+
+def test_huber_has_the_gradient_of_its_closed_form():
+    error = torch.linspace(-2, 2, 41, dtype=torch.float32).view(1, 1, 1, 41).requires_grad_()
+    flow.loss_per_sample(error, torch.zeros_like(error), torch.ones(1), None, 0.3).sum().backward()
+    expected = 2 * 0.3 * error / torch.sqrt(error**2 + 0.3**2) / 41
+    assert torch.allclose(error.grad, expected, rtol=1e-4, atol=1e-7)

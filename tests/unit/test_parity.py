@@ -5,6 +5,7 @@ are given, so that the step alone is compared.
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from peft import LoraConfig
 from ftk.configs.schema import OptimizerConfig, SigmaConfig, TrainConfig
 from ftk.methods import base as methods
 from ftk.models import base as models
-from ftk.train import flow
-from ftk.train.data import Batch
+from ftk.train import optim
+from ftk.train.data import Batch, Step
 from ftk.train.loop import Trainer
 from ftk.train.optim import MasterOptimizer
 
@@ -97,13 +98,26 @@ def make_trainer(model, weighting):
         sigma=SigmaConfig(weighting=weighting),
         optimizer=OptimizerConfig(weight_decay=1e-4),
     )
-    optimizer = MasterOptimizer(parameters, config.optimizer)
-    trainer = Trainer(family=family, denoiser=denoiser, predict=family.predict, optimizer=optimizer, config=config, device=CPU)
+    trainer = Trainer(
+        family=family,
+        denoiser=denoiser,
+        predict=family.predict,
+        optimizer=MasterOptimizer(parameters, config),
+        schedule=optim.schedule(config.schedule, config.steps),
+        config=config,
+        device=CPU,
+    )
     return trainer, {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
 def make_batch(family, table, clean, noise, u, texts):
-    return Batch(latents_BCHW=clean, noise_BCHW=noise, sigma_B=flow.sigma_at(u, table), texts=family.collate_texts(texts))
+    sigma = table[(u * len(table)).long()]
+    weight = torch.ones(len(sigma))
+    return Batch(latents_BCHW=clean, noise_BCHW=noise, sigma_B=sigma, weight_B=weight, texts=family.collate_texts(texts))
+
+
+def make_step(*batches):
+    return Step(batches=list(enumerate(batches)), num_samples=sum(len(batch) for batch in batches))
 
 
 @pytest.mark.parametrize("weighting", ["none", "sigma_sqrt", "cosmap"])
@@ -115,7 +129,7 @@ def test_three_optimizer_steps_give_the_reference_losses(tiny_model, weighting, 
     ours, theirs = [], []
     for step in range(3):
         inputs = make_inputs(step, lengths)
-        ours.append(trainer.update([make_batch(trainer.family, table, *inputs)]).loss.item())
+        ours.append(trainer.update(make_step(make_batch(trainer.family, table, *inputs))).loss.item())
         theirs.append(reference.step(*inputs))
     assert ours == pytest.approx(theirs, rel=1e-6)
     assert len({round(loss, 4) for loss in ours}) == 3
@@ -143,12 +157,7 @@ def test_padding_without_its_mask_would_be_noticed(tiny_model):
     trainer, _ = make_trainer(tiny_model, "none")
     table = trainer.family.load_schedule(tiny_model).sigmas
     batch = make_batch(trainer.family, table, *make_inputs(0, [4, 11]))
-    unmasked = Batch(
-        latents_BCHW=batch.latents_BCHW,
-        noise_BCHW=batch.noise_BCHW,
-        sigma_B=batch.sigma_B,
-        texts={**batch.texts, "mask": None},
-    )
+    unmasked = replace(batch, texts={**batch.texts, "mask": None})
     difference = (trainer.losses(batch) - trainer.losses(unmasked)).abs()
     assert difference[0] > 1e-4
     assert difference[1] < 1e-6
@@ -159,13 +168,11 @@ def test_uneven_micro_batches_weigh_each_sample_alike(tiny_model):
     parts, _ = make_trainer(tiny_model, "none")
     table = whole.family.load_schedule(tiny_model).sigmas
     clean, noise, u, texts = make_inputs(0, [6, 6, 6])
-    one = whole.update([make_batch(whole.family, table, clean, noise, u, texts)])
-    two = parts.update(
-        [
-            make_batch(parts.family, table, clean[:2], noise[:2], u[:2], texts[:2]),
-            make_batch(parts.family, table, clean[2:], noise[2:], u[2:], texts[2:]),
-        ]
-    )
+    one = whole.update(make_step(make_batch(whole.family, table, clean, noise, u, texts)))
+    halves = [
+        make_batch(parts.family, table, clean[part], noise[part], u[part], texts[part]) for part in (slice(2), slice(2, 3))
+    ]
+    two = parts.update(make_step(*halves))
     assert one.loss.item() == pytest.approx(two.loss.item(), rel=1e-6)
     assert one.grad_norm.item() == pytest.approx(two.grad_norm.item(), rel=1e-5)
     assert (one.num_samples, two.num_samples) == (3, 3)

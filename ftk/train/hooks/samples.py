@@ -1,27 +1,38 @@
 """Draws the sample prompts while training. Prompts come from the cache; the VAE is loaded for the moment and freed."""
 
 import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ftk import storage
 from ftk.cache.store import CacheStore
 from ftk.configs.schema import RunConfig
 from ftk.errors import CacheError
 from ftk.train import sample
+from ftk.train.hooks.recorder import Recorder
 from ftk.train.loop import StepResult, Trainer
 
 
 class Samples:
-    """Writes `samples/step-NNNNNNNN.png`, one image a prompt."""
+    """Writes `samples/step-NNNNNNNN.png`, one image a prompt.
 
-    def __init__(self, directory: Path, model: Path, config: RunConfig, store: CacheStore) -> None:
+    Args:
+        is_sharded: every process holds a part of the weights alone, so all must draw; else the main one does.
+    """
+
+    def __init__(
+        self, directory: Path, model: Path, config: RunConfig, store: CacheStore, recorder: Recorder, *, is_sharded: bool
+    ) -> None:
         self._directory = directory
         self._model = model
         self._config = config
         self._store = store
+        self._recorder = recorder
+        self._is_sharded = is_sharded
 
     def on_start(self, trainer: Trainer) -> None:
         """Every prompt must be in the cache before the first step, not at the first picture."""
@@ -35,22 +46,33 @@ class Samples:
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         """Draw at every `sample.every`-th step."""
         every = self._config.sample.every
-        if every and result.step % every == 0:
-            self.draw(trainer, result.step)
+        if not every or result.step % every:
+            return
+        self._recorder.flush(trainer)
+        if not (trainer.ranks.is_main or self._is_sharded):
+            return
+        with self._recorder.paused(trainer), trainer.optimizer.averaged():
+            images = self._draw(trainer)
+        if trainer.ranks.is_main:
+            prompts = list(self._config.sample.prompts)
+            sheet = sample.grid([[image] for image in images], prompts, [f"step {result.step}"])
+            storage.commit_bytes(self._directory / f"step-{result.step:08d}.png", sample.png_bytes(sheet))
+            self._recorder.images(result.step, images, prompts)
 
     def on_end(self, trainer: Trainer) -> None:
         """Nothing to close."""
 
-    def draw(self, trainer: Trainer, step: int) -> None:
+    def _draw(self, trainer: Trainer) -> list[Image.Image]:
         """One image a prompt from the denoiser as it is now."""
         denoiser = trainer.denoiser
-        dtype = next(denoiser.parameters()).dtype
+        dtype = trainer.dtype
         pipeline = trainer.family.pipeline(
             self._model, dtype, trainer.device, transformer=denoiser, text_encoder=None, tokenizer=None
         )
+        vae = weakref.ref(pipeline.vae)
         denoiser.eval()
         try:
-            images = [
+            return [
                 sample.generate(pipeline, trainer.family, self._config, self._texts(trainer, prompt, dtype), position)
                 for position, prompt in enumerate(self._config.sample.prompts)
             ]
@@ -58,16 +80,18 @@ class Samples:
             denoiser.train()
             del pipeline
             gc.collect()
+            assert vae() is None, "something keeps the VAE in memory"
             if trainer.device.type == "cuda":
                 torch.cuda.empty_cache()
-        grid = sample.grid([[image] for image in images], list(self._config.sample.prompts), [f"step {step}"])
-        storage.commit_bytes(self._directory / f"step-{step:08d}.png", sample.png_bytes(grid))
 
     def _texts(self, trainer: Trainer, prompt: str, dtype: torch.dtype) -> dict[str, Any]:
         """The pipeline's text arguments, the negative ones with their prefix."""
 
         def arguments(text: str) -> dict[str, Any]:
-            item = {name: tensor.to(dtype) for name, tensor in self._store.prompt(text).items()}
+            item = {
+                name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                for name, tensor in self._store.prompt(text).items()
+            }
             return {name: tensor.to(trainer.device) for name, tensor in trainer.family.pipeline_texts(item).items()}
 
         positive = arguments(prompt)

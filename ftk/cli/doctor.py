@@ -1,0 +1,214 @@
+"""`ftk doctor`."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ftk.cli.options import Json, Overrides, Workspace, load_config, show
+
+if TYPE_CHECKING:
+    from ftk.configs.schema import RunConfig
+    from ftk.train.memory import MemoryPlan, Workload
+
+
+def doctor(
+    run_file: Annotated[
+        Path | None, typer.Argument(metavar="[RUN.yaml]", help="A run file, to plan its memory.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    workspace: Workspace = None,
+    json: Json = False,
+) -> None:
+    """Show what this machine has and what ftk needs; with a run file also how its training will fit the device."""
+    if run_file is None:
+        report = machine(Path(workspace or "."))
+        show("doctor", report if json else _for_people(report), json)
+        return
+    from dataclasses import asdict
+
+    from ftk.train import memory
+
+    config = load_config(run_file, overrides, workspace)
+    plan, workload, source = planned(config)
+    if json:
+        show("doctor", {"plan": asdict(plan), "workload": asdict(workload), "workload_from": source}, True)
+        return
+    factor = _factor(config)
+    largest = (
+        f"{workload.micro_batch_size} x {workload.width * factor}x{workload.height * factor} px with "
+        f"{workload.text_tokens} text tokens, from {source}"
+    )
+    _table("memory plan", [("largest micro-batch", largest), *memory.describe(plan)])
+
+
+def machine(workspace: Path) -> dict[str, Any]:
+    """What there is: Python, devices, memory, disk, libraries against their supported ranges, and optional parts."""
+    import psutil
+    import torch
+
+    place = next(folder for folder in (workspace.absolute(), *workspace.absolute().parents) if folder.exists())
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    libraries = list(_libraries())
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda_runtime": torch.version.cuda,
+        "devices": _devices(),
+        "num_cpu_cores": allowed,
+        "memory_bytes": psutil.virtual_memory().total,
+        "free_memory_bytes": psutil.virtual_memory().available,
+        "workspace": str(workspace),
+        "free_disk_bytes": shutil.disk_usage(place).free,
+        "cpp_compiler": next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None),
+        "libraries": [one for one in libraries if not one["extra"]],
+        "optional": [one for one in libraries if one["extra"]],
+    }
+
+
+def planned(config: "RunConfig", world_size: int = 1) -> "tuple[MemoryPlan, Workload, str]":
+    """The memory plan of a run, its largest micro-batch, and where that was read.
+
+    Raises:
+        ModelError: the model is not on this machine: its shapes are unknown.
+    """
+    import torch
+
+    from ftk.errors import ModelError
+    from ftk.methods import base as methods
+    from ftk.models import base as models
+    from ftk.train import memory
+
+    family = models.get(config.model.family)
+    model = models.local_components(config.model, family.denoiser_components)
+    if model is None:
+        raise ModelError(
+            f"model.path {config.model.path}: the denoiser is not on this machine, and its shapes are needed for a plan. "
+            f"`ftk train` downloads it; or point model.path at a local folder."
+        )
+    workload, source = _workload(config, family, world_size)
+    device = memory.inspect_device(models.resolve_device(config.train.device))
+    dtype, _ = memory.precision(config.train, device)
+    denoiser = family.load_denoiser(model, dtype, torch.device("meta"))
+    method, settings = methods.parse(config.method)
+    method.attach({"denoiser": denoiser}, family, settings, 0)
+    return memory.plan(family, denoiser, config.train, workload, device), workload, source
+
+
+def _workload(config: "RunConfig", family: Any, world_size: int) -> "tuple[Workload, str]":
+    from contextlib import closing
+
+    from ftk import locations
+    from ftk.cache.fetch import Download
+    from ftk.cache.store import CacheStore
+    from ftk.configs.load import cache_location
+    from ftk.train import memory
+
+    location = cache_location(config)
+    if locations.is_url(location) or (Path(location) / "cache.json").exists():
+        download = Download(directory=Path(config.cache.download_dir), max_bytes=round(config.cache.download_gib * 2**30))
+        with closing(CacheStore.open(location, download)) as store:
+            return memory.cached_workload(store.table, family, config.train, world_size), f"the cache {location}"
+    return memory.assumed_workload(config, family, world_size), "data.resolutions: there is no cache yet"
+
+
+def _factor(config: "RunConfig") -> int:
+    from ftk.models import base as models
+
+    return models.get(config.model.family).geometry.factor
+
+
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    found: list[dict[str, Any]] = []
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        major, minor = torch.cuda.get_device_capability(number)
+        found.append(
+            {
+                "name": f"cuda:{number} {torch.cuda.get_device_name(number)}",
+                "capability": f"{major}.{minor}",
+                "free_bytes": free,
+                "total_bytes": total,
+                "computes_in_bf16": major >= 8,
+            }
+        )
+    if torch.backends.mps.is_available():
+        size = torch.mps.recommended_max_memory()
+        found.append({"name": "mps", "capability": "", "free_bytes": size, "total_bytes": size, "computes_in_bf16": False})
+    return found
+
+
+def _libraries() -> Iterator[dict[str, Any]]:
+    """What ftk's own metadata requires; `extra` names the part that needs it, and is empty for what all need."""
+    from packaging.requirements import Requirement
+
+    for line in importlib.metadata.requires("ftk") or ():
+        requirement = Requirement(line)
+        named = re.search(r"""extra\s*==\s*["']([^"']+)["']""", str(requirement.marker or ""))
+        extra = named[1] if named else ""
+        if extra == "dev":
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            version = None
+        package = f"ftk[{extra}]" if extra else "ftk"
+        is_fine = version is not None and requirement.specifier.contains(version.split("+")[0], prereleases=True)
+        yield {
+            "name": requirement.name,
+            "version": version,
+            "supported": str(requirement.specifier),
+            "extra": extra,
+            "is_fine": is_fine,
+            "install": None if is_fine else f"pip install --upgrade '{package}'",
+        }
+
+
+def _for_people(report: dict[str, Any]) -> dict[str, Any]:
+    from ftk.progress import human_bytes
+
+    devices = [
+        f"{one['name']}, compute capability {one['capability']}, {human_bytes(one['free_bytes'])} free of "
+        f"{human_bytes(one['total_bytes'])}, {'bf16' if one['computes_in_bf16'] else 'no fast bf16'}"
+        for one in report["devices"]
+    ]
+    wrong = [_line(one) for one in report["libraries"] if not one["is_fine"]]
+    absent = [f"{_line(one)} for {one['extra']}" for one in report["optional"] if not one["is_fine"]]
+    present = [f"{one['name']} {one['version']}" for one in report["optional"] if one["is_fine"]]
+    return {
+        **{name: value for name, value in report.items() if name not in ("devices", "libraries", "optional")},
+        "GPUs": devices or "none: everything runs on the CPU",
+        "libraries": wrong or "all within their supported ranges",
+        "optional": ", ".join(present) or "none installed",
+        "to be installed": absent or "nothing",
+    }
+
+
+def _line(one: dict[str, Any]) -> str:
+    found = "not installed" if one["version"] is None else f"version {one['version']}, not {one['supported']}"
+    return f"{one['name']}: {found}; {one['install']}"
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> None:
+    """As `show`, for rows whose names repeat."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from ftk.progress import plain_text
+
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(name, Text(plain_text(text)))
+    Console().print(table)

@@ -1,0 +1,304 @@
+"""Puts a trainer together: cache, order, denoiser, method, optimizer, hooks, and the newest checkpoint."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+
+import ftk
+from ftk import storage
+from ftk.cache import fingerprint
+from ftk.cache.fetch import Download
+from ftk.cache.shards import KINDS
+from ftk.cache.store import CacheStore
+from ftk.configs.load import cache_location, prepared_path, redact, run_path
+from ftk.configs.schema import RunConfig, TrainConfig
+from ftk.errors import CacheError, ConfigError
+from ftk.methods import base as methods
+from ftk.models import base as models
+from ftk.models.base import Family, NoiseSchedule
+from ftk.pipeline import dataset as prepared
+from ftk.train import card, checkpoint, memory, optim, placement
+from ftk.train.data import Batch, BatchBuilder, Loader
+from ftk.train.flow import SigmaDistribution
+from ftk.train.hooks.checkpoints import Checkpoints
+from ftk.train.hooks.recorder import Recorder, ValidationLog
+from ftk.train.hooks.samples import Samples
+from ftk.train.hooks.trackers import open_trackers
+from ftk.train.hooks.validation import Validation
+from ftk.train.loop import Hook, Trainer
+from ftk.train.order import Order, keyed_seed
+from ftk.train.ranks import Ranks
+
+LOGGER = logging.getLogger("ftk")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What a run trains on, without any weights in memory."""
+
+    family: Family
+    method: methods.Method
+    method_config: Any
+    store: CacheStore
+    order: Order
+    model: Path
+    schedule: NoiseSchedule
+    sigmas: SigmaDistribution
+    workload: memory.Workload
+    plan: memory.MemoryPlan
+    num_trainable_parameters: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """A trainer with all that surrounds it."""
+
+    inputs: Inputs
+    trainer: Trainer
+    loader: Loader
+    recorder: Recorder
+    directory: Path
+
+
+def open_inputs(config: RunConfig, device: torch.device, world_size: int = 1) -> Inputs:
+    """Open the cache, order it, and plan the memory; the denoiser's shapes alone are read.
+
+    Raises:
+        CacheError: the cache is missing, damaged, or was made with something else than this run names.
+        ConfigError: a setting does not fit the family, the method or the samples.
+    """
+    family = models.get(config.model.family)
+    method, method_config = methods.parse(config.method)
+    _check_needs(method)
+    optim.check(config.train)
+    needed = family.latent_components if config.sample.every and config.sample.prompts else ()
+    model = models.locate(config.model, (*family.denoiser_components, *needed))
+    schedule = family.load_schedule(model)
+    sigmas = sigma_distribution(config.train, schedule, family)
+    store = open_cache(config, family)
+    order = build_order(config, store)
+    shapes: Any = family.load_denoiser(model, torch.float32, torch.device("meta"))
+    trained = method.attach({"denoiser": shapes}, family, method_config, 0)
+    workload = memory.cached_workload(store.table, family, config.train, world_size)
+    return Inputs(
+        family=family,
+        method=method,
+        method_config=method_config,
+        store=store,
+        order=order,
+        model=model,
+        schedule=schedule,
+        sigmas=sigmas,
+        workload=workload,
+        plan=memory.plan(family, shapes, config.train, workload, memory.inspect_device(device)),
+        num_trainable_parameters=sum(parameter.numel() for parameter in trained.values()),
+    )
+
+
+def build_trainer(config: RunConfig, ranks: Ranks | None = None, device: torch.device | None = None, *,
+                  allow_change: bool = False) -> Build:  # fmt: skip
+    """A trainer with its hooks, at the newest checkpoint."""
+    ranks = ranks or Ranks()
+    device = device or models.resolve_device(config.train.device)
+    inputs, directory = open_inputs(config, device, ranks.size), run_path(config)
+    for name, text in memory.describe(inputs.plan):
+        LOGGER.info("%s: %s", name, text)
+    dtype = getattr(torch, inputs.plan.dtype)
+    components, parameters = _load(config, inputs, ranks, device)
+    optimizer = optim.MasterOptimizer(parameters, config.train)
+    settings = checkpoint.exact_settings(config.train, _identities(config, inputs))
+    trackers = open_trackers(config, directory) if ranks.is_main else []
+    recorder = Recorder(directory, config.train, trackers, writes=ranks.is_main)
+    checkpoints = Checkpoints(directory / "checkpoints", settings, recorder, _exporter(config, inputs, components, directory))
+    builder = BatchBuilder(store=inputs.store, family=inputs.family, sigmas=inputs.sigmas, config=config.train, dtype=dtype)
+    trainer = Trainer(
+        family=inputs.family,
+        denoiser=components["denoiser"],
+        predict=getattr(inputs.method, "predict", inputs.family.predict),
+        optimizer=optimizer,
+        schedule=optim.schedule(config.train.schedule, config.train.steps),
+        config=config.train,
+        device=device,
+        dtype=dtype,
+        ranks=ranks,
+    )
+    is_sharded = inputs.plan.sharding == "fsdp"
+    validation = _validation(config.train, inputs, builder, directory, recorder, checkpoints)
+    samples: list[Hook] = []
+    if config.sample.every and config.sample.prompts:
+        samples = [Samples(directory / "samples", inputs.model, config, inputs.store, recorder, is_sharded=is_sharded)]
+    trainer.hooks = [recorder, *validation, checkpoints, *samples]
+    _restore(trainer, directory / "checkpoints", settings, allow_change)
+    loader = Loader(
+        order=inputs.order, builder=builder, device=device, rank=ranks.rank, world_size=ranks.size, is_even=is_sharded
+    )
+    if inputs.plan.compile:
+        seconds = placement.warm_up(trainer.losses, _one_of_each_shape(inputs, loader), trainer.optimizer.parameters.values())
+        LOGGER.info("compiled for every bucket in %.0f s", seconds)
+    return Build(inputs=inputs, trainer=trainer, loader=loader, recorder=recorder, directory=directory)
+
+
+def _load(
+    config: RunConfig, inputs: Inputs, ranks: Ranks, device: torch.device
+) -> tuple[dict[str, Any], dict[str, torch.nn.Parameter]]:
+    """The denoiser on the device, with what is trained attached."""
+    family, plan = inputs.family, inputs.plan
+    first = torch.device("cpu") if plan.load_device == "cpu" else device
+    denoiser: Any = family.load_denoiser(inputs.model, getattr(torch, plan.dtype), first)
+    placement.before_method(denoiser, plan, family, device)
+    components = {"denoiser": denoiser}
+    parameters = inputs.method.attach(components, family, inputs.method_config, keyed_seed(config.train.seed, "adapter"))
+    placement.after_method(denoiser, plan, family, device)
+    if plan.sharding == "fsdp":
+        for parameter in parameters.values():
+            parameter.data = parameter.data.to(device)
+        ranks.shard(denoiser, family, list(parameters.values()), device)
+    return components, parameters
+
+
+def _identities(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+    """What else a run is made of: two with the same are the same run."""
+    return {
+        "method": {"name": config.method.name, **inputs.method_config.model_dump(mode="json")},
+        "order": inputs.order.fingerprint,
+        "latents": inputs.store.manifest.latents_fingerprint,
+        "texts": inputs.store.manifest.texts_fingerprint,
+        "denoiser": fingerprint.weights_digest(inputs.model / inputs.family.denoiser_components[0]),
+        "dtype": inputs.plan.dtype,
+        "base": inputs.plan.base,
+    }
+
+
+def _exporter(config: RunConfig, inputs: Inputs, components: Mapping[str, Any], directory: Path) -> Callable[[int, str], None]:
+    def export(step: int, folder: str) -> None:
+        metadata = {"ftk_version": ftk.__version__, "ftk_base_model": redact(config.model.path), "ftk_step": str(step)}
+        method = inputs.method
+        method.export(components, inputs.family, inputs.method_config, directory / folder, method.FORMATS[0], metadata)
+        storage.commit_bytes(directory / folder / "README.md", redact(card.model_card(config, step)).encode())
+
+    return export
+
+
+def _validation(
+    config: TrainConfig,
+    inputs: Inputs,
+    builder: BatchBuilder,
+    directory: Path,
+    recorder: Recorder,
+    checkpoints: Checkpoints,
+) -> list[Hook]:
+    """The hook, when samples are held out; of each bucket's as many together as a micro-batch holds."""
+    held_out = [int(sample) for sample in inputs.order.held_out[: config.validation.samples]]
+    if not held_out:
+        return []
+    buckets: dict[tuple[int, int], list[int]] = {}
+    for sample in held_out:
+        side = tuple(int(inputs.store.table[name][sample].as_py()) for name in ("bucket_width", "bucket_height"))
+        buckets.setdefault((side[0], side[1]), []).append(sample)
+    size = config.micro_batch_size
+    groups = [members[start : start + size] for members in buckets.values() for start in range(0, len(members), size)]
+    batches: list[tuple[Sequence[int], int]] = [
+        (group, position) for group in groups for position in range(config.validation.sigmas)
+    ]
+    return [Validation(builder, batches, ValidationLog(directory), recorder, checkpoints)]
+
+
+def _one_of_each_shape(inputs: Inputs, loader: Loader) -> Iterator[Batch]:
+    """A batch from each bucket of the first epoch, on the device."""
+    seen: set[tuple[int, int]] = set()
+    table = inputs.store.table
+    for index in range(inputs.order.micro_batches_an_epoch):
+        micro_batch = inputs.order.micro_batch(index)
+        side = (table["bucket_width"][micro_batch[0].sample].as_py(), table["bucket_height"][micro_batch[0].sample].as_py())
+        if side not in seen:
+            seen.add(side)
+            yield loader.builder.build(micro_batch).map(lambda tensor: tensor.to(loader.device))
+
+
+def _restore(trainer: Trainer, directory: Path, settings: dict[str, Any], allow_change: bool) -> None:
+    """All processes: the main one's newest checkpoint, if it has one."""
+    ranks = trainer.ranks
+    found = checkpoint.latest(directory) if ranks.is_main else None
+    weights: dict[str, torch.Tensor] = {}
+    state: dict[str, torch.Tensor] = {}
+    facts: dict[str, Any] | None = None
+    if found is not None:
+        checkpoint.refuse_changed_settings(found, settings, allow_change)
+        weights, state = found.tensors()
+        facts = {"step": found.step, "num_samples_seen": found.num_samples_seen, "optimizer": found.optimizer_facts}
+        LOGGER.info("resuming from %s", found.path)
+    weights, facts = ranks.from_main(weights, facts)
+    state, _ = ranks.from_main(state)
+    if facts is not None:
+        trainer.optimizer.restore(weights, state, facts["optimizer"])
+        trainer.step, trainer.num_samples_seen = facts["step"], facts["num_samples_seen"]
+
+
+def _check_needs(method: methods.Method) -> None:
+    """What this stage can give a method: the denoiser in memory, and latents and texts from the cache."""
+    missing = [*(set(method.NEEDS) - {"denoiser"}), *method.EXTRA]
+    if missing:
+        raise ConfigError(f"method {method.name} needs {', '.join(sorted(missing))}, which this ftk cannot give it yet.")
+
+
+def open_cache(config: RunConfig, family: Family) -> CacheStore:
+    """Open the cache and refuse one that is not what this run names, with a table of what differs.
+
+    Weights are compared where the VAE and text encoder are at hand; a training machine need not have them.
+    """
+    location = cache_location(config)
+    download = Download(directory=Path(config.cache.download_dir), max_bytes=round(config.cache.download_gib * 2**30))
+    store = CacheStore.open(location, download)
+    manifest = store.manifest
+    rows: list[tuple[str, str, str]] = []
+    for kind in KINDS:
+        components = family.latent_components if kind == "latents" else family.text_components
+        local = models.local_components(config.model, components)
+        found = manifest.encoders[kind]
+        expected = fingerprint.encoder_parts(kind, family, config.cache, local, full=fingerprint.is_full(found))
+        rows += [(f"{kind}.{part}", e, f) for part, e, f in fingerprint.differences(expected, found)]
+    there = prepared.read_manifest(prepared_path(config))
+    if there is not None and there.fingerprint != manifest.prepared_fingerprint:
+        rows.append(("prepared dataset", there.fingerprint, manifest.prepared_fingerprint))
+    recipe = fingerprint.differences(prepared.recipe(config), manifest.prepared_recipe)
+    rows += [(f"data.{part}", expected, found) for part, expected, found in recipe]
+    if rows:
+        raise CacheError(
+            f"{location} was not made from what this run names:\n{fingerprint.table(rows)}\n"
+            f"Run {'`ftk prepare RUN.yaml`, then ' if recipe else ''}`ftk cache RUN.yaml`: it encodes what changed and "
+            f"keeps the rest."
+        )
+    num_unused = pc.sum(pc.greater(pc.list_value_length(store.table["controls"]), 0)).as_py()
+    if num_unused:
+        LOGGER.warning("%d samples have control images: no method of this ftk uses them yet.", num_unused)
+    return store
+
+
+def build_order(config: RunConfig, store: CacheStore) -> Order:
+    """The sequence of micro-batches over the cache's samples."""
+    empty_length = store.length("texts", store.manifest.empty_text)
+    order = Order(store.table, config.train, empty_length=empty_length)
+    short = {"smaller": order.num_smaller, "dropped": order.num_dropped, "filled": order.num_filled}
+    for what, count in short.items():
+        if count:
+            unit = "incomplete micro-batches trained as they are" if what == "smaller" else f"samples {what}"
+            LOGGER.info("each epoch of %d samples: %d %s", order.samples_an_epoch, count, unit)
+    if len(order.held_out):
+        LOGGER.info("%d samples are held out for validation", len(order.held_out))
+    return order
+
+
+def sigma_distribution(config: TrainConfig, schedule: NoiseSchedule, family: Family) -> SigmaDistribution:
+    """How sigmas are drawn, on the family's own table."""
+    if schedule.objective != "flow":
+        raise ConfigError(f"model: {family.name} predicts {schedule.objective}; this ftk trains flow matching only.")
+    if config.sigma.shift == "resolution" and schedule.token_shift is None:
+        raise ConfigError(f"train.sigma.shift: resolution: the scheduler of this {family.name} has no shift by resolution.")
+    plain = config.sigma.model_dump(exclude={"stratified", "weighting", "shift"})
+    shift = schedule.token_shift if config.sigma.shift == "resolution" else config.sigma.shift
+    return SigmaDistribution(table=schedule.sigmas, shift=shift, **plain)

@@ -1,0 +1,28 @@
+"""The model card beside delivered weights."""
+
+import ftk
+from ftk.configs.schema import RunConfig
+
+
+def model_card(config: RunConfig, step: int) -> str:
+    """README.md: the base model, how to load the weights, and what they were watched with."""
+    prompts = "".join(f"- {prompt}\n" for prompt in config.sample.prompts)
+    trigger = sorted({source.trigger for source in config.data.sources if source.trigger})
+    lines = [
+        "---",
+        f"base_model: {config.model.path}",
+        "tags: [ftk, diffusers, text-to-image]",
+        "---",
+        f"# {config.run}",
+        f"A {config.method.name} for {config.model.family}, trained for {step} steps with ftk {ftk.__version__}.",
+        "",
+        *([f"Trigger: {', '.join(trigger)}", ""] if trigger else []),
+        "```python",
+        "from diffusers import DiffusionPipeline",
+        f'pipeline = DiffusionPipeline.from_pretrained("{config.model.path}")',
+        'pipeline.load_lora_weights("path/to/this/folder")',
+        "```",
+        "",
+        *(["Prompts it was watched with:", "", prompts] if prompts else []),
+    ]
+    return "\n".join(lines)

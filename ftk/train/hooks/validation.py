@@ -1,0 +1,107 @@
+"""Measures the loss of held-out samples, with noise and sigmas that never change, from the cache.
+
+Shape legend: K sigma bands.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ftk.train.data import BatchBuilder
+from ftk.train.hooks.checkpoints import Checkpoints
+from ftk.train.hooks.recorder import Recorder, ValidationLog
+from ftk.train.loop import NUM_BANDS, StepResult, Trainer, band_totals
+
+LOGGER = logging.getLogger("ftk")
+
+
+class Validation:
+    """Comes between the recorder and the checkpoints: the best step is saved, whatever its number.
+
+    Args:
+        batches: what is measured: samples of one bucket, and which of the fixed sigmas.
+    """
+
+    def __init__(
+        self,
+        builder: BatchBuilder,
+        batches: Sequence[tuple[Sequence[int], int]],
+        log: ValidationLog,
+        recorder: Recorder,
+        checkpoints: Checkpoints,
+    ) -> None:
+        self._builder = builder
+        self._batches = batches
+        self._log = log
+        self._recorder = recorder
+        self._checkpoints = checkpoints
+        self._measured_step = -1
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Measure the base model before the first step; a resumed run whose patience is used up is at its end."""
+        self._log.rows = [row for row in self._log.rows if row["step"] <= trainer.step]
+        if self._log.rows:
+            self._measured_step = int(self._log.rows[-1]["step"])
+        elif trainer.step == 0:
+            self._measure(trainer)
+        self._stop_when_out_of_patience(trainer)
+
+    def on_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Measure at every `validation.every`-th step and at the last."""
+        if result.step % trainer.config.validation.every == 0 or result.step == trainer.config.steps:
+            self._measure(trainer)
+            self._stop_when_out_of_patience(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Nothing to close."""
+
+    def _measure(self, trainer: Trainer) -> None:
+        if self._measured_step == trainer.step:
+            return
+        self._measured_step = trainer.step
+        with self._recorder.paused(trainer):
+            totals = self._totals(trainer)
+        loss = float(totals[0].sum() / totals[1].sum())
+        bands = [total / count if count else math.nan for total, count in zip(*totals.tolist(), strict=True)]
+        # The base model, before the first step, is never the best one: there is nothing of it to save.
+        is_best = trainer.step > 0 and all(loss < row["loss"] for row in self._log.rows if row["step"] > 0)
+        self._log.append({"step": trainer.step, "loss": loss, "band_losses": bands, "is_best": is_best})
+        self._recorder.scalars(trainer.step, {"validation/loss": loss})
+        if trainer.ranks.is_main:
+            self._log.commit()
+            LOGGER.info("step %d: validation loss %.5f%s", trainer.step, loss, ", the best so far" if is_best else "")
+        if is_best:
+            self._checkpoints.save_best(trainer, loss)
+
+    def _totals(self, trainer: Trainer) -> torch.Tensor:
+        """[2,K]: losses and samples by sigma band, over all processes."""
+        rank, size = trainer.ranks.rank, trainer.ranks.size
+        totals = torch.zeros(2, NUM_BANDS, device=trainer.device)
+        trainer.denoiser.eval()
+        try:
+            with torch.no_grad(), trainer.optimizer.averaged():
+                for first in range(0, len(self._batches), size):
+                    samples, position = self._batches[min(first + rank, len(self._batches) - 1)]
+                    batch = self._builder.fixed(samples, position, trainer.config.validation.sigmas)
+                    # Where weights are split every process computes whenever one does.
+                    batch = replace(batch, share=1.0 if first + rank < len(self._batches) else 0.0)
+                    batch = batch.map(lambda tensor: tensor.to(trainer.device))
+                    totals += batch.share * band_totals(batch.sigma_B, trainer.losses(batch))
+        finally:
+            trainer.denoiser.train()
+        trainer.ranks.sum([totals])
+        return totals
+
+    def _stop_when_out_of_patience(self, trainer: Trainer) -> None:
+        patience = trainer.config.validation.patience
+        rows = [row for row in self._log.rows if row["step"] > 0]
+        if patience is None or not rows:
+            return
+        best = max(position for position, row in enumerate(rows) if row["is_best"])
+        if len(rows) - 1 - best >= patience:
+            LOGGER.info("no better validation loss than %.5f at step %d in %d measurements: the training ends here",
+                        rows[best]["loss"], rows[best]["step"], patience)  # fmt: skip
+            trainer.is_finished = True

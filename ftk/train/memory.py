@@ -1,0 +1,423 @@
+"""The memory plan: what is done so that training fits a device, and why. Arithmetic alone; `placement` carries it out.
+
+Measures are tried in the order of what they cost in speed: everything as it is; activations of as few blocks as needed computed
+again; weights split over the processes; an 8-bit base; weights of as few blocks as needed kept in host memory.
+
+Estimates err: a plan that does not fit is a warning, not an error.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ftk.configs.schema import RunConfig, TrainConfig
+from ftk.errors import ConfigError
+from ftk.models.base import Activations, Family
+from ftk.progress import human_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+Base = Literal["full", "int8"]
+Sharding = Literal["none", "fsdp"]
+STREAMED_SLOTS = 2
+"""Blocks of offloaded weights that the device holds at once: the one that computes, and the next."""
+_GIB = 1 << 30
+_CUDA_RESERVE_BYTES = _GIB
+"""Workspaces of cuBLAS and cuDNN, and kernels that are loaded on first use."""
+_FRAGMENTATION = 0.04
+"""Share that the caching allocator loses between blocks of memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """What a plan must know of a device. `budget_bytes` is its free memory; None: unknown, or as good as unbounded."""
+
+    kind: str
+    name: str
+    budget_bytes: int | None
+    capability: tuple[int, int] | None = None
+    """CUDA's compute capability."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """The largest micro-batch of a run: `height` and `width` in latent cells, text padded to `text_tokens`."""
+
+    height: int
+    width: int
+    text_tokens: int
+    micro_batch_size: int
+    world_size: int = 1
+
+    def image_tokens(self, family: Family) -> int:
+        """Tokens of one image."""
+        return self.height * self.width // family.geometry.patch**2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """What is done to fit, and what it comes to. `reasons` say why each choice was made."""
+
+    device: str
+    budget_bytes: int | None
+    dtype: Literal["bfloat16", "float32"]
+    num_blocks: int
+    num_checkpointed: int
+    """The first blocks: their activations are computed again in the backward pass."""
+    num_offloaded: int
+    """So many of the checkpointed blocks, evenly spread, keep their frozen weights in host memory."""
+    base: Base
+    sharding: Sharding
+    attention: str
+    compile: bool
+    parts: dict[str, int]
+    """Bytes on the device by what takes them."""
+    total_bytes: int
+    host_bytes: int
+    """Pinned host memory for offloaded weights."""
+    reasons: tuple[str, ...]
+    fits: bool
+
+    @property
+    def load_device(self) -> str:
+        """Where weights are loaded: the CPU where they need not all reach the device, else the device."""
+        return "cpu" if self.num_offloaded or self.base == "int8" or self.sharding == "fsdp" else self.device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Measures:
+    num_checkpointed: int
+    num_offloaded: int
+    base: Base
+    sharding: Sharding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sizes:
+    """Bytes: frozen weights of one block by kind of base and of all else, the trained part, one sample's activations."""
+
+    num_blocks: int
+    block: Mapping[Base, int]
+    outside: int
+    trained: int
+    largest_weight: int
+    activations: Activations
+
+
+def inspect_device(device: "torch.device") -> Device:
+    """What is free on this device now. For a CPU nothing is said: its memory is shared, and pages."""
+    import torch
+
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch keeps for itself is free to training.
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return Device(
+            kind="cuda",
+            name=torch.cuda.get_device_name(device),
+            budget_bytes=free,
+            capability=torch.cuda.get_device_capability(device),
+        )
+    if device.type == "mps":
+        budget = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return Device(kind="mps", name="Apple GPU", budget_bytes=budget)
+    return Device(kind=device.type, name=device.type.upper(), budget_bytes=None)
+
+
+def precision(config: TrainConfig, device: Device) -> tuple["torch.dtype", str]:
+    """The dtype of frozen weights and computation, and why."""
+    import torch
+
+    if config.precision != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision], "train.precision says so"
+    if device.capability is not None and device.capability >= (8, 0):
+        return torch.bfloat16, f"precision auto: {device.name} computes in bf16"
+    return torch.float32, f"precision auto: {device.name} does not compute in bf16 at speed"
+
+
+def cached_workload(samples: pa.Table, family: Family, config: TrainConfig, world_size: int = 1) -> Workload:
+    """The largest micro-batch of a cache, whose table of samples this is: the bucket with most tokens, its longest text."""
+    lengths = samples["text_lengths"].combine_chunks()
+    rows = pc.list_parent_indices(lengths)
+    flat = pa.table(
+        {
+            "width": samples["bucket_width"].take(rows),
+            "height": samples["bucket_height"].take(rows),
+            "tokens": pc.list_flatten(lengths),
+        }
+    )
+    factor, patch = family.geometry.factor, family.geometry.patch
+    buckets = flat.group_by(["width", "height"]).aggregate([("tokens", "max")]).to_pylist()
+    found = max(buckets, key=lambda one: one["width"] * one["height"] // (factor * patch) ** 2 + one["tokens_max"])
+    return Workload(
+        height=found["height"] // factor,
+        width=found["width"] // factor,
+        text_tokens=found["tokens_max"],
+        micro_batch_size=config.micro_batch_size,
+        world_size=world_size,
+    )
+
+
+def assumed_workload(config: RunConfig, family: Family, world_size: int = 1) -> Workload:
+    """Before there is a cache: the largest resolution, and the longest text that the family takes."""
+    side = max(config.data.resolutions) // family.geometry.factor
+    return Workload(
+        height=side,
+        width=side,
+        text_tokens=family.max_text_tokens,
+        micro_batch_size=config.train.micro_batch_size,
+        world_size=world_size,
+    )
+
+
+def plan(family: Family, denoiser: Any, config: TrainConfig, workload: Workload, device: Device) -> MemoryPlan:
+    """Choose precision, checkpointing, sharding, base, offload and attention.
+
+    Args:
+        denoiser: with the method attached, on whatever device; `meta` will do. What requires a gradient is what is trained.
+
+    Raises:
+        ConfigError: settings that exclude each other, or an 8-bit base without torchao.
+    """
+    budget = device.budget_bytes if config.memory.device_gib is None else round(config.memory.device_gib * _GIB)
+    dtype, precision_reason = precision(config, device)
+    sizes = _sizes(family, denoiser, config, workload, dtype)
+    _check(config, sizes.num_blocks)
+    # Without a known budget there is nothing to decide: the first of the measures that were asked for.
+    for measures in _candidates(config, sizes.num_blocks, workload.world_size, budget is not None):
+        parts = _parts(sizes, measures, workload, device)
+        fits = budget is None or sum(parts.values()) <= budget
+        if fits:
+            break
+    attention, attention_reason = _attention(config, device, dtype)
+    return MemoryPlan(
+        device=device.kind,
+        budget_bytes=budget,
+        dtype="bfloat16" if dtype.itemsize == 2 else "float32",
+        num_blocks=sizes.num_blocks,
+        num_checkpointed=measures.num_checkpointed,
+        num_offloaded=measures.num_offloaded,
+        base=measures.base,
+        sharding=measures.sharding,
+        attention=attention,
+        compile=config.memory.compile,
+        parts=parts,
+        total_bytes=sum(parts.values()),
+        host_bytes=measures.num_offloaded * sizes.block[measures.base],
+        reasons=(
+            precision_reason,
+            *_reasons(config, measures, workload, budget),
+            attention_reason,
+            *(() if fits else (_misfit(sum(parts.values()), budget or 0),)),
+        ),
+        fits=fits,
+    )
+
+
+def describe(plan: MemoryPlan) -> list[tuple[str, str]]:
+    """The plan as rows of (what, text), for people."""
+    budget = "unknown" if plan.budget_bytes is None else human_bytes(plan.budget_bytes)
+    return [
+        ("device", f"{plan.device}, {budget} to plan for"),
+        ("precision", plan.dtype),
+        ("base weights", {"full": f"as {plan.dtype}", "int8": "8-bit integers"}[plan.base]),
+        ("sharding", plan.sharding),
+        ("checkpointed blocks", f"{plan.num_checkpointed} of {plan.num_blocks}"),
+        ("offloaded blocks", f"{plan.num_offloaded} of {plan.num_blocks}, {human_bytes(plan.host_bytes)} of host memory"),
+        ("attention", plan.attention),
+        ("compile", "yes" if plan.compile else "no"),
+        *((name, human_bytes(count)) for name, count in plan.parts.items()),
+        ("expected peak", f"{human_bytes(plan.total_bytes)}{'' if plan.fits else ', more than there is'}"),
+        *(("because" if not position else "", reason) for position, reason in enumerate(plan.reasons)),
+    ]
+
+
+def advice(plan: MemoryPlan, workload: Workload, family: Family) -> str:
+    """What a user reads when the device was out of memory: what was planned, and what to change next, cheapest first."""
+    factor = family.geometry.factor
+    budget = "an unknown budget" if plan.budget_bytes is None else f"a budget of {human_bytes(plan.budget_bytes)}"
+    steps = []
+    if plan.dtype == "float32" and plan.device == "cuda":
+        steps.append("train.precision: bf16")
+    if plan.num_checkpointed < plan.num_blocks:
+        steps.append("train.memory.checkpointing: all")
+    if workload.micro_batch_size > 1:
+        steps.append(f"train.micro_batch_size: {workload.micro_batch_size // 2}")
+    if workload.world_size > 1 and plan.sharding == "none":
+        steps.append("train.sharding: fsdp")
+    if plan.sharding == "none" and plan.base == "full":
+        steps.append("train.memory.base: int8")
+    if plan.sharding == "none" and plan.num_offloaded < plan.num_blocks:
+        wanted = min(plan.num_blocks, plan.num_offloaded + max(1, plan.num_blocks // 4))
+        steps.append(f"train.memory.offload: {wanted} (with train.memory.checkpointing: all)")
+    steps.append("smaller data.resolutions, then `ftk prepare` and `ftk cache`")
+    return (
+        f"The device is out of memory. Planned were {human_bytes(plan.total_bytes)} of {budget}, for "
+        f"{workload.micro_batch_size} image(s) of {workload.width * factor}x{workload.height * factor} px with "
+        f"{workload.text_tokens} text tokens at once. "
+        f"Estimates err: set train.memory.device_gib below what the device has to leave more room. Or change, in this order: "
+        f"{'; '.join(steps)}."
+    )
+
+
+def blocks(denoiser: Any, family: Family) -> list[Any]:
+    """The repeated blocks in the order in which they run."""
+    return [module for module in denoiser.modules() if type(module).__name__ == family.block_class]
+
+
+def has_torchao() -> bool:
+    """Whether the library that quantises is installed."""
+    return importlib.util.find_spec("torchao") is not None
+
+
+def _sizes(family: Family, denoiser: Any, config: TrainConfig, workload: Workload, dtype: "torch.dtype") -> _Sizes:
+    import torch
+
+    repeated = blocks(denoiser, family)
+    frozen = sum(one.numel() for one in denoiser.parameters() if not one.requires_grad)
+    trained = sum(one.numel() for one in denoiser.parameters() if one.requires_grad)
+    in_block = sum(one.numel() for one in repeated[0].parameters() if not one.requires_grad)
+    linears = [one for one in repeated[0].modules() if isinstance(one, torch.nn.Linear) and not one.weight.requires_grad]
+    weights = sum(one.weight.numel() for one in linears)
+    scales = sum(one.out_features for one in linears)
+    # The gradient as it comes and in fp32, two moments, and a master copy unless the parameter itself is fp32.
+    per_parameter = 16 if dtype.itemsize == 4 else 2 * dtype.itemsize + 16
+    return _Sizes(
+        num_blocks=len(repeated),
+        block={"full": in_block * dtype.itemsize, "int8": weights + (scales + in_block - weights) * dtype.itemsize},
+        outside=(frozen - len(repeated) * in_block) * dtype.itemsize,
+        trained=trained * (per_parameter + (4 if config.ema_decay else 0)),
+        largest_weight=max((one.weight.numel() for one in linears), default=0) * dtype.itemsize,
+        activations=family.activations(denoiser, workload.image_tokens(family), workload.text_tokens, dtype),
+    )
+
+
+def _check(config: TrainConfig, num_blocks: int) -> None:
+    memory = config.memory
+    if memory.base == "int8" and not has_torchao():
+        raise ConfigError("train.memory.base: int8 needs torchao, which is not installed. Run: pip install 'ftk[int8]'")
+    if config.sharding == "fsdp" and memory.base == "int8":
+        raise ConfigError("train.sharding: fsdp splits the frozen weights as they are: it excludes train.memory.base: int8.")
+    offload = _asked(memory.offload, num_blocks)
+    if config.sharding == "fsdp" and offload:
+        raise ConfigError("train.sharding: fsdp and train.memory.offload both move the frozen weights: choose one of them.")
+    checkpointing = _asked(memory.checkpointing, num_blocks)
+    if offload and checkpointing is not None and checkpointing < offload:
+        raise ConfigError(
+            f"train.memory.offload: {offload} needs as many checkpointed blocks, and train.memory.checkpointing allows "
+            f"{checkpointing}: weights come back for the backward pass as its activations are computed again."
+        )
+
+
+def _asked(setting: str | int, num_blocks: int) -> int | None:
+    """How many blocks a setting names; None: the plan decides."""
+    if setting == "auto":
+        return None
+    return {"none": 0, "all": num_blocks}.get(setting, 0) if isinstance(setting, str) else min(setting, num_blocks)
+
+
+def _candidates(config: TrainConfig, num_blocks: int, world_size: int, is_bounded: bool) -> Iterator[_Measures]:
+    """All measures that the settings allow, the cheapest first."""
+    checkpointing, offload = _asked(config.memory.checkpointing, num_blocks), _asked(config.memory.offload, num_blocks)
+    least = offload or 0
+    if checkpointing is None:
+        counts = range(least, num_blocks + 1) if is_bounded else range(least, least + 1)
+    else:
+        counts = range(checkpointing, checkpointing + 1)
+    base: Base = "full"
+    for sharding, base in _weights(config, world_size, bool(offload)):
+        for count in counts:
+            yield _Measures(num_checkpointed=count, num_offloaded=least, base=base, sharding=sharding)
+    if offload is None and config.sharding != "fsdp" and is_bounded:
+        most = counts[-1]
+        for count in range(1, most + 1):
+            yield _Measures(num_checkpointed=most, num_offloaded=count, base=base, sharding="none")
+
+
+def _weights(config: TrainConfig, world_size: int, is_offloaded: bool) -> Iterator[tuple[Sharding, Base]]:
+    """What can be done with the frozen weights on the device, the cheapest first."""
+    if config.sharding == "fsdp" and world_size > 1:
+        yield "fsdp", "full"
+        return
+    if config.memory.base != "int8":
+        yield "none", "full"
+        if config.sharding == "auto" and world_size > 1 and not is_offloaded:
+            yield "fsdp", "full"
+    if config.memory.base == "int8" or (config.memory.base == "auto" and has_torchao()):
+        yield "none", "int8"
+
+
+def _parts(sizes: _Sizes, measures: _Measures, workload: Workload, device: Device) -> dict[str, int]:
+    block, count = sizes.block[measures.base], sizes.num_blocks
+    weights, working = sizes.outside + (count - measures.num_offloaded) * block, 0
+    if measures.sharding == "fsdp":
+        # What is not a block is gathered for the whole step; of the blocks one computes and the next is on its way.
+        weights, working = weights // workload.world_size, sizes.outside + 2 * block
+    elif measures.num_offloaded:
+        working = STREAMED_SLOTS * block
+    if measures.base == "int8":
+        working += sizes.largest_weight
+    saved, left = sizes.activations, count - measures.num_checkpointed
+    # The first blocks are the checkpointed ones: when the backward pass reaches them the others' activations are gone.
+    held = measures.num_checkpointed * saved.block_input + max(left, 1 if measures.num_checkpointed else 0) * saved.block_saved
+    parts = {
+        "frozen weights": weights,
+        "trained weights and optimizer": sizes.trained,
+        "activations": workload.micro_batch_size * (held + saved.outside),
+        "working memory of a block": workload.micro_batch_size * saved.block_working + working,
+    }
+    reserve = _CUDA_RESERVE_BYTES + round(_FRAGMENTATION * sum(parts.values())) if device.kind == "cuda" else 0
+    return {**parts, "reserve": reserve}
+
+
+def _attention(config: TrainConfig, device: Device, dtype: "torch.dtype") -> tuple[str, str]:
+    if config.memory.attention != "auto":
+        return config.memory.attention, f"attention {config.memory.attention}: train.memory.attention says so"
+    if device.capability is None or device.capability < (8, 0):
+        return "native", f"attention native: {device.name} has no kernel to prefer"
+    if dtype.itemsize == 4:
+        return "native", "attention native: the fast kernels take no fp32"
+    if device.capability[0] == 9:
+        return "cudnn", f"attention cudnn: the fastest on {device.name} (compute capability 9.x), 1.7 to 2.3 times flash"
+    major, minor = device.capability
+    return "flash", f"attention flash: {device.name} has compute capability {major}.{minor}; cuDNN's is faster on 9.x alone"
+
+
+def _reasons(config: TrainConfig, measures: _Measures, workload: Workload, budget: int | None) -> list[str]:
+    memory, found = config.memory, []
+    if budget is None:
+        found.append(
+            "the device's memory is unknown: nothing is saved unless asked for; train.memory.device_gib plans for so much"
+        )
+    elif memory.device_gib is not None:
+        found.append("planned for train.memory.device_gib")
+    for setting, value, count, what in (
+        ("checkpointing", memory.checkpointing, measures.num_checkpointed, "computed again in the backward pass"),
+        ("offload", memory.offload, measures.num_offloaded, "kept in host memory"),
+    ):
+        if value != "auto":
+            found.append(f"blocks {what}: {count}, by train.memory.{setting}: {value}")
+        elif count:
+            found.append(f"blocks {what}: {count}, the fewest that fit")
+    if measures.sharding == "fsdp":
+        found.append(f"frozen weights are split over {workload.world_size} processes: they do not fit one")
+    elif config.sharding == "fsdp":
+        found.append("train.sharding: fsdp has nothing to split over: there is one process")
+    if measures.base == "int8":
+        why = "train.memory.base says so" if memory.base == "int8" else "weights in full do not fit"
+        found.append(f"8-bit base: {why}; it changes the results a little")
+    elif memory.base == "auto" and not has_torchao() and measures.num_offloaded:
+        found.append("an 8-bit base would save more, at less cost: pip install 'ftk[int8]'")
+    return found
+
+
+def _misfit(total: int, budget: int) -> str:
+    return (
+        f"no measure that the settings allow fits: {human_bytes(total)} expected, {human_bytes(budget)} there. It is tried all "
+        f"the same. Smaller data.resolutions or train.micro_batch_size need less"
+    )

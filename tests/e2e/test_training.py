@@ -1,0 +1,273 @@
+"""What `ftk train` does with its settings, as a user sees it."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from ftk.configs.load import load
+from ftk.configs.schema import TrainConfig
+from ftk.errors import TrainingError
+from ftk.train import checkpoint
+from ftk.train.build import build_trainer
+from ftk.train.data import BatchBuilder
+from ftk.train.hooks.recorder import read_metrics
+
+DOCS = Path(__file__).parents[2] / "docs"
+TRAIN = {
+    "steps": 12, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 5e-3, "precision": "fp32",
+    "checkpoint_every": 6, "seed": 5, "log_every": 3, "trackers": [],
+}  # fmt: skip
+
+
+@pytest.fixture
+def cached(ftk, workspace):
+    """A run file whose cache is ready."""
+
+    def make(**sections) -> Path:
+        run_file = workspace(**{"train": TRAIN, **sections})
+        assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
+        return run_file
+
+    return make
+
+
+def fit(run_file: Path, *settings: str):
+    build = build_trainer(load(run_file, settings))
+    build.trainer.fit(build.loader.steps(build.trainer.step, build.trainer.config.steps))
+    return build
+
+
+def test_held_out_samples_are_measured_never_trained_on_and_the_best_step_is_kept(ftk, cached, tmp_path):
+    run_file = cached(train={**TRAIN, "steps": 40, "validation": {"share": 0.25, "every": 10}, "keep_last": 1})
+    report = json.loads(ftk("train", run_file, "--json").out)
+    run = tmp_path / "work/runs/test"
+    rows = pq.read_table(run / "validation.parquet").to_pylist()
+    assert [row["step"] for row in rows] == [0, 10, 20, 30, 40]
+    best = min(rows[1:], key=lambda row: row["loss"])
+    assert best["loss"] < 0.97 * rows[0]["loss"]
+    assert report["best_step"] == best["step"]
+    kept = {int(path.name) for path in checkpoint.all_of(run / "checkpoints")}
+    assert kept == {best["step"], 40}
+    assert (run / "best/pytorch_lora_weights.safetensors").is_file()
+    build = build_trainer(load(run_file, ["run=other"]))
+    held_out = set(build.inputs.order.held_out.tolist())
+    assert len(held_out) == 3
+    assert not held_out & {draw.sample for step in range(40) for batch in build.inputs.order.step(step) for draw in batch}
+
+
+def test_an_untrained_model_measures_the_same_all_along(cached, tmp_path):
+    run_file = cached(train={**TRAIN, "validation": {"share": 0.25, "every": 4, "sigmas": 2}})
+    frozen = [f"train.schedule={name}" for name in ("{name: piecewise_constant, rules: '0:1000,0'}",)]
+    fit(run_file, *frozen)
+    rows = pq.read_table(tmp_path / "work/runs/test/validation.parquet").to_pylist()
+    assert len({row["loss"] for row in rows}) == 1
+    assert len(rows) == 4
+
+
+def test_training_ends_when_nothing_gets_better_and_stays_ended(ftk, cached, tmp_path):
+    worse = {"steps": 60, "learning_rate": 3.0, "max_grad_norm": None, "validation": {"share": 0.25, "every": 3, "patience": 2}}
+    run_file = cached(train={**TRAIN, **worse})
+    report = json.loads(ftk("train", run_file, "--json").out)
+    assert report["step"] < 60
+    rows = pq.read_table(tmp_path / "work/runs/test/validation.parquet").to_pylist()
+    assert not any(row["is_best"] for row in rows[-2:])
+    again = ftk("train", run_file, "--json")
+    assert (again.code, json.loads(again.out)["num_steps_now"]) == (0, 0)
+
+
+def test_a_poisoned_sample_costs_its_step_and_nothing_else(ftk, cached, tmp_path, monkeypatch):
+    run_file = cached(train={**TRAIN, "checkpoint_every": 1, "keep_last": 100})
+    plain = BatchBuilder.build
+    poisoned: list[int] = []
+
+    def build(self, micro_batch, strata=None):
+        batch = plain(self, micro_batch, strata)
+        poisoned.append(len(poisoned))
+        return batch.map(lambda tensor: tensor * float("nan")) if len(poisoned) in (9, 13) else batch
+
+    monkeypatch.setattr(BatchBuilder, "build", build)
+    done = ftk("train", run_file, "--json")
+    assert json.loads(done.out)["num_bad_steps"] == 2
+    run = tmp_path / "work/runs/test"
+    assert [row["step"] for row in read_metrics(run) if row["is_bad"]] == [5, 7]
+    assert "step 5" in done.err.lower()
+    weights = [load_file(path / "adapter.safetensors") for path in checkpoint.all_of(run / "checkpoints")]
+    assert len(weights) == 12
+    changed = [
+        any(not torch.equal(before[name], after[name]) for name in before) for before, after in itertools.pairwise(weights)
+    ]
+    assert [step for step, is_changed in enumerate(changed, start=2) if not is_changed] == [5, 7]
+    assert all(torch.isfinite(tensor).all() for each in weights for tensor in each.values())
+
+
+def test_many_bad_steps_in_a_row_stop_the_training_before_anything_is_saved(cached, monkeypatch):
+    run_file = cached(train={**TRAIN, "max_bad_steps": 3, "checkpoint_every": 100})
+    plain = BatchBuilder.build
+    monkeypatch.setattr(
+        BatchBuilder, "build", lambda self, *arguments: plain(self, *arguments).map(lambda tensor: tensor * float("inf"))
+    )
+    with pytest.raises(TrainingError, match=r"learning_rate"):
+        fit(run_file)
+    build = build_trainer(load(run_file))
+    assert build.trainer.step == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ema_decay": 0.9},
+        {"optimizer": "lion", "learning_rate": 1e-3},
+        {"optimizer": "adafactor"},
+        {"optimizer": "schedule-free"},
+        {"optimizer": {"name": "torch.optim.SGD", "momentum": 0.9}},
+        {"sigma": {"sampling": "logit_normal", "shift": "resolution", "stratified": True}},
+        {"sigma": {"sampling": "beta", "beta_alpha": 2.0, "continuous": True, "minimum": 0.1}},
+        {"loss": {"kind": "huber"}},
+        {"group_by": "text_length", "caption_dropout": 0.3},
+        {"remainder": "fill", "posterior": "frozen"},
+        {"memory": {"checkpointing": 1, "base": "int8"}},
+        {"memory": {"checkpointing": "all", "offload": 1}},
+        {"validation": {"share": 0.2, "every": 4}, "schedule": {"name": "linear", "warmup_steps": 2}},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_each_setting_takes_effect_and_a_run_with_it_resumes_to_the_bit(cached, tmp_path, settings):
+    run_file = cached(train={**TRAIN, "steps": 6, "checkpoint_every": 3, **settings})
+    plain = fit(cached_plain(run_file, tmp_path), "run=plain", "train.steps=6")
+    whole = fit(run_file, "run=whole")
+    part = build_trainer(load(run_file, ["run=part"]))
+    part.trainer.ranks.stop_requested = False
+    steps = part.loader.steps(0, 6)
+    part.trainer.hooks = [*part.trainer.hooks, StopAfter(3)]
+    with pytest.raises(Exception, match="Stopped by a signal at step 3"):
+        part.trainer.fit(steps)
+    rest = fit(run_file, "run=part")
+    final = [(each.directory / "adapter/pytorch_lora_weights.safetensors").read_bytes() for each in (whole, rest, plain)]
+    assert final[0] == final[1]
+    if "memory" not in settings or settings["memory"].get("base") == "int8":
+        assert final[0] != final[2]
+    assert [row["loss"] for row in read_metrics(whole.directory)] == [row["loss"] for row in read_metrics(rest.directory)]
+
+
+class StopAfter:
+    """As a signal would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_start(self, trainer) -> None: ...
+
+    def on_step(self, trainer, result) -> None:
+        trainer.ranks.stop_requested = result.step >= self.step
+
+    def on_end(self, trainer) -> None: ...
+
+
+def cached_plain(run_file: Path, tmp_path: Path) -> Path:
+    """The same run file with the training section that the others change."""
+    import yaml
+
+    tree = yaml.safe_load(run_file.read_text())
+    tree["train"] = {**TRAIN, "checkpoint_every": 3}
+    path = tmp_path / "plain.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_what_is_delivered_is_the_average(cached):
+    run_file = cached(train={**TRAIN, "ema_decay": 0.9})
+    build = fit(run_file)
+    delivered = load_file(build.directory / "adapter/pytorch_lora_weights.safetensors")
+    masters = build.trainer.optimizer.weights()
+    for name, tensor in masters.items():
+        (key,) = [key for key in delivered if name.replace(".default", "").endswith(key.removeprefix("transformer."))]
+        assert not torch.equal(delivered[key], tensor)
+    state, _ = build.trainer.optimizer.state()
+    name = next(name for name in masters if "lora_B" in name)
+    key = "transformer." + name.replace(".default", "")
+    torch.testing.assert_close(delivered[key], state[f"{name}/ema"])
+
+
+def test_a_dry_run_draws_the_sigmas_and_explains_the_memory(ftk, cached, tmp_path):
+    run_file = cached(train={**TRAIN, "sigma": {"sampling": "logit_normal", "shift": 3.0}})
+    done = ftk("train", run_file, "--dry-run")
+    assert done.code == 0
+    assert "█" in done.out or "▁" in done.out
+    plan = json.loads(ftk("train", run_file, "--dry-run", "--json").out)
+    assert plan["reasons"]
+    assert Image.open(plan["sigmas_picture"]).width > 300
+    assert not (tmp_path / "work/runs/test/checkpoints").exists()
+
+
+def test_masks_leave_what_they_cover_out_of_the_loss(ftk, workspace, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for path in sorted((tmp_path / "pictures").glob("*.png")) if False else []:
+        path.unlink()
+    run_file = workspace()
+    pictures = [path for path in (tmp_path / "pictures").iterdir() if path.suffix != ".txt"]
+    for path in pictures:
+        with Image.open(path) as image:
+            mask = Image.new("L", image.size, 0)
+            mask.paste(255, (0, 0, image.width // 2, image.height))
+            mask.save(masks / f"{path.stem}.png")
+    source = {"path": str(tmp_path / "pictures"), "masks": str(masks)}
+    run_file = workspace(data={"sources": [source], "resolutions": [64], "workers": 1}, train=TRAIN)
+    assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
+    build = build_trainer(load(run_file))
+    batch = build.loader.builder.build(build.inputs.order.micro_batch(0))
+    assert batch.cell_weight_BHW.min() == 0
+    assert batch.cell_weight_BHW.max() == 1
+    changed = batch.noise_BCHW.clone()
+    whole = build.trainer.losses(batch)
+    build.trainer.predict = lambda denoiser, noisy, sigma, texts: noisy * 0 + batch.cell_weight_BHW[:, None] * 7
+    left = build.trainer.losses(batch)
+    build.trainer.predict = lambda denoiser, noisy, sigma, texts: noisy * 0 + 7
+    everywhere = build.trainer.losses(batch)
+    torch.testing.assert_close(left, everywhere)
+    assert changed.shape == batch.noise_BCHW.shape
+    assert torch.isfinite(whole).all()
+    ignored = build_trainer(load(run_file, ["train.loss.unmasked_weight=1", "run=ignored"]))
+    assert ignored.loader.builder.build(ignored.inputs.order.micro_batch(0)).cell_weight_BHW is None
+
+
+def test_class_images_weigh_what_the_run_file_says_and_come_as_often(ftk, workspace, tmp_path, pictures):
+    import shutil
+
+    shutil.copytree(pictures, tmp_path / "classes")
+    sources = [
+        {"path": str(tmp_path / "pictures"), "trigger": "sks"},
+        {"path": str(tmp_path / "classes"), "role": "class", "name": "classes"},
+    ]
+    train = {**TRAIN, "class_ratio": 0.5, "loss": {"prior_weight": 0.25}}
+    run_file = workspace(data={"sources": sources, "resolutions": [64], "workers": 1}, train=train)
+    assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
+    build = build_trainer(load(run_file))
+    roles = build.inputs.store.table["role"].to_pylist()
+    order = build.inputs.order
+    uses = [roles[draw.sample] for index in range(order.micro_batches_an_epoch) for draw in order.micro_batch(index)]
+    assert (uses.count("instance"), uses.count("class")) == (12, 6)
+    for index in range(order.micro_batches_an_epoch):
+        micro_batch = order.micro_batch(index)
+        weights = build.loader.builder.build(micro_batch).weight_B.tolist()
+        assert weights == [0.25 if roles[draw.sample] == "class" else 1.0 for draw in micro_batch]
+
+
+def test_every_setting_of_training_is_in_its_guide():
+    guide = (DOCS / "train.md").read_text() + (DOCS / "cluster.md").read_text()
+
+    def names(model):
+        for name, field in model.model_fields.items():
+            inner = field.annotation
+            yield name
+            if isinstance(inner, type) and hasattr(inner, "model_fields"):
+                yield from names(inner)
+
+    missing = sorted({name for name in names(TrainConfig) if f"`{name}`" not in guide and f"`{name}:" not in guide})
+    assert missing in ([], ["name"])

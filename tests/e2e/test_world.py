@@ -1,0 +1,183 @@
+"""One run on several processes: who computes changes, what is computed does not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ftk.configs.load import load
+from ftk.train.build import build_trainer
+from ftk.train.hooks.recorder import read_metrics
+
+WORLD = Path(__file__).parent / "world.py"
+TRAIN = {
+    "steps": 24, "global_batch_size": 12, "micro_batch_size": 2, "learning_rate": 1e-3, "precision": "fp32",
+    "checkpoint_every": 100, "caption_dropout": 0.2, "seed": 5, "log_every": 4, "trackers": [],
+}  # fmt: skip
+
+
+class World:
+    """Processes that train together."""
+
+    def __init__(self, size: int, folder: Path, *arguments: object, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, WORLD, str(size), folder, *map(str, arguments)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.pids = [int(self.process.stdout.readline()) for _ in range(size)]
+
+    def end(self, timeout: float = 120) -> tuple[list[int], str]:
+        """The exit codes, and what was said."""
+        out, err = self.process.communicate(timeout=timeout)
+        assert "Traceback" not in err, err
+        return json.loads(out.splitlines()[-1]), err
+
+
+def train(size: int, folder: Path, *arguments: object, **environment: str) -> None:
+    codes, err = World(size, folder, *arguments, **environment).end()
+    assert codes == [0] * size, err
+
+
+def traced(folder: Path, steps: int) -> tuple[dict[tuple[int, int], list], dict[tuple[int, int], list]]:
+    """Draws and sigmas by (step, micro-batch), from all processes; a step that was made twice was made alike."""
+    draws, sigmas = {}, {}
+    for path in folder.glob("*.jsonl"):
+        for line in map(json.loads, path.read_text().splitlines()):
+            for number in line["draws"] if line["step"] < steps else ():
+                place = (line["step"], int(number))
+                for found, now in ((draws, line["draws"]), (sigmas, line["sigmas"])):
+                    assert found.setdefault(place, now[number]) == now[number]
+    return draws, sigmas
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run)]
+
+
+@pytest.fixture
+def cached(ftk, workspace):
+    """A run file whose cache is ready."""
+
+    def make(**sections) -> Path:
+        run_file = workspace(**{"train": TRAIN, **sections})
+        assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
+        return run_file
+
+    return make
+
+
+def test_a_run_resumed_on_1_2_4_and_3_processes_is_the_run_on_one(cached, tmp_path):
+    run_file = cached(method={"name": "lora", "rank": 4, "dropout": 0.1})
+    train(1, tmp_path / "one", run_file, "--set", "run=one")
+    for steps, size in zip((6, 12, 18, 24), (1, 2, 4, 3), strict=True):
+        train(size, tmp_path / "many", run_file, "--set", "run=many", "--set", f"train.steps={steps}")
+    runs = tmp_path / "work/runs"
+    assert len(list((tmp_path / "many").glob("*.jsonl"))) == 1 + 2 + 4 + 3
+    expected, found = traced(tmp_path / "one", 24), traced(tmp_path / "many", 24)
+    assert len(expected[0]) == 24 * 6
+    assert found == expected
+    assert losses(runs / "many") == pytest.approx(losses(runs / "one"), rel=1e-5)
+    assert len(losses(runs / "one")) == 24
+    weights = [load_file(runs / name / "checkpoints/00000024/adapter.safetensors") for name in ("one", "many")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_does_not_depend_on_how_a_step_is_split(cached, tmp_path):
+    """Buckets of several shapes, accumulation, and processes with uneven shares, against one sample at a time."""
+    run_file = cached(method={"name": "lora", "rank": 4})
+    for size in (1, 2, 4):
+        train(size, tmp_path / f"{size}", run_file, "--set", "train.steps=1", "--set", f"run=r{size}", WORLD_GRADIENTS="1")
+    gradients = [load_file(tmp_path / f"{size}/gradient.safetensors") for size in (1, 2, 4)]
+
+    build = build_trainer(load(run_file, ["run=alone"]))
+    step = build.loader.step(0)
+    assert len({batch.latents_BCHW.shape[-2:] for _, batch in step.batches}) > 1
+    for _, batch in step.batches:
+        for row in range(len(batch)):
+            texts = dict(batch.texts)
+            if texts["mask"] is not None:
+                length = int(texts["mask"][row].sum())
+                texts = {"embeds": texts["embeds"][:, :length], "mask": None}
+            alone = replace(batch, texts=texts).map(lambda tensor, row=row: tensor[row : row + 1])
+            (build.trainer.losses(alone).sum() / step.num_samples).backward()
+    gradients.append({name: master.grad for name, master in build.trainer.optimizer.masters.items()})
+
+    scale = max(float(tensor.abs().max()) for tensor in gradients[0].values())
+    assert scale > 1e-5
+    for others in gradients[1:]:
+        for name, tensor in gradients[0].items():
+            torch.testing.assert_close(others[name], tensor, rtol=0, atol=1e-6 * scale)
+
+
+def test_split_weights_give_the_losses_of_whole_ones(cached, tmp_path, ftk):
+    run_file = cached(sample={"every": 8, "prompts": ["a red circle"], "num_inference_steps": 2, "guidance_scale": 1.0})
+    settings = ["--set", "train.steps=10", "--set", "train.global_batch_size=6", "--set", "train.validation.share=0.1",
+                "--set", "train.validation.every=5", "--set", "train.validation.samples=3"]  # fmt: skip
+    for sharding in ("none", "fsdp"):
+        more = ["--set", f"train.sharding={sharding}", "--set", f"run={sharding}"]
+        train(2, tmp_path / sharding, run_file, *settings, *more)
+    none, fsdp = (tmp_path / "work/runs" / name for name in ("none", "fsdp"))
+    assert losses(fsdp) == pytest.approx(losses(none), rel=1e-6)
+    saved = [load_file(run / "checkpoints/00000010/adapter.safetensors") for run in (none, fsdp)]
+    assert list(saved[0]) == list(saved[1])
+    assert all("lora" in name for name in saved[1])
+    for name, tensor in saved[0].items():
+        torch.testing.assert_close(saved[1][name], tensor, rtol=1e-5, atol=1e-7)
+    assert (fsdp / "samples/step-00000008.png").is_file()
+    drawn = json.loads(ftk("sample", run_file, "--set", "run=fsdp", "--json").out)
+    assert drawn["mean_difference"] > 0
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step(cached, tmp_path):
+    run_file = cached()
+    world = World(2, tmp_path / "trace", run_file, "--set", "train.steps=100000", "--set", "train.log_every=1000")
+    wait_until_it_trains(tmp_path / "trace")
+    os.kill(world.pids[1], signal.SIGTERM)
+    codes, err = world.end()
+    assert codes == [75, 75], err
+    (saved,) = (tmp_path / "work/runs/test/checkpoints").glob("0*")
+    assert f"step {int(saved.name)}, which is saved" in err
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_process_dies_the_others_end_soon_and_can_go_on(cached, tmp_path, victim):
+    run_file = cached(train={**TRAIN, "checkpoint_every": 2, "steps": 100000, "log_every": 1000, "timeout_seconds": 20})
+    world = World(3, tmp_path / "trace", run_file)
+    wait_until_it_trains(tmp_path / "trace")
+    os.kill(world.pids[victim], signal.SIGKILL)
+    began = time.monotonic()
+    codes, err = world.end()
+    assert time.monotonic() - began < 30
+    assert codes == [-signal.SIGKILL if rank == victim else 75 for rank in range(3)], err
+    assert "goes on from the last checkpoint" in err
+    reached = max(int(path.name) for path in (tmp_path / "work/runs/test/checkpoints").glob("0*"))
+    train(1, tmp_path / "alone", run_file, "--set", f"train.steps={reached + 1}")
+
+
+def test_a_mistake_is_told_by_every_process_and_none_hangs(cached, tmp_path):
+    run_file = cached()
+    codes, err = World(2, tmp_path / "trace", run_file, "--set", "train.remainder=drop", "--set",
+                       "train.micro_batch_size=12").end(60)  # fmt: skip
+    assert codes == [2, 2]
+    assert "drop leaves nothing" in err
+
+
+def wait_until_it_trains(folder: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if any(len(path.read_text().splitlines()) > 8 for path in folder.glob("*.jsonl")):
+            return
+        time.sleep(0.02)
+    raise AssertionError("no step within a minute")
