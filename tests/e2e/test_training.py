@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -17,6 +19,7 @@ from ftk.train import checkpoint
 from ftk.train.build import build_trainer
 from ftk.train.data import BatchBuilder
 from ftk.train.hooks.recorder import read_metrics
+from ftk.train.memory import has_torchao
 
 DOCS = Path(__file__).parents[2] / "docs"
 TRAIN = {
@@ -131,7 +134,10 @@ def test_many_bad_steps_in_a_row_stop_the_training_before_anything_is_saved(cach
         {"loss": {"kind": "huber"}},
         {"group_by": "text_length", "caption_dropout": 0.3},
         {"remainder": "fill", "posterior": "frozen"},
-        {"memory": {"checkpointing": 1, "base": "int8"}},
+        pytest.param(
+            {"memory": {"checkpointing": 1, "base": "int8"}},
+            marks=pytest.mark.skipif(not has_torchao(), reason="torchao is not installed: pip install 'ftk[int8]'"),
+        ),
         {"memory": {"checkpointing": "all", "offload": 1}},
         {"validation": {"share": 0.2, "every": 4}, "schedule": {"name": "linear", "warmup_steps": 2}},
     ],
@@ -208,9 +214,7 @@ def test_a_dry_run_draws_the_sigmas_and_explains_the_memory(ftk, cached, tmp_pat
 def test_masks_leave_what_they_cover_out_of_the_loss(ftk, workspace, tmp_path):
     masks = tmp_path / "masks"
     masks.mkdir()
-    for path in sorted((tmp_path / "pictures").glob("*.png")) if False else []:
-        path.unlink()
-    run_file = workspace()
+    workspace()
     pictures = [path for path in (tmp_path / "pictures").iterdir() if path.suffix != ".txt"]
     for path in pictures:
         with Image.open(path) as image:
@@ -224,22 +228,18 @@ def test_masks_leave_what_they_cover_out_of_the_loss(ftk, workspace, tmp_path):
     batch = build.loader.builder.build(build.inputs.order.micro_batch(0))
     assert batch.cell_weight_BHW.min() == 0
     assert batch.cell_weight_BHW.max() == 1
-    changed = batch.noise_BCHW.clone()
-    whole = build.trainer.losses(batch)
-    build.trainer.predict = lambda denoiser, noisy, sigma, texts: noisy * 0 + batch.cell_weight_BHW[:, None] * 7
-    left = build.trainer.losses(batch)
-    build.trainer.predict = lambda denoiser, noisy, sigma, texts: noisy * 0 + 7
-    everywhere = build.trainer.losses(batch)
-    torch.testing.assert_close(left, everywhere)
-    assert changed.shape == batch.noise_BCHW.shape
-    assert torch.isfinite(whole).all()
+    hidden, shown = ((batch.cell_weight_BHW == value)[:, None] for value in (0, 1))
+    losses = []
+    for error in (torch.zeros_like(batch.noise_BCHW), hidden * 100.0, shown * 100.0):
+        build.trainer.predict = lambda denoiser, noisy, sigma, texts, error=error: noisy * 0 + error
+        losses.append(build.trainer.losses(batch))
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=0)
+    assert (losses[2] > 1000 * losses[0]).all()
     ignored = build_trainer(load(run_file, ["train.loss.unmasked_weight=1", "run=ignored"]))
     assert ignored.loader.builder.build(ignored.inputs.order.micro_batch(0)).cell_weight_BHW is None
 
 
 def test_class_images_weigh_what_the_run_file_says_and_come_as_often(ftk, workspace, tmp_path, pictures):
-    import shutil
-
     shutil.copytree(pictures, tmp_path / "classes")
     sources = [
         {"path": str(tmp_path / "pictures"), "trigger": "sks"},
@@ -269,5 +269,5 @@ def test_every_setting_of_training_is_in_its_guide():
             if isinstance(inner, type) and hasattr(inner, "model_fields"):
                 yield from names(inner)
 
-    missing = sorted({name for name in names(TrainConfig) if f"`{name}`" not in guide and f"`{name}:" not in guide})
-    assert missing in ([], ["name"])
+    missing = sorted({name for name in names(TrainConfig) if not re.search(rf"`[^`\n]*\b{name}\b[^`\n]*`", guide)})
+    assert missing == []

@@ -66,3 +66,4 @@ class Checkpoints:
             checkpoint.mark_best(self._directory, trainer.step, loss)
             with self._recorder.paused(trainer), trainer.optimizer.averaged():
                 self._export(trainer.step, "best")
+            checkpoint.prune(self._directory, trainer.config.keep_last, trainer.config.keep_every)
