@@ -24,10 +24,12 @@ def run(
 
 
 def run_all(config: Any) -> dict[str, dict[str, Any]]:
-    """One report a stage, by its name. The model folder is looked at first: a wrong one fails before any work."""
+    """One report a stage, by its name. Model folder and optimizer are looked at first: a wrong one fails before any work."""
     from ftk.models import base as models
+    from ftk.train import optim
 
     family = models.get(config.model.family)
+    optim.check(config.train)
     models.locate(config.model, (*family.latent_components, *family.text_components, *family.denoiser_components))
     from ftk.pipeline import stage as prepare
 

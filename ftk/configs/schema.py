@@ -424,7 +424,7 @@ class TrainConfig(Section):
     keep_last: int = Field(default=3, ge=1, description="checkpoints kept")
     keep_every: int | None = Field(default=None, ge=1, description="checkpoints at multiples of it are kept for good")
     max_bad_steps: int = Field(
-        default=10, ge=1, description="steps in a row without a finite loss and gradient, after which training stops"
+        default=5, ge=1, description="steps in a row without a finite loss and gradient, after which training stops"
     )
     log_every: int = Field(default=10, ge=1, description="steps between log lines; the only times the device is waited for")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)

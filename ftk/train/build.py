@@ -51,6 +51,7 @@ class Inputs:
     sigmas: SigmaDistribution
     workload: memory.Workload
     plan: memory.MemoryPlan
+    num_frozen_parameters: int
     num_trainable_parameters: int
 
 
@@ -96,6 +97,7 @@ def open_inputs(config: RunConfig, device: torch.device, world_size: int = 1) ->
         sigmas=sigmas,
         workload=workload,
         plan=memory.plan(family, shapes, config.train, workload, memory.inspect_device(device)),
+        num_frozen_parameters=sum(each.numel() for each in shapes.parameters() if not each.requires_grad),
         num_trainable_parameters=sum(parameter.numel() for parameter in trained.values()),
     )
 
@@ -106,8 +108,7 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None, device: torch.d
     ranks = ranks or Ranks()
     device = device or models.resolve_device(config.train.device)
     inputs, directory = open_inputs(config, device, ranks.size), run_path(config)
-    for name, text in memory.describe(inputs.plan):
-        LOGGER.info("%s: %s", name, text)
+    LOGGER.log(logging.INFO if inputs.plan.fits else logging.WARNING, "%s", memory.in_a_line(inputs.plan))
     dtype = getattr(torch, inputs.plan.dtype)
     components, parameters = _load(config, inputs, ranks, device)
     optimizer = optim.MasterOptimizer(parameters, config.train)

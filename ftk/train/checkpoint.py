@@ -89,7 +89,8 @@ def save_checkpoint(
 
 def latest(directory: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole; a damaged one is named in the log and passed over."""
-    for path in reversed(all_of(directory)):
+    paths = all_of(directory)
+    for path in reversed(paths):
         problem = damage(path)
         if problem is None:
             trainer = storage.read_json(path / "trainer.json")
@@ -106,12 +107,15 @@ def latest(directory: Path) -> Checkpoint | None:
                 settings=trainer["settings"],
             )
         LOGGER.warning("checkpoint %s is damaged (%s): the one before it is used", path, problem)
+    if paths:
+        LOGGER.warning("%s: no checkpoint is whole, so the training begins again at its first step", directory)
     return None
 
 
 def all_of(directory: Path) -> list[Path]:
     """Every checkpoint's directory, the oldest first; whole or not."""
-    return sorted(directory.glob("[0-9]*"))
+    # A copy that somebody keeps beside them, under a name of its own, is none of ours.
+    return sorted(path for path in directory.glob("[0-9]*") if path.name.isdecimal())
 
 
 def prune(directory: Path, keep_last: int, keep_every: int | None) -> None:
@@ -131,15 +135,22 @@ def mark_best(directory: Path, step: int, loss: float) -> None:
     storage.commit_json(directory / BEST, {"step": step, "loss": loss})
 
 
-def best_step(directory: Path) -> int | None:
-    """The step with the lowest validation loss, if any was measured."""
+def read_best(directory: Path) -> tuple[int, float] | None:
+    """What `mark_best` noted: the step with the lowest validation loss, and that loss."""
     try:
-        return int(storage.read_json(directory / BEST)["step"])
+        noted = storage.read_json(directory / BEST)
+        return int(noted["step"]), float(noted["loss"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         LOGGER.warning("%s is damaged (%s): the best step is not known until the next measurement", directory / BEST, error)
         return None
+
+
+def best_step(directory: Path) -> int | None:
+    """The step with the lowest validation loss, if any was measured."""
+    noted = read_best(directory)
+    return None if noted is None else noted[0]
 
 
 def refuse_changed_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], allow: bool = False) -> None:

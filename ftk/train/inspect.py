@@ -3,6 +3,7 @@
 Shape legend: N steps, K sigma bands.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from ftk.errors import ConfigError
 from ftk.train import checkpoint
 from ftk.train.hooks.recorder import metrics_table, validation_table
 from ftk.train.loop import NUM_BANDS
+
+LOGGER = logging.getLogger("ftk")
 
 State = Literal["running", "finished", "stopped", "not started"]
 CONFIG, ENVIRONMENT, REPORT = "config.yaml", "environment.json", "report.json"
@@ -232,7 +235,10 @@ def settings(directory: Path) -> Mapping[str, Any]:
     path = directory / CONFIG
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError, ConfigError):
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        LOGGER.warning("%s is damaged (%s): the settings are not shown. `ftk train` writes it anew when it goes on.", path, error)
         return {}
     return tree if isinstance(tree, dict) else {}
 

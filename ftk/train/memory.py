@@ -237,6 +237,22 @@ def describe(plan: MemoryPlan) -> list[tuple[str, str]]:
     ]
 
 
+def in_a_line(plan: MemoryPlan) -> str:
+    """What was decided, for the log; the reason why it does not fit, where it does not."""
+    budget = "" if plan.budget_bytes is None else f" of {human_bytes(plan.budget_bytes)}"
+    parts = [
+        f"{plan.device}, {plan.dtype}, {human_bytes(plan.total_bytes)}{budget} expected",
+        f"{plan.num_checkpointed} of {plan.num_blocks} blocks checkpointed",
+        *([f"{plan.num_offloaded} in host memory"] if plan.num_offloaded else []),
+        *(["8-bit base"] if plan.base == "int8" else []),
+        *(["base split over the processes"] if plan.sharding == "fsdp" else []),
+        f"{plan.attention} attention",
+        *(["compiled"] if plan.compile else []),
+        *([] if plan.fits else [plan.reasons[-1]]),
+    ]
+    return "memory plan: " + ", ".join(parts)
+
+
 def advice(plan: MemoryPlan, workload: Workload, family: Family) -> str:
     """What a user reads when the device was out of memory: what was planned, and what to change next, cheapest first."""
     factor = family.geometry.factor
@@ -405,7 +421,8 @@ def _reasons(config: TrainConfig, measures: _Measures, workload: Workload, budge
         elif count:
             found.append(f"blocks {what}: {count}, the fewest that fit")
     if measures.sharding == "fsdp":
-        found.append(f"frozen weights are split over {workload.world_size} processes: they do not fit one")
+        why = "train.sharding says so" if config.sharding == "fsdp" else "they do not fit one"
+        found.append(f"frozen weights are split over {workload.world_size} processes: {why}")
     elif config.sharding == "fsdp":
         found.append("train.sharding: fsdp has nothing to split over: there is one process")
     if measures.base == "int8":

@@ -143,6 +143,8 @@ def started(device: torch.device, timeout_seconds: float) -> Iterator[tuple[Rank
             f"{os.environ.get('MASTER_PORT')}: {str(error).splitlines()[0]}"
         ) from None
     ranks = Ranks(rank=rank, size=size)
+    if rank:
+        LOGGER.setLevel(max(LOGGER.level, logging.WARNING))  # the main process says it for all
     try:
         yield ranks, device
         ranks.wait()  # a process that ends sooner would be taken for dead

@@ -87,9 +87,9 @@ def run(config: RunConfig, fresh: bool = False, allow_change: bool = False) -> T
 def _fit(config: RunConfig, build: Build, directory: Path) -> None:
     trainer = build.trainer
     if trainer.step >= config.train.steps:
+        # The hooks start all the same: a kill may have come between the last checkpoint and what follows it.
         LOGGER.info("%s is at step %d already: nothing to do. Raise train.steps to go on.", directory, trainer.step)
-        return
-    if trainer.ranks.is_main:
+    elif trainer.ranks.is_main:
         _write_environment(config, build)
     try:
         with _stopping_on_signals(trainer.ranks):
@@ -119,6 +119,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         "epochs": round(config.train.steps * order.micro_batches_a_step / order.micro_batches_an_epoch, 2),
         "samples_dropped_an_epoch": order.num_dropped,
         "samples_held_out": len(order.held_out),
+        "num_frozen_parameters": inputs.num_frozen_parameters,
         "num_trainable_parameters": inputs.num_trainable_parameters,
         **{name: text for name, text in memory.describe(inputs.plan) if name not in ("", "because")},
         "reasons": list(inputs.plan.reasons),

@@ -18,6 +18,7 @@ from ftk.methods import base as methods
 from ftk.models import base as models
 from ftk.pipeline.dataset import PreparedDataset
 from ftk.train.build import build_trainer
+from ftk.train.hooks.recorder import read_metrics
 
 ADAPTER = "work/runs/test/adapter/pytorch_lora_weights.safetensors"
 
@@ -219,7 +220,7 @@ def test_four_samples_are_learnt_by_heart(ftk, workspace, tmp_path):
     assert len(build.inputs.store) == 4
     step = build.loader.step(0)
     build.trainer.fit([step] * 400)
-    losses = [row["loss"] for row in build.recorder.rows]
+    losses = [row["loss"] for row in read_metrics(build.directory)]
     assert sum(losses[-5:]) / 5 <= losses[0] / 5
 
 
@@ -232,7 +233,7 @@ def test_gradient_checkpointing_changes_memory_and_not_the_loss(ftk, workspace, 
         settings = [f"train.memory.checkpointing={on}", f"train.precision={precision}", f"run=r{on}"]
         build = build_trainer(load(run_file, settings))
         build.trainer.fit(build.loader.steps(0, 6))
-        losses.append([row["loss"] for row in build.recorder.rows])
+        losses.append([row["loss"] for row in read_metrics(build.directory)])
         dtypes = {parameter.dtype for parameter in build.trainer.denoiser.parameters()}
         assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float32}
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -75,9 +75,9 @@ def test_a_typo_at_the_top_names_the_nearest_section(tmp_path: Path) -> None:
 
 
 def test_a_typo_two_sections_deep_names_the_nearest_key(tmp_path: Path) -> None:
-    message = _message(tmp_path, train={"optimizer": {"weight_decai": 0.1}})
-    assert "`train.optimizer.weight_decai`" in message
-    assert "Did you mean `weight_decay`?" in message
+    message = _message(tmp_path, train={"schedule": {"warmup_step": 5}})
+    assert "`train.schedule.warmup_step`" in message
+    assert "Did you mean `warmup_steps`?" in message
 
 
 def test_a_typo_in_the_list_of_sources_names_its_position_and_the_nearest_key(tmp_path: Path) -> None:
@@ -131,8 +131,30 @@ def test_batch_sizes_that_do_not_divide_are_refused(tmp_path: Path) -> None:
     assert _load(tmp_path, train={"global_batch_size": 8, "micro_batch_size": 4}).train.global_batch_size == 8
 
 
-def test_a_beta_of_one_is_refused(tmp_path: Path) -> None:
-    assert "`train.optimizer.betas`" in _message(tmp_path, train={"optimizer": {"betas": [0.9, 1.0]}})
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"sigma": {"logit_mean": 1.0}}, "`logit_mean` has no effect without `sampling: logit_normal`"),
+        ({"sigma": {"shift": -1.0}}, "a shift is a number above 0"),
+        ({"sigma": {"minimum": 0.5, "maximum": 0.4}}, "`minimum` 0.5 is not below `maximum` 0.4"),
+        ({"loss": {"huber_delta": 1.0}}, "`huber_delta` has no effect without `kind: huber`"),
+        ({"schedule": {"name": "cosine", "power": 2}}, "`power` has no effect without `name: polynomial`"),
+        ({"schedule": {"name": "piecewise_constant", "rules": "1-2"}}, "`rules` is FACTOR:STEP"),
+        ({"schedule": "cosin"}, "'cosine'"),
+        ({"validation": {"patience": 3}}, "`patience` has no effect without `share`"),
+        ({"optimizer": {"groups": [{"match": "("}]}}, "is no regular expression"),
+        ({"memory": {"checkpointing": "some"}}, "`train.memory.checkpointing"),
+        ({"trackers": ["tensorbord"]}, "'tensorboard'"),
+        ({"ema_decay": 1.0}, "`train.ema_decay`"),
+    ],
+)
+def test_training_settings_that_cannot_be_meant_are_refused(tmp_path: Path, section: dict[str, Any], told: str) -> None:
+    assert told in _message(tmp_path, train=section)
+
+
+def test_a_name_will_do_for_an_optimizer_and_a_schedule(tmp_path: Path) -> None:
+    config = _load(tmp_path, train={"optimizer": "lion", "schedule": "cosine"}).train
+    assert (config.optimizer.name, config.schedule.name) == ("lion", "cosine")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +162,7 @@ def test_a_beta_of_one_is_refused(tmp_path: Path) -> None:
     [
         ("train.steps=500", lambda config: config.train.steps == 500),
         ("train.learning_rate=3e-4", lambda config: config.train.learning_rate == 3e-4),
-        ("train.optimizer.weight_decay=0", lambda config: config.train.optimizer.weight_decay == 0),
+        ("train.optimizer.weight_decay=0", lambda config: config.train.optimizer.settings == {"weight_decay": 0}),
         ("data.sources.1.repeats=7", lambda config: [s.repeats for s in config.data.sources] == [1, 7]),
         ("data.resolutions=[512, 768]", lambda config: config.data.resolutions == (512, 768)),
         ("sample.prompts=[a=b]", lambda config: config.sample.prompts == ("a=b",)),

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ftk.errors import TrainingError
 from ftk.train import checkpoint
 from ftk.train.hooks.recorder import Recorder
 from ftk.train.loop import StepResult, Trainer
@@ -31,17 +32,33 @@ class Checkpoints:
         self._saved_step = -1
 
     def on_start(self, trainer: Trainer) -> None:
-        """A resumed run has its first checkpoint already."""
+        """A resumed run has its first checkpoint already; what comes after its commit may have been cut off."""
         self._saved_step = trainer.step
+        if trainer.step and trainer.ranks.is_main:
+            self._deliver(trainer)
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         """Save at every `checkpoint_every`-th step."""
-        if result.step % trainer.config.checkpoint_every == 0:
+        if result.step % trainer.config.checkpoint_every == 0 and not self._is_doubtful(trainer):
             self.save(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
-        """Save the last step, whether it was the end or a signal's."""
+        """Save the last step, whether it was the end or a signal's.
+
+        Raises:
+            TrainingError: it was the last of several bad steps.
+        """
+        if self._is_doubtful(trainer):
+            raise TrainingError(
+                f"Step {trainer.step} is the last of {self._recorder.num_bad_in_a_row} in a row without a finite loss or "
+                f"gradient, and is not saved; the last checkpoint is good. Lower train.learning_rate, and run again."
+            )
         self.save(trainer)
+
+    def _is_doubtful(self, trainer: Trainer) -> bool:
+        """One bad step is its samples' fault. After more in a row the weights may be what is bad: they are not saved."""
+        self._recorder.flush(trainer)
+        return self._recorder.num_bad_in_a_row > 1
 
     def save(self, trainer: Trainer) -> None:
         """Save this step, unless it is saved."""
@@ -55,15 +72,32 @@ class Checkpoints:
     def _commit(self, trainer: Trainer) -> None:
         self._recorder.commit()
         checkpoint.save_checkpoint(self._directory, trainer.step, trainer.num_samples_seen, trainer.optimizer, self._settings)
+        self._deliver(trainer)
+
+    def _deliver(self, trainer: Trainer) -> None:
         with trainer.optimizer.averaged():
             self._export(trainer.step, "adapter")
+        self._prune(trainer)
+
+    def _prune(self, trainer: Trainer) -> None:
         checkpoint.prune(self._directory, trainer.config.keep_last, trainer.config.keep_every)
 
     def save_best(self, trainer: Trainer, loss: float) -> None:
         """Save this step as the one with the lowest validation loss so far, and its weights in `best/`."""
         self.save(trainer)
-        if trainer.ranks.is_main:
-            checkpoint.mark_best(self._directory, trainer.step, loss)
-            with self._recorder.paused(trainer), trainer.optimizer.averaged():
-                self._export(trainer.step, "best")
-            checkpoint.prune(self._directory, trainer.config.keep_last, trainer.config.keep_every)
+        self.note_best(trainer, trainer.step, loss)
+
+    def note_best(self, trainer: Trainer, step: int, loss: float) -> None:
+        """Note that a saved step is the best so far; the weights in `best/` are renewed if it is the one that is loaded."""
+        if not trainer.ranks.is_main:
+            return
+        with self._recorder.paused(trainer), trainer.optimizer.averaged():
+            if step == trainer.step:
+                self._export(step, "best")
+        # After the weights: a note that is missing is made again, and they with it.
+        checkpoint.mark_best(self._directory, step, loss)
+        self._prune(trainer)
+
+    def noted_best(self) -> tuple[int, float] | None:
+        """The best step so far and its loss, as they were noted."""
+        return checkpoint.read_best(self._directory)

@@ -85,7 +85,10 @@ class Recorder:
             self._log.load(trainer.step)
             self._num_bad_steps = self._log.num_bad_steps()
             self._recent.extend(self._log.last_losses(_RECENT_STEPS))
-            self._tell(lambda tracker: tracker.start(trainer.step))
+            if trainer.step < trainer.config.steps:
+                self._tell(lambda tracker: tracker.start(trainer.step))
+            else:  # they were told everything
+                self._end_trackers()
             shown = progress.track("train", trainer.config.steps, "step", done=trainer.step)
             self._progress = self._stack.enter_context(shown)
         self._window_started = self._shown_at = time.perf_counter()
@@ -110,6 +113,9 @@ class Recorder:
         """End the progress line and close the trackers, also after an error; may be called twice."""
         self._stack.close()
         self._progress = None
+        self._end_trackers()
+
+    def _end_trackers(self) -> None:
         self._tell(lambda tracker: tracker.close())
         self._trackers = []
 
@@ -146,6 +152,11 @@ class Recorder:
             yield
         finally:
             self._window_started = time.perf_counter()
+
+    @property
+    def num_bad_in_a_row(self) -> int:
+        """How many of the last fetched steps, up to the last one, were bad."""
+        return len(self._bad_in_a_row)
 
     def commit(self) -> None:
         """Swap in `metrics.parquet`."""

@@ -42,12 +42,28 @@ class Samples:
             raise CacheError(
                 f"sample.prompts: {missing[0]!r} is not in the cache. Run `ftk cache RUN.yaml`: it encodes that text alone."
             )
+        # A kill may have come between this step's checkpoint and its images.
+        is_missing = trainer.ranks.is_main and self._is_due(trainer.step) and not self._sheet(trainer.step).exists()
+        (is_missing,) = trainer.ranks.agree(is_missing)
+        if is_missing:
+            self._show(trainer)
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         """Draw at every `sample.every`-th step."""
+        if self._is_due(result.step):
+            self._show(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Nothing to close."""
+
+    def _is_due(self, step: int) -> bool:
         every = self._config.sample.every
-        if not every or result.step % every:
-            return
+        return bool(every and step and step % every == 0)
+
+    def _sheet(self, step: int) -> Path:
+        return self._directory / f"step-{step:08d}.png"
+
+    def _show(self, trainer: Trainer) -> None:
         self._recorder.flush(trainer)
         if not (trainer.ranks.is_main or self._is_sharded):
             return
@@ -55,12 +71,9 @@ class Samples:
             images = self._draw(trainer)
         if trainer.ranks.is_main:
             prompts = list(self._config.sample.prompts)
-            sheet = sample.grid([[image] for image in images], prompts, [f"step {result.step}"])
-            storage.commit_bytes(self._directory / f"step-{result.step:08d}.png", sample.png_bytes(sheet))
-            self._recorder.images(result.step, images, prompts)
-
-    def on_end(self, trainer: Trainer) -> None:
-        """Nothing to close."""
+            sheet = sample.grid([[image] for image in images], prompts, [f"step {trainer.step}"])
+            storage.commit_bytes(self._sheet(trainer.step), sample.png_bytes(sheet))
+            self._recorder.images(trainer.step, images, prompts)
 
     def _draw(self, trainer: Trainer) -> list[Image.Image]:
         """One image a prompt from the denoiser as it is now."""

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -47,6 +48,7 @@ class Validation:
             self._measured_step = int(self._log.rows[-1]["step"])
         elif trainer.step == 0:
             self._measure(trainer)
+        self._mend_best(trainer)
         self._stop_when_out_of_patience(trainer)
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
@@ -67,7 +69,8 @@ class Validation:
         loss = float(totals[0].sum() / totals[1].sum())
         bands = [total / count if count else math.nan for total, count in zip(*totals.tolist(), strict=True)]
         # The base model, before the first step, is never the best one: there is nothing of it to save.
-        is_best = trainer.step > 0 and all(loss < row["loss"] for row in self._log.rows if row["step"] > 0)
+        best = self._best_row()
+        is_best = trainer.step > 0 and math.isfinite(loss) and (best is None or loss < best["loss"])
         self._log.append({"step": trainer.step, "loss": loss, "band_losses": bands, "is_best": is_best})
         self._recorder.scalars(trainer.step, {"validation/loss": loss})
         if trainer.ranks.is_main:
@@ -96,12 +99,25 @@ class Validation:
         return totals
 
     def _stop_when_out_of_patience(self, trainer: Trainer) -> None:
-        patience = trainer.config.validation.patience
-        rows = [row for row in self._log.rows if row["step"] > 0]
-        if patience is None or not rows:
+        patience, best = trainer.config.validation.patience, self._best_row()
+        if patience is None or best is None:
             return
-        best = max(position for position, row in enumerate(rows) if row["is_best"])
-        if len(rows) - 1 - best >= patience:
+        if sum(row["step"] > best["step"] for row in self._log.rows) >= patience:
             LOGGER.info("no better validation loss than %.5f at step %d in %d measurements: the training ends here",
-                        rows[best]["loss"], rows[best]["step"], patience)  # fmt: skip
+                        best["loss"], best["step"], patience)  # fmt: skip
             trainer.is_finished = True
+
+    def _best_row(self) -> dict[str, Any] | None:
+        return next((row for row in reversed(self._log.rows) if row["is_best"]), None)
+
+    def _mend_best(self, trainer: Trainer) -> None:
+        """Let the log and the note of the best step agree: one may be damaged, or a kill may have come between them."""
+        best, noted = self._best_row(), self._checkpoints.noted_best()
+        if best is not None and noted != (best["step"], best["loss"]):
+            LOGGER.info("the best step so far is %d, by the log of its measurements: noted again", best["step"])
+            self._checkpoints.note_best(trainer, best["step"], best["loss"])
+        elif best is None and noted is not None and noted[0] <= trainer.step:
+            step, loss = noted
+            others = [row for row in self._log.rows if row["step"] != step]
+            mended = {"step": step, "loss": loss, "band_losses": None, "is_best": True}
+            self._log.rows = sorted([*others, mended], key=lambda row: int(row["step"]))
