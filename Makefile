@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint check campaign-prepare campaign-cache bench clean
+.PHONY: setup demo test test-int8 lint check campaign-prepare campaign-cache bench clean
 
 setup: $(STAMP)
 
@@ -19,6 +19,12 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# Beside the environment, not in it: diffusers and PEFT import torchao wherever it is installed, a second at each start.
+test-int8: setup
+	test -d $(VENV)/int8 || $(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/int8 torchao==0.18.0
+	PYTHONPATH=$(VENV)/int8 $(BIN)/python -m pytest -q tests/unit/test_placement.py tests/unit/test_optim.py \
+		tests/unit/test_optimizer_state.py tests/e2e/test_training.py -k "int8 or 8 or memory"
 
 lint: setup
 	$(BIN)/ruff check .
