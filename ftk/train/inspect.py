@@ -238,7 +238,7 @@ def settings(directory: Path) -> Mapping[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError, ConfigError) as error:
-        LOGGER.warning("%s is damaged (%s): the settings are not shown. `ftk train` writes it anew when it goes on.", path, error)
+        LOGGER.warning("%s is damaged (%s): no settings are shown. `ftk train` writes it anew when it goes on.", path, error)
         return {}
     return tree if isinstance(tree, dict) else {}
 

@@ -10,7 +10,7 @@ All is kept in arrays, and a `Draw` is made only when it is asked for: a million
 Shape legend: S samples, U uses of samples, E epochs, P uses in an epoch (places), G groups, N micro-batches in an epoch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,22 +20,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import xxhash
 
 from ftk import storage
 from ftk.configs.schema import TrainConfig
-from ftk.errors import CacheError, ConfigError
+from ftk.errors import ConfigError
+from ftk.train import held_out
+from ftk.train.held_out import Integers, Words
 
 _BLOCK = 2**20
 """About how many numbers are made at once where any number of epochs can be."""
 _PERMUTED_AT_ONCE = 2**16
-_HASHED_AT_ONCE = 2**16
-_KEY_SUFFIX = r"-?[0-9a-f]{12}$"
-"""What `ftk prepare` puts behind the readable part of a key: a hash of path and variant."""
 EMPTY_CAPTION = -1
-
-Integers = npt.NDArray[np.integer[Any]]
-Words = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +67,10 @@ class Order:
     """
 
     def __init__(self, samples: pa.Table, config: TrainConfig, *, empty_length: int) -> None:
-        hash_S = _hashes(samples, lambda rows: rows["key"], keyed_seed(config.seed, "validation"))
-        _refuse_doubled_keys(samples["key"], hash_S)
+        hash_S = held_out.hashes(samples, lambda rows: rows["key"], keyed_seed(config.seed, "validation"))
+        held_out.refuse_doubled_keys(samples["key"], hash_S)
         is_class_S = _equals(samples["role"], "class")
-        self.held_out = _held_out(samples, hash_S, is_class_S, config)
+        self.held_out = held_out.held_out(samples, hash_S, is_class_S, config.validation.share)
         self.seed = config.seed
         self.micro_batch_size = config.micro_batch_size
         self.micro_batches_a_step = config.global_batch_size // config.micro_batch_size
@@ -356,73 +351,6 @@ def _captions(samples: pa.Table, config: TrainConfig, empty_length: int) -> _Cap
     )
 
 
-def _held_out(
-    samples: pa.Table, hash_S: Words, is_class_S: npt.NDArray[np.bool_], config: TrainConfig
-) -> npt.NDArray[np.int64]:
-    """The samples kept for validation: all those of the images whose hashes are the smallest. None of a class image.
-
-    Image by image in the order of the hashes, so that the first ones are as good a choice as all.
-    """
-    share = config.validation.share
-    if not share:
-        return np.zeros(0, np.int64)
-    image_S = _images(samples)
-    hash_of_image = np.zeros(len(image_S), np.uint64)
-    # A sum, so that the order of an image's samples does not count.
-    np.add.at(hash_of_image, image_S, hash_S)
-    is_candidate = np.zeros(len(image_S), np.bool_)
-    is_candidate[image_S] = True
-    is_candidate[image_S[is_class_S]] = False
-    candidates = np.flatnonzero(is_candidate)
-    count = max(1, round(share * len(candidates)))
-    if count >= len(candidates):
-        raise ConfigError(
-            f"train.validation.share {share:g} leaves nothing to train on: of {len(candidates)} images that are not class "
-            f"images it holds out {count}. Add images, or set it to 0."
-        )
-    chosen = candidates[np.argsort(hash_of_image[candidates], kind="stable")[:count]]
-    rank_of_image = np.full(len(image_S), count)
-    rank_of_image[chosen] = np.arange(count)
-    held_out = np.flatnonzero(rank_of_image[image_S] < count)
-    return held_out[np.argsort(rank_of_image[image_S[held_out]], kind="stable")].astype(np.int64)
-
-
-def _images(samples: pa.Table) -> Integers:
-    """[S]: the image that each sample was made from, as a number below S.
-
-    Sizes, crops and the mirror image of one file share the readable part of the key, the file's size and the first
-    caption (only its shuffled variants depend on the variant). Files with equal bytes share latents. Whatever shares
-    either is one image: files that the table cannot tell apart are held out together, never split.
-    """
-    name_S, _ = _encoded(_hashes(samples, _file_names))
-    latents_S, _ = _encoded(_hashes(samples, lambda rows: rows["latents"]))
-    image_S = name_S
-    while True:
-        # Each image takes the smallest number among those it shares latents, then a name, with.
-        before = image_S
-        for shared_S in (latents_S, name_S):
-            smallest = np.full(len(image_S), len(image_S), np.int32)
-            np.minimum.at(smallest, shared_S, image_S)
-            image_S = smallest[shared_S]
-        if np.array_equal(image_S, before):
-            return image_S
-
-
-def _file_names(rows: pa.RecordBatch) -> pa.Array:
-    readable = pc.replace_substring_regex(rows["key"].cast(pa.string()), _KEY_SUFFIX, "")
-    size = (rows[name].cast(pa.string()) for name in ("width", "height"))
-    return pc.binary_join_element_wise(readable, *size, pc.list_element(rows["texts"], 0), "\n")
-
-
-def _hashes(samples: pa.Table, naming: Callable[[pa.RecordBatch], pa.Array], seed: int = 0) -> Words:
-    """A 64-bit hash of each sample's name."""
-    parts = [np.zeros(0, np.uint64)]
-    for rows in samples.to_batches(max_chunksize=_HASHED_AT_ONCE):
-        names = naming(rows).cast(pa.binary()).to_pylist()
-        parts.append(np.fromiter((xxhash.xxh3_64_intdigest(name, seed) for name in names), np.uint64, len(names)))
-    return np.concatenate(parts)
-
-
 def _fingerprint(
     samples: pa.Table, held_out: Integers, is_class_S: npt.NDArray[np.bool_], config: TrainConfig, empty_length: int
 ) -> str:
@@ -453,18 +381,6 @@ def _fingerprint(
     return hasher.hexdigest()[:32]
 
 
-def _refuse_doubled_keys(keys: pa.ChunkedArray, hash_S: Words) -> None:
-    ordered = np.sort(hash_S)
-    if not (ordered[1:] == ordered[:-1]).any():
-        return
-    doubled = [entry["values"] for entry in pc.value_counts(keys).to_pylist() if entry["counts"] > 1]
-    if doubled:
-        raise CacheError(
-            f"The cache's table of samples lists {doubled[0]} more than once. Run `ftk prepare RUN.yaml`, then "
-            f"`ftk cache RUN.yaml`: they write it anew and keep what is encoded."
-        )
-
-
 def _integers(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
     values: npt.NDArray[np.int64] = column.cast(pa.int64()).to_numpy()
     return values
@@ -476,16 +392,10 @@ def _equals(column: pa.ChunkedArray, value: str) -> npt.NDArray[np.bool_]:
 
 def _codes(values: Integers) -> tuple[Integers, int]:
     """Equal values as equal numbers, in the order of the values; and how many values there are."""
-    indices, distinct = _encoded(values)
+    indices, distinct = held_out.encoded(values)
     rank = np.empty(len(distinct), np.int32)
     rank[np.argsort(distinct)] = np.arange(len(rank), dtype=np.int32)
     return rank[indices], len(rank)
-
-
-def _encoded(values: npt.NDArray[Any]) -> tuple[Integers, npt.NDArray[Any]]:
-    """Where each value stands among the distinct ones, and those: hashed, not sorted, so in no order to rely on."""
-    encoded = pa.array(values).dictionary_encode()
-    return encoded.indices.to_numpy(), encoded.dictionary.to_numpy()
 
 
 def _counted(counts: Integers) -> Integers:

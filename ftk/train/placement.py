@@ -214,7 +214,7 @@ def quantise_base(denoiser: nn.Module, family: Family, device: torch.device) -> 
 def _rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [out,in] int8 and scale [out,1] in the precision of the weight: it is rounded first, so that it adds no error."""
     try:
-        from torchao.quantization.quant_primitives import (  # type: ignore[import-untyped]
+        from torchao.quantization.quant_primitives import (
             MappingType,
             choose_qparams_affine,
             quantize_affine,

@@ -18,7 +18,7 @@ import ftk
 from ftk import storage
 from ftk.configs.load import resolved_yaml, run_path
 from ftk.configs.schema import RunConfig
-from ftk.errors import EnvironmentFault
+from ftk.errors import EnvironmentFault, Preempted
 from ftk.models import base as models
 from ftk.train import checkpoint, inspect, memory, ranks, sigma_plot
 from ftk.train.build import Build, Inputs, build_trainer, open_inputs
@@ -197,12 +197,16 @@ def _stopping_on_signals(mine: Ranks) -> Iterator[None]:
 
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     try:
-        before = {number: signal.signal(number, ask) for number in numbers}
+        before: dict[int, Any] = {number: signal.signal(number, ask) for number in numbers}
     except ValueError:  # not the main thread: nobody's signals to take
         yield
         return
     try:
         yield
+    except Preempted:
+        # The process is about to end with the code that says so, and a signal that is repeated may not change it.
+        before |= dict.fromkeys((signal.SIGTERM, signal.SIGUSR1), signal.SIG_IGN)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
