@@ -11,11 +11,14 @@ from safetensors.torch import load, save
 from ftk.configs.schema import ScheduleConfig, TrainConfig
 from ftk.errors import CheckpointError, ConfigError
 from ftk.train import optim
+from ftk.train.memory import has_torchao
 from ftk.train.optim import MasterOptimizer
 from ftk.train.optimizers import OPTIMIZERS
 
 RATES = {"adafactor": 0.3, "lion": 0.02, "prodigy": 1.0, "torch.optim.SGD": 0.05, "torch.optim.RMSprop": 0.02}
-NAMES = [*OPTIMIZERS, "torch.optim.SGD", "torch.optim.RMSprop"]
+needs_torchao = pytest.mark.skipif(not has_torchao(), reason="torchao is not installed: make test-int8")
+PLAIN_NAMES = [*(name for name in OPTIMIZERS if name != "adamw-8bit"), "torch.optim.SGD", "torch.optim.RMSprop"]
+NAMES = [*PLAIN_NAMES, pytest.param("adamw-8bit", marks=needs_torchao)]
 SETTINGS = {"torch.optim.SGD": {"momentum": 0.9, "nesterov": True}, "prodigy": {"d0": 1e-3, "weight_decay": 0.01}}
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -406,7 +409,11 @@ def test_the_defaults_of_every_optimizer_pass_the_check(name, capsys):
         ({"optimizer": {"name": "no_such_package.Adam"}}, r"needs no_such_package, which cannot be imported .* install"),
         ({"optimizer": {"name": "torch.optim.LBFGS"}}, r"needs a closure"),
         ({"optimizer": {"name": "adamw", "weight_decey": 1}}, r"adamw has no .* mean `weight_decay`\? Valid: betas, eps,"),
-        ({"optimizer": {"name": "adamw-8bit", "amsgrad": True}}, r"optimizer\.amsgrad: torchao has no maximum"),
+        pytest.param(
+            {"optimizer": {"name": "adamw-8bit", "amsgrad": True}},
+            r"optimizer\.amsgrad: torchao has no maximum",
+            marks=needs_torchao,
+        ),
         ({"optimizer": {"name": "adamw", "lr": 0.1}}, r"optimizer\.lr: the learning rate is `train\.learning_rate`"),
         ({"optimizer": {"name": "adamw", "maximize": True}}, r"optimizer\.maximize: a loss is minimised"),
         ({"optimizer": {"name": "adamw", "betas": [0.9, 1.5]}}, r"does not accept .*Invalid beta parameter at index 1: 1\.5"),
@@ -473,6 +480,7 @@ def test_lists_of_a_run_file_become_tuples():
     assert optimizer._optimizers[0].param_groups[0]["eps"] == (None, 1e-2)
 
 
+@needs_torchao
 def test_a_checkpoint_of_other_parameters_or_another_optimizer_is_refused():
     config = config_of("adamw-8bit", ema_decay=0.9)
     begun = MasterOptimizer(make_parameters(), config)
