@@ -12,7 +12,7 @@ import torch
 
 from ftk.configs.schema import TrainConfig
 from ftk.errors import Preempted
-from ftk.models.base import Family
+from ftk.models.base import Family, NoiseSchedule
 from ftk.train import flow
 from ftk.train.data import Batch, Step
 from ftk.train.optim import MasterOptimizer
@@ -64,6 +64,7 @@ class Trainer:
     predict: Callable[..., torch.Tensor]
     optimizer: MasterOptimizer
     schedule: Callable[[int], float]
+    noise_schedule: NoiseSchedule
     config: TrainConfig
     device: torch.device
     dtype: torch.dtype = torch.float32
@@ -122,25 +123,34 @@ class Trainer:
         )
 
     def losses(self, batch: Batch) -> torch.Tensor:
-        """[B] fp32 weighted loss of each sample: noise it to its sigma, predict, compare with the velocity."""
-        noisy_BCHW = flow.interpolate(batch.latents_BCHW, batch.noise_BCHW, batch.sigma_B)
-        prediction_BCHW = self.predict(self.denoiser, noisy_BCHW, batch.sigma_B, batch.texts)
-        # The weight is of the sigma that was applied: rounded to the working dtype, as in the interpolation.
-        applied_B = batch.sigma_B.to(noisy_BCHW.dtype).float()
+        """[B] fp32 weighted loss of each sample: noise it to its sigma, predict, compare with the target."""
+        noise = self.noise_schedule
+        signal_B, sigma_B = noise.scales(batch.sigma_B, batch.latents_BCHW.dtype)
+        noisy_BCHW = flow.interpolate(batch.latents_BCHW, batch.noise_BCHW, signal_B, sigma_B)
+        prediction_BCHW = self.predict(self.denoiser, noisy_BCHW, noise.time(batch.sigma_B), batch.texts)
         return batch.weight_B * flow.loss_per_sample(
             prediction_BCHW,
-            flow.velocity(batch.latents_BCHW, batch.noise_BCHW),
-            flow.weight(applied_B, self.config.sigma.weighting),
+            flow.target(noise.objective, batch.latents_BCHW, batch.noise_BCHW, signal_B, sigma_B),
+            self._weights(signal_B.float(), sigma_B.float()),
             cell_weight_BHW=batch.cell_weight_BHW,
             huber_delta=self.config.loss.huber_delta if self.config.loss.kind == "huber" else None,
         )
+
+    def _weights(self, signal_B: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
+        """[B]: of the sigma that was applied, rounded to the working dtype as in the interpolation."""
+        settings = self.config.sigma
+        if settings.weighting == "min_snr":
+            return flow.min_snr_weight(signal_B, sigma_B, self.noise_schedule.objective, settings.min_snr_gamma)
+        return flow.weight(sigma_B, settings.weighting)
 
 
 def band_totals(sigma_B: torch.Tensor, losses_B: torch.Tensor) -> torch.Tensor:
     """[2,K]: the sum of the losses, and the number of samples, of each sigma band."""
     band_B = (sigma_B * NUM_BANDS).long().clamp(0, NUM_BANDS - 1)
     rows_2B = torch.stack([losses_B.float(), torch.ones_like(losses_B, dtype=torch.float32)])
-    return torch.zeros(2, NUM_BANDS, device=losses_B.device).index_add_(1, band_B, rows_2B)
+    # Not `index_add_`, whose order of adding differs from run to run on a GPU; not a product, which spreads a NaN.
+    is_in_KB = band_B == torch.arange(NUM_BANDS, device=losses_B.device)[:, None]
+    return torch.where(is_in_KB, rows_2B[:, None], 0.0).sum(2)
 
 
 def seed_generators(device: torch.device, seed: int) -> None:
