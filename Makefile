@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-int8 lint check campaign-prepare campaign-cache bench clean
+.PHONY: setup demo test test-int8 lint check campaign-prepare campaign-cache campaign-train bench clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,9 @@ campaign-prepare: setup
 
 campaign-cache: setup
 	$(BIN)/python -m pytest -q -s -m campaign tests/e2e/test_cache_faults.py tests/e2e/test_cache_engines.py
+
+campaign-train: setup
+	$(BIN)/python -m pytest -q -s -m campaign tests/e2e/test_train_faults.py
 
 bench: setup
 	$(BIN)/python benchmarks/train_step.py

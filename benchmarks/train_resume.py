@@ -26,7 +26,7 @@ PARTS = {
     "workload": "the largest micro-batch is found",
     "model": "the denoiser is loaded, with its adapter",
     "restore": "the checkpoint is verified and loaded",
-    "batch": "the first batch is put together",
+    "batch": "the epoch is planned, the first batch put together",
     "step": "the first step",
     "rest": "everything else",
 }
@@ -52,10 +52,18 @@ def resume(root: Path, setting: str, started: float) -> dict[str, float]:
             (memory, "cached_workload", "workload"),
             (build, "_load", "model"),
             (build, "_restore", "restore"),
-            (data.Loader, "step", "batch"),
         ]
         for owner, name, part in wrapped:
             patch.object(owner, name, _measuring(getattr(owner, name), part, measured)).start()
+        steps = data.Loader.steps
+
+        def first_of_steps(*arguments: Any) -> Iterator[Any]:
+            loaded = steps(*arguments)
+            with measured("batch"):
+                first = next(loaded)
+            yield first
+
+        patch.object(data.Loader, "steps", first_of_steps).start()
         update = loop.Trainer.update
 
         def first_update(*arguments: Any) -> None:
@@ -105,7 +113,7 @@ def settings_of(setting: str) -> dict[str, Any]:
 
 
 def make(root: Path, num_samples: int) -> dict[str, float]:
-    """The workspace; in a process of its own, since nothing is written through to the disk, which would take most of the time."""
+    """The workspace; in a process of its own, since nothing is written through to the disk: that would take most of it."""
     import train_setup as setup
 
     os.fsync = lambda descriptor: None

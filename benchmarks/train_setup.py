@@ -60,12 +60,8 @@ _TINY = {
 }
 _MID = {"num_layers": 9, "num_attention_heads": 6, "attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)}
 SIZES = {
-    "tiny": Size(
-        transformer=_TINY, buckets=((128, 128), (96, 160), (160, 96)), text_tokens=(20, 60), parameters=(5e4, 2e5)
-    ),
-    "mid": Size(
-        transformer=_MID, buckets=((256, 256), (192, 320), (320, 192)), text_tokens=(20, 60), parameters=(45e6, 55e6)
-    ),
+    "tiny": Size(transformer=_TINY, buckets=((128, 128), (96, 160), (160, 96)), text_tokens=(20, 60), parameters=(5e4, 2e5)),
+    "mid": Size(transformer=_MID, buckets=((256, 256), (192, 320), (320, 192)), text_tokens=(20, 60), parameters=(45e6, 55e6)),
     # Samples of Qwen-Image's own size: 1024 px, texts of 200 tokens.
     "samples": Size(
         transformer={**_TINY, "joint_attention_dim": 3584},
@@ -74,16 +70,12 @@ SIZES = {
         parameters=(5e4, 5e5),
     ),
     # As small as the family takes them, for caches of a million.
-    "many": Size(
-        transformer=_TINY, buckets=((32, 32), (48, 32), (32, 48)), text_tokens=(8, 32), parameters=(5e4, 2e5)
-    ),
+    "many": Size(transformer=_TINY, buckets=((32, 32), (48, 32), (32, 48)), text_tokens=(8, 32), parameters=(5e4, 2e5)),
     "full": Size(transformer={}, buckets=((1024, 1024), (512, 512)), text_tokens=(200, 200), parameters=(20e9, 21e9)),
 }
 
 
-def make_workspace(
-    root: Path, size: Size, *, num_samples: int, train: dict[str, Any], items_a_shard: int = 250
-) -> RunConfig:
+def make_workspace(root: Path, size: Size, *, num_samples: int, train: dict[str, Any], items_a_shard: int = 250) -> RunConfig:
     """A model with random weights and a sealed cache of noise, as `ftk train` expects them; no stage has run.
 
     The model has no VAE and no text encoder: a training machine needs none.
@@ -117,7 +109,9 @@ def make_cache(folder: Path, config: RunConfig, size: Size, num_samples: int, it
     low, high = size.text_tokens
     lengths = np.random.default_rng(0).integers(low, high + 1, num_samples).tolist()
     sides = [size.buckets[number % len(size.buckets)] for number in range(num_samples)]
-    shapes = ((family.geometry.channels, side[1] // family.geometry.factor, side[0] // family.geometry.factor) for side in sides)
+    shapes = (
+        (family.geometry.channels, side[1] // family.geometry.factor, side[0] // family.geometry.factor) for side in sides
+    )
     pictures = (
         (item_id("latents", number), {"mean": noise(number, *shape), "std": noise(number + 1, *shape).abs()})
         for number, shape in enumerate(shapes)

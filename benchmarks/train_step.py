@@ -61,7 +61,7 @@ class Blocks:
 
 
 class Turns:
-    """Stands between the loader and `Trainer.fit`: lets whole blocks through, and runs those of the other sides between them."""
+    """Stands between the loader and `Trainer.fit`: lets whole blocks through, and runs the other sides' between them."""
 
     def __init__(self, steps: Iterator[Step], build: Build, peers: dict[str, Callable[[Sample], Any]], rounds: int, block: int):
         self.blocks = {name: Blocks() for name in ("ftk", *peers)}
@@ -119,7 +119,9 @@ def train_settings(batch_size: int, steps: int, **others: Any) -> dict[str, Any]
 def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Each size with each batch size."""
     return [
-        overhead_of(name, batch_size, options) for name in options.size or OVERHEAD_SIZES for batch_size in options.batch or (1, 4)
+        overhead_of(name, batch_size, options)
+        for name in options.size or OVERHEAD_SIZES
+        for batch_size in options.batch or (1, 4)
     ]
 
 
@@ -151,7 +153,7 @@ def model_facts(build: Build) -> dict[str, Any]:
 
 
 def sides(blocks: dict[str, Blocks]) -> dict[str, Any]:
-    """Each side's own times, and ftk's as ratios to its own of the same round."""
+    """Each side's own times; of the others' also ftk's as a ratio to theirs of the same round."""
     ours = blocks["ftk"]
     found: dict[str, Any] = {}
     for name, theirs in blocks.items():
@@ -169,7 +171,7 @@ def sides(blocks: dict[str, Blocks]) -> dict[str, Any]:
 
 
 def waiting(directory: Path, first_steps: set[int]) -> dict[str, Any]:
-    """What the loop waited for its batches, by the run's own metrics; not at the blocks' first steps, before which others ran."""
+    """What the loop waited for its batches, by the run's metrics; not at the blocks' first steps, before which others ran."""
     table = metrics_table(directory).select(["step", "data_seconds"]).to_pylist()
     counted = [row["data_seconds"] for row in table if row["step"] > WARMUP_STEPS and row["step"] not in first_steps]
     return {**spread(counted), "p99": float(np.quantile(counted, 0.99))}
@@ -191,7 +193,8 @@ def data_of(root: Path, batch_size: int, options: argparse.Namespace) -> dict[st
     with closing(build.inputs.store), closing(build.recorder):
         seconds = [timed(build.loader.step, index) for index in range((1 + options.rounds) * steps_an_epoch)]
         waits = {
-            name: loop_waits(build, options.gpu_steps, pause) for name, pause in (("sleeping", time.sleep), ("computing", compute))
+            name: loop_waits(build, options.gpu_steps, pause)
+            for name, pause in (("sleeping", time.sleep), ("computing", compute))
         }
     a_sample = [each / batch_size for each in seconds]
     return {
@@ -233,7 +236,9 @@ def compute(seconds: float) -> None:
 def memory(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Each size with each batch size, in processes of their own that take turns."""
     return [
-        memory_of(name, batch_size, options) for name in options.size or OVERHEAD_SIZES for batch_size in options.batch or (1, 4)
+        memory_of(name, batch_size, options)
+        for name in options.size or OVERHEAD_SIZES
+        for batch_size in options.batch or (1, 4)
     ]
 
 
@@ -253,7 +258,8 @@ def memory_of(name: str, batch_size: int, options: argparse.Namespace) -> dict[s
         for _, kind in taking_turns(tuple(found), options.repeats):
             found[kind].append(in_a_process(commands[kind]))
     measured = {
-        kind: {key: spread([run[key] for run in runs]) for key in ("imported_bytes", "peak_bytes")} for kind, runs in found.items()
+        kind: {key: spread([run[key] for run in runs]) for key in ("imported_bytes", "peak_bytes")}
+        for kind, runs in found.items()
     }
     for kind in PEERS:
         pairs = zip(found["ftk"], found[kind], strict=True)
@@ -298,7 +304,9 @@ def show(part: str, results: Sequence[dict[str, Any]], console: Console) -> None
 
 def show_overhead(results: Sequence[dict[str, Any]], console: Console) -> None:
     """One row a side."""
-    table = new_table("ftk's step against the same step without ftk", ["", "ms a step", "ftk / it", "by CPU time", "ftk's extra ms"])
+    table = new_table(
+        "ftk's step against the same step without ftk", ["", "ms a step", "ftk / it", "by CPU time", "ftk's extra ms"]
+    )
     for result in results:
         for name, side in result["sides"].items():
             about = f"{result['size']} b{result['batch_size']} ({result['num_base_parameters'] / 1e6:,.1f} M): {name}"
@@ -358,7 +366,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="turns of each side; epochs of data after the first")
     parser.add_argument("--block", type=int, help=f"steps a turn: a multiple of {LOG_EVERY}")
     parser.add_argument("--gpu-steps", type=int, default=20, help="of data: steps that take as long as a GPU's")
-    parser.add_argument("--repeats", type=int, default=5, help="of memory: processes of each side")
+    parser.add_argument("--repeats", type=int, default=3, help="of memory: processes of each side")
     parser.add_argument("--memory-steps", type=int, default=20, help="of memory: steps of each process")
     parser.add_argument("--threads", type=int, default=1, help="torch's CPU threads; more are slower when cores are busy")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers and the machine's facts here")
@@ -384,8 +392,12 @@ def main() -> None:
         report[part] = PARTS[part](options)
         show(part, report[part], console)
     report["machine"]["load_after"] = os.getloadavg()[0]
-    console.print("Medians, with least and greatest in brackets. A ratio is of neighbouring blocks, or processes, of one round.")
-    console.print(f"Load of the machine: {report['machine']['load']:.1f} before, {report['machine']['load_after']:.1f} at the end.")
+    console.print(
+        "Medians, with least and greatest in brackets. A ratio is of blocks, or processes, of the same round."
+    )
+    console.print(
+        f"Load of the machine: {report['machine']['load']:.1f} before, {report['machine']['load_after']:.1f} at the end."
+    )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2) + "\n")

@@ -18,7 +18,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import blake3
 import psutil
@@ -178,6 +178,8 @@ def _flock(path: Path, mode: int) -> Iterator[None]:
                 f"{path.parent} is being written by {_holder(path)}. Wait for it to end, or use another --workspace or run "
                 f"name."
             ) from None
+        if not _is_at(file, path):
+            raise EnvironmentFault(f"{path.parent} was set aside or removed by another process just now. Start again.")
         # Of those that share a lock each is named in its part's.
         if mode == fcntl.LOCK_EX:
             file.seek(0)
@@ -185,6 +187,14 @@ def _flock(path: Path, mode: int) -> Iterator[None]:
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
         yield
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether an open file is still the one at a path: its folder may have been renamed between opening and locking."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _holder(path: Path) -> str:

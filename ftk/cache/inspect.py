@@ -191,6 +191,8 @@ def _buckets(table: pa.Table) -> list[BucketSummary]:
 
 def _limit(manifest: CacheManifest) -> int | None:
     """Tokens at which the encoder cut: what it recorded, else what its family does now; None when neither is known."""
+    if manifest.family in models.available() and models.get(manifest.family).pads_texts:
+        return None
     recorded = manifest.encoders.get("texts", {}).get("max_text_tokens")
     if isinstance(recorded, int):
         return recorded

@@ -376,8 +376,10 @@ def _report_of_part(work: _Work, num_left: int) -> CacheReport:
 def _report(work: _Work, manifest: CacheManifest, tables: dict[str, pa.Table]) -> CacheReport:
     needed = pc.is_in(tables["texts"]["id"], value_set=_all_texts(work, manifest, tables))
     cut = pc.and_(needed, pc.greater_equal(tables["texts"]["length"], work.family.max_text_tokens))
+    # Where every text is padded to the longest, their lengths do not tell which were cut.
+    num_cut = 0 if work.family.pads_texts else int(pc.sum(cut).as_py() or 0)
     num_bytes = sum(int(pc.sum(tables[kind]["bytes"]).as_py() or 0) for kind in KINDS)
-    return _summary(work, num_shards_missing=0, num_texts_truncated=int(pc.sum(cut).as_py() or 0), num_bytes=num_bytes)
+    return _summary(work, num_shards_missing=0, num_texts_truncated=num_cut, num_bytes=num_bytes)
 
 
 def _all_texts(work: _Work, manifest: CacheManifest, tables: dict[str, pa.Table]) -> pa.Array:

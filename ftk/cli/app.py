@@ -76,7 +76,9 @@ def main() -> None:
     except OSError as error:
         _fail(_os_message(error), 4, error)
     except RuntimeError as error:
-        if "out of memory" not in str(error).lower():
+        from ftk.models.base import is_out_of_memory  # torch raised it, so torch is loaded
+
+        if not is_out_of_memory(error):
             raise
         _fail(
             f"The device is out of memory: {str(error).splitlines()[0]}\nClose what else uses it, or lower "

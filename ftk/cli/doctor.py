@@ -84,8 +84,9 @@ def planned(config: "RunConfig", world_size: int = 1) -> "tuple[MemoryPlan, Work
     from ftk.errors import ModelError
     from ftk.methods import base as methods
     from ftk.models import base as models
-    from ftk.train import memory
+    from ftk.train import memory, optim
 
+    optim.check(config.train)
     family = models.get(config.model.family)
     model = models.local_components(config.model, family.denoiser_components)
     if model is None:

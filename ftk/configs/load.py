@@ -21,6 +21,9 @@ _SECRET_KEY = re.compile(r"(token|secret|password|api_?key|credential)", re.IGNO
 _SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|AKIA[0-9A-Z]{12,}|ghp_[A-Za-z0-9]{16,})\b|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
 
 
+# Parts of a mistake's place that name no setting, but a validator or one type of several.
+_BRANCH = re.compile(r"^(function-|literal\[|constrained-|tuple\[|list\[)|^(int|float|str|bool|none)$")
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -92,7 +95,7 @@ def validate(model: type[Model], tree: Any, where: str, prefix: str = "") -> Mod
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(model, dict(problem), prefix) for problem in _causes(error)]
+        lines = _joined([_explain(model, dict(problem), prefix) for problem in _causes(error)])
         raise ConfigError(f"{where}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])) from None
 
 
@@ -188,7 +191,7 @@ def _causes(error: ValidationError) -> list[Any]:
 
 
 def _explain(model: type[BaseModel], problem: dict[str, Any], prefix: str) -> str:
-    location = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
+    location = [part for part in problem["loc"] if not (isinstance(part, str) and _BRANCH.match(part))]
     dotted = prefix + ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         return f"`{dotted}` is not a setting.{_nearest(_fields_at(model, location[:-1]), str(location[-1]))}"
@@ -198,6 +201,19 @@ def _explain(model: type[BaseModel], problem: dict[str, Any], prefix: str) -> st
     found = problem.get("input")
     shown = f" (found {redact(found)!r})" if not isinstance(found, (dict, list, BaseModel)) else ""
     return f"`{dotted or 'the file'}`: {message}{shown}"
+
+
+def _joined(lines: Sequence[str]) -> list[str]:
+    """One line for each place: a value that fits none of several types is told of once, with all that it may be."""
+    places: dict[str, list[str]] = {}
+    for line in lines:
+        place, separator, message = line.partition(": ")
+        places.setdefault(place + separator, []).append(message)
+    joined = []
+    for place, messages in places.items():
+        bare = [re.sub(r" \(found .*\)$", "", message) for message in messages[:-1]]
+        joined.append(place + " or ".join([*bare, messages[-1]]))
+    return joined
 
 
 def _nearest(valid: Sequence[str], given: str) -> str:

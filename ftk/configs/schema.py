@@ -244,7 +244,8 @@ class SigmaConfig(Section):
     maximum: float = Field(default=1.0, gt=0, le=1)
     stratified: bool = Field(default=False, description="one draw from each of as many equal shares as a step has samples")
     continuous: bool = Field(default=False, description="any sigma, not those of the family's training table alone")
-    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
+    weighting: Literal["none", "sigma_sqrt", "cosmap", "min_snr"] = "none"
+    min_snr_gamma: float = Field(default=5.0, gt=0, description="signal-to-noise ratio above which min_snr weighs less")
 
     @field_validator("shift")
     @classmethod
@@ -260,6 +261,8 @@ class SigmaConfig(Section):
         for name, owner in owners.items():
             if self.sampling != owner:
                 _require_default(self, name, f"sampling: {owner}")
+        if self.weighting != "min_snr":
+            _require_default(self, "min_snr_gamma", "weighting: min_snr")
         if self.minimum >= self.maximum:
             raise ValueError(f"`minimum` {self.minimum} is not below `maximum` {self.maximum}")
         return self
@@ -340,6 +343,9 @@ class ScheduleConfig(Section):
         if self.name == "piecewise_constant":
             if not re.fullmatch(r"(\d+(\.\d+)?:\d+,)*\d+(\.\d+)?", self.rules):
                 raise ValueError("`rules` is FACTOR:STEP,FACTOR:STEP,...,FACTOR, for example 1:100,0.1")
+            ends = [int(rule.split(":")[1]) for rule in self.rules.split(",")[:-1]]
+            if ends != sorted(set(ends)):
+                raise ValueError(f"the steps in `rules` must grow; they are {', '.join(map(str, ends))}")
             _require_default(self, "warmup_steps", "a schedule other than piecewise_constant, which says its own")
         return self
 

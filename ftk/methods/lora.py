@@ -1,25 +1,31 @@
-"""LoRA: W + (alpha / rank) B A, by PEFT (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA: W + (alpha / rank) B A, by PEFT (Hu et al. 2021, arXiv 2106.09685), and its variants.
 
-Initialisation is diffusers' `gaussian`: A normal with standard deviation 1 / rank, B zero, so training starts at the base.
+rsLoRA divides by the root of the rank (arXiv 2312.03732); DoRA trains direction and magnitude apart (arXiv 2402.09353); LoRA+
+has B learn faster than A (arXiv 2402.12354). Initialisation: `gaussian` is diffusers' (A normal with standard deviation
+1 / rank, B zero), `default` is PEFT's (A uniform). PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775) start from factors of
+W, which they take out of it: the base is no longer the base, so what is delivered is the difference to the start,
+s (B A - B0 A0), an adapter of twice the rank for the original weights. (PEFT's own files would load silently wrong.)
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ftk import storage
 from ftk.errors import ConfigError
-from ftk.methods.base import Components, target_modules
+from ftk.methods import _formats, _peft
+from ftk.methods.base import Components, Targets, check_format
 from ftk.models.base import Family
 
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
-ADAPTER = "default"
+WEIGHTS_FILE = _formats.SINGLE_FILE
+_KINDS = ("lora_A", "lora_B", "lora_magnitude_vector")
+_CHANGES_BASE = ("pissa", "olora")
 
 
 class LoraConfig(BaseModel):
@@ -30,51 +36,80 @@ class LoraConfig(BaseModel):
     rank: int = Field(default=16, ge=1)
     alpha: float | None = Field(default=None, gt=0, description="strength is alpha / rank; alpha = rank by default")
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: str | tuple[str, ...] = Field(default="attention", description="a group of the family, or module names")
+    targets: Targets = Field(default="attention", description="a group of the family, `all`, module names, or {regex: ...}")
+    rank_pattern: dict[str, int] = Field(default={}, description="other ranks, by the end of a module's name (an expression)")
+    alpha_pattern: dict[str, float] = Field(default={}, description="other alphas; the alpha above for layers not named")
+    rslora: bool = Field(default=False, description="strength is alpha / sqrt(rank)")
+    dora: bool = Field(default=False, description="train each row's direction and magnitude apart")
+    initialisation: Literal["gaussian", "default", "pissa", "olora"] = "gaussian"
+    lora_plus: float | None = Field(default=None, ge=1, description="B's learning rate is so many times A's; 16 in the paper")
+
+    @model_validator(mode="after")
+    def _settings_go_together(self) -> Self:
+        if self.dora and self.initialisation in _CHANGES_BASE:
+            raise ValueError(f"`dora` and `initialisation: {self.initialisation}` exclude each other: both start from W's norm")
+        for name, low in (("rank_pattern", 1), ("alpha_pattern", 1e-12)):
+            if any(value < low for value in getattr(self, name).values()):
+                raise ValueError(f"`{name}`: ranks and alphas are above 0")
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factors:
+    """What one layer adds: B [out,r] A [r,in] (with the kernel's sides after them for a convolution), the scale in B.
+
+    `magnitude` [out] is DoRA's: the length of each row of W + B A.
+    """
+
+    A: "torch.Tensor"
+    B: "torch.Tensor"
+    magnitude: "torch.Tensor | None"
 
     @property
-    def scale(self) -> float:
-        """What B A is multiplied by."""
-        return (self.alpha or self.rank) / self.rank
+    def rank(self) -> int:
+        """Rows of A."""
+        return int(self.A.shape[0])
 
 
 class Lora:
-    """The low-rank adapter of linear layers."""
+    """The low-rank adapter of linear layers and convolutions."""
 
     name = "lora"
     Config: ClassVar[type[BaseModel]] = LoraConfig
     NEEDS = ("denoiser",)
     EXTRA: tuple[str, ...] = ()
-    FORMATS = ("diffusers",)
+    FORMATS = ("diffusers", "peft", "comfyui", "kohya")
 
     def attach(self, components: Components, family: Family, config: LoraConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
         """Inject the adapter through diffusers' `add_adapter`."""
-        import torch
-
         denoiser: Any = components["denoiser"]
-        targets = target_modules(family, config.targets)
-        names = [name for name, module in denoiser.named_modules() if isinstance(module, torch.nn.Linear)]
-        for target in targets:
-            if not any(name == target or name.endswith("." + target) for name in names):
-                raise ConfigError(f"method.targets: {target!r} is the name of no linear layer of {family.name}.")
-        device = next(denoiser.parameters()).device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            denoiser.add_adapter(_peft_config(config, targets, config.alpha or config.rank), adapter_name=ADAPTER)
-        return {name: parameter for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
+        names = _peft.select(denoiser, family, config.targets, _peft.linear_or_convolution)
+        _peft.check_patterns(config.rank_pattern, names, "rank_pattern")
+        _peft.check_patterns(config.alpha_pattern, names, "alpha_pattern")
+        if self.changes_base(config):
+            layers = dict(denoiser.named_modules())
+            _peft.refuse_quantised((layers[name] for name in names), f"method.initialisation: {config.initialisation}")
+        parameters = _peft.attach(denoiser, _peft_config(denoiser, family, config, names), seed)
+        if self.changes_base(config):
+            for name, layer in _peft.adapted(denoiser).items():
+                _start_from_weight(name, layer, config.initialisation)
+        return parameters
+
+    def parameter_groups(self, config: LoraConfig) -> tuple[tuple[str, float], ...]:
+        """LoRA+."""
+        return ((r"\.lora_B\.", config.lora_plus),) if config.lora_plus else ()
+
+    def changes_base(self, config: LoraConfig) -> bool:
+        """PiSSA and OLoRA take a part out of the weights."""
+        return config.initialisation in _CHANGES_BASE
 
     def state(self, components: Components) -> "dict[str, torch.Tensor]":
-        """`MODULE.lora_A.weight` and `MODULE.lora_B.weight`."""
-        from peft import get_peft_model_state_dict
-
-        return dict(get_peft_model_state_dict(components["denoiser"], adapter_name=ADAPTER))
+        """`MODULE.lora_A.weight`, `MODULE.lora_B.weight`, and with DoRA `MODULE.lora_magnitude_vector`."""
+        return _peft.state(components["denoiser"])
 
     def load_state(self, components: Components, state: "Mapping[str, torch.Tensor]") -> None:
         """Inverse of `state`."""
-        from peft import set_peft_model_state_dict
-
-        outcome = set_peft_model_state_dict(components["denoiser"], dict(state), adapter_name=ADAPTER)
-        assert not outcome.unexpected_keys, f"state of another adapter: {outcome.unexpected_keys[:3]}"
+        _peft.load_state(components["denoiser"], state)
 
     def export(
         self,
@@ -85,55 +120,177 @@ class Lora:
         form: str,
         metadata: Mapping[str, str],
     ) -> list[Path]:
-        """`diffusers`: `transformer.`-prefixed keys with the scale baked into B, and metadata that says alpha = rank.
-
-        Both readers of the format then agree: diffusers, which reads the metadata, and those that read the tensors alone.
-        """
-        from safetensors.torch import save
-
-        assert form in self.FORMATS
-        prefix = "transformer"
-        tensors = {
-            f"{prefix}.{name}": (tensor.float() * config.scale).to(tensor.dtype) if ".lora_B." in name else tensor
-            for name, tensor in self.state(components).items()
-        }
-        peft_config = _peft_config(config, target_modules(family, config.targets), config.rank).to_dict()
-        plain = {f"{prefix}.{key}": _plain(value) for key, value in peft_config.items()}
-        payload = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        header = {"format": "pt", "lora_adapter_metadata": json.dumps(plain, sort_keys=True), **metadata}
-        storage.commit_bytes(directory / WEIGHTS_FILE, storage.canonical_safetensors(payload, header))
-        return [directory / WEIGHTS_FILE]
+        """Every format holds the scale in B, with alpha = rank: readers that look at alpha and those that do not agree."""
+        reason = "LyCORIS' name for it is LoCon, in kohya's or ComfyUI's format. Write one of those."
+        check_format(self.name, self.FORMATS, form, {"lycoris": reason})
+        denoiser: Any = components["denoiser"]
+        factors = delivered(denoiser)
+        if form in ("comfyui", "kohya"):
+            tensors = _renamed(denoiser, factors, form, family)
+            return [_peft.commit_tensors(directory / _formats.NAMED_FILES[form], tensors, metadata)]
+        tensors = _named(factors)
+        peft_config = _delivered_config(denoiser, config, factors)
+        if form == "peft":
+            return _peft.export_directory(directory, peft_config, tensors, metadata)
+        prefix = _formats.component(family)
+        settings = {f"{prefix}.{key}": value for key, value in _peft.plain(peft_config.to_dict()).items()}
+        header = {"lora_adapter_metadata": json.dumps(settings, sort_keys=True), **metadata}
+        prefixed = {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+        return [_peft.commit_tensors(directory / WEIGHTS_FILE, prefixed, header)]
 
     def load_into(self, pipeline: Any, directory: Path) -> None:
-        """diffusers' own loader."""
-        pipeline.load_lora_weights(directory, weight_name=WEIGHTS_FILE)
+        """diffusers' own loader, once the file is known to be whole and of this model."""
+        path, denoiser = directory / WEIGHTS_FILE, _peft.denoiser_of(pipeline)
+        tensors = _peft.read_tensors(path)
+        prefixes = {name.partition(".")[0] for name in tensors}
+        here = "transformer" if denoiser is getattr(pipeline, "transformer", None) else "unet"
+        if prefixes != {here}:
+            _peft.check_fits(denoiser, tensors, path)
+        _peft.check_fits(denoiser, {name.removeprefix(f"{here}."): tensor for name, tensor in tensors.items()}, path)
+        with _peft.explaining(path):
+            pipeline.load_lora_weights(directory, weight_name=WEIGHTS_FILE)
 
     def merge(self, components: Components) -> None:
         """Add (alpha / rank) B A to each adapted weight and remove the adapter."""
-        denoiser: Any = components["denoiser"]
-        denoiser.fuse_lora()
-        denoiser.unload_lora()
+        _peft.merge(components["denoiser"])
+
+    def usage(self, family: Family) -> str:
+        """diffusers' loader."""
+        return 'pipeline.load_lora_weights("path/to/this/folder")'
 
 
-def _peft_config(config: LoraConfig, targets: list[str], alpha: float) -> Any:
+def _peft_config(denoiser: Any, family: Family, config: LoraConfig, names: list[str]) -> Any:
     import peft
 
     return peft.LoraConfig(
         r=config.rank,
-        lora_alpha=alpha,
+        lora_alpha=config.alpha or config.rank,
         lora_dropout=config.dropout,
-        init_lora_weights="gaussian",
-        target_modules=targets,
+        # What takes factors out of W starts as `default` does, and is replaced.
+        init_lora_weights="gaussian" if config.initialisation == "gaussian" else True,
+        target_modules=_peft.as_peft_targets(denoiser, family, config.targets, names),
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=_alphas(config),
+        use_rslora=config.rslora,
+        use_dora=config.dora,
     )
 
 
-def _plain(value: Any) -> Any:
-    """PEFT keeps target modules in a set, whose order changes from process to process."""
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return value if isinstance(value, (str, int, float, bool, list, type(None))) else str(value)
+def _alphas(config: LoraConfig) -> dict[str, float]:
+    """Without an alpha of its own, a layer of another rank has alpha = rank too."""
+    by_rank = {} if config.alpha is not None else {key: float(rank) for key, rank in config.rank_pattern.items()}
+    return {**config.alpha_pattern, **{key: alpha for key, alpha in by_rank.items() if key not in config.alpha_pattern}}
+
+
+def _start_from_weight(name: str, layer: Any, initialisation: str) -> None:
+    """Move a part of rank r from the layer's weight into its adapter, and keep that part: the delivery needs it.
+
+    PiSSA, eq. 2 and 3: the r largest singular values, their roots on either side. OLoRA, algorithm 1: Q[:, :r] and R[:r].
+    The rest is computed from the rounded factors, so that the sum is the weight to the precision of the rest.
+
+    Raises:
+        ConfigError: the rank is larger than the weight's own.
+    """
+    import torch
+
+    base = layer.get_base_layer()
+    A, B = layer.lora_A[_peft.ADAPTER].weight, layer.lora_B[_peft.ADAPTER].weight
+    layer.register_buffer("initial_A", torch.empty_like(A), persistent=False)
+    layer.register_buffer("initial_B", torch.empty_like(B), persistent=False)
+    if base.weight.is_meta:
+        return
+    rank, scale = A.shape[0], layer.scaling[_peft.ADAPTER]
+    weight_OI = base.weight.detach().float().flatten(1)
+    if rank > min(weight_OI.shape):
+        raise ConfigError(
+            f"method.initialisation: {initialisation} takes rank {rank} of {name}, whose weight is {tuple(weight_OI.shape)}. "
+            f"Lower the rank there with rank_pattern."
+        )
+    if initialisation == "pissa":
+        U, S, V = torch.linalg.svd(weight_OI, full_matrices=False)
+        roots = (S[:rank] / scale).sqrt()
+        left, right = U[:, :rank] * roots, roots[:, None] * V[:rank]
+    else:
+        Q, R = torch.linalg.qr(weight_OI)
+        left, right = Q[:, :rank], R[:rank]
+    with torch.no_grad():
+        for parameter, initial, value in ((A, layer.initial_A, right), (B, layer.initial_B, left)):
+            parameter.copy_(value.reshape(parameter.shape))
+            initial.copy_(parameter)
+        rest_OI = weight_OI - scale * (B.float().flatten(1) @ A.float().flatten(1))
+        base.weight.copy_(rest_OI.reshape(base.weight.shape))
+
+
+def delivered(denoiser: Any) -> dict[str, Factors]:
+    """What each layer adds to the original weights, by the module's name; scale, and what was taken out, are in it."""
+    import torch
+
+    layers, found = _peft.adapted(denoiser), {}
+    for name, tensors in _formats.split(_peft.state(denoiser), _KINDS).items():
+        layer = layers[name]
+        A, B = tensors["lora_A"].detach(), tensors["lora_B"].detach()
+        if hasattr(layer, "initial_A"):
+            A = torch.cat([A, layer.initial_A.to(A)], 0)
+            B = torch.cat([B, -layer.initial_B.to(B)], 1)
+        scaled = (B.float() * layer.scaling[_peft.ADAPTER]).to(B.dtype)
+        found[name] = Factors(A=A, B=scaled, magnitude=tensors.get("lora_magnitude_vector"))
+    return found
+
+
+def _delivered_config(denoiser: Any, config: LoraConfig, factors: Mapping[str, Factors]) -> Any:
+    """The settings that belong to `factors`: alpha = rank everywhere, and nothing taken out of the base."""
+    double = 2 if METHOD.changes_base(config) else 1
+    peft_config = _peft.for_delivery(denoiser.peft_config[_peft.ADAPTER])
+    peft_config.r = peft_config.lora_alpha = double * config.rank
+    peft_config.rank_pattern = {key: double * rank for key, rank in config.rank_pattern.items()}
+    peft_config.alpha_pattern = dict(peft_config.rank_pattern)
+    peft_config.use_rslora = False
+    peft_config.init_lora_weights = True
+    assert {each.rank for each in factors.values()} <= {peft_config.r, *peft_config.rank_pattern.values()}
+    return peft_config
+
+
+def _named(factors: Mapping[str, Factors]) -> "dict[str, torch.Tensor]":
+    """PEFT's names."""
+    named = {}
+    for name, one in factors.items():
+        named[f"{name}.lora_A.weight"], named[f"{name}.lora_B.weight"] = one.A, one.B
+        if one.magnitude is not None:
+            named[f"{name}.lora_magnitude_vector"] = one.magnitude
+    return named
+
+
+def _renamed(denoiser: Any, factors: Mapping[str, Factors], form: str, family: Family) -> "dict[str, torch.Tensor]":
+    """Names of ComfyUI or kohya. Of layers with other ranks, too, alpha is the largest: diffusers mixes up several alphas."""
+    import torch
+
+    alpha = float(max(one.rank for one in factors.values()))
+    stem, layers, named = _formats.stem(form, family), _peft.adapted(denoiser), {}
+    is_flat = _formats.component(family) == "unet"
+    first, second = ("lora_down", "lora_up") if is_flat else ("lora_A", "lora_B")
+    for name, one in factors.items():
+        key = stem(name)
+        named[f"{key}.{first}.weight"], named[f"{key}.{second}.weight"] = one.A, one.B * (one.rank / alpha)
+        named[f"{key}.alpha"] = torch.tensor(alpha)
+        if one.magnitude is not None:
+            if form == "kohya":
+                raise ConfigError(
+                    "lora with dora cannot be written as kohya: sd-scripts have no DoRA. Write comfyui or diffusers."
+                )
+            named[f"{key}.dora_scale"] = _dora_scale(layers[name].get_base_layer().weight, one)
+    return named
+
+
+def _dora_scale(weight: "torch.Tensor", one: Factors) -> "torch.Tensor":
+    """[out,1,...] for ComfyUI, which multiplies W + B A by dora_scale / |W|, where DoRA has magnitude / |W + B A|.
+
+    Source: ComfyUI, `weight_decompose` in `comfy/weight_adapter/base.py` (v0.3.77), on the output axis.
+    """
+    assert one.magnitude is not None
+    weight_OI = weight.detach().float().flatten(1)
+    sum_OI = weight_OI + one.B.float().flatten(1).to(weight_OI) @ one.A.float().flatten(1).to(weight_OI)
+    scale_O = one.magnitude.detach().float().flatten() * weight_OI.norm(dim=1) / sum_OI.norm(dim=1)
+    return scale_O.reshape(-1, *[1] * (weight.ndim - 1))
 
 
 METHOD = Lora()

@@ -7,29 +7,38 @@ D text width.
 """
 
 import importlib
+import logging
 import pkgutil
 import re
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ftk import locations
+from ftk import locations, storage
 from ftk.configs.schema import ModelConfig
 from ftk.errors import ConfigError, EnvironmentFault, ModelError
+from ftk.progress import human_bytes
 
 if TYPE_CHECKING:
     import torch
 
+LOGGER = logging.getLogger("ftk")
 Objective = Literal["flow", "epsilon", "v"]
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+_WORTH_SAYING_BYTES = 1 << 30
+# What a repository may hold beside the weights that are read: other formats, half-precision copies, weights without EMA.
+_NOT_READ = ("*.bin", "*.ckpt", "*.fp16.*", "*.non_ema.*", "*.msgpack", "*.onnx*", "*.pb", "*openvino*", "*flax*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentGeometry:
-    """How pixels become latent cells and cells become tokens; sides in pixels."""
+    """How pixels become latent cells, `factor` a side to a cell, and cells become tokens, `patch` a side to a token.
+
+    A U-Net has no tokens of its own; there a patch is what its levels halve, so that no side ends in half a cell.
+    """
 
     channels: int
     factor: int
@@ -39,6 +48,21 @@ class LatentGeometry:
     def pixel_multiple(self) -> int:
         """Image sides must be multiples of this many pixels."""
         return self.factor * self.patch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleGeometry:
+    """Where a sample's pixels come from, in pixels: an image, resized, the bucket cropped from it, and then mirrored."""
+
+    width: int
+    height: int
+    resize_width: int
+    resize_height: int
+    crop_x: int
+    crop_y: int
+    bucket_width: int
+    bucket_height: int
+    flipped: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,19 +85,50 @@ class TokenShift:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoiseSchedule:
-    """What the model is trained to predict, and its training table of sigmas: [N], fp32, from 1 (noise) downwards.
+    """What the model is trained to predict, and its training table of sigmas: [N], fp32, falling, from noise downwards.
 
-    `token_shift` is how sampling shifts sigmas with an image's size; None where the model's scheduler does not.
+    A sample at an entry is signal x + sigma n. In flow matching the signal is 1 - sigma and the model's time is sigma itself,
+    at any sigma between 0 and 1. Elsewhere both stand in tables of their own, and only the table's sigmas can be trained.
+
+    Attributes:
+        token_shift: how sampling shifts sigmas with an image's size; None where the model's scheduler does not.
+        signals: [N] fp32: what the image is multiplied by at each entry.
+        times: [N] fp32: what the model takes as time at each entry.
     """
 
     objective: Objective
     sigmas: "torch.Tensor"
     token_shift: TokenShift | None = None
+    signals: "torch.Tensor | None" = None
+    times: "torch.Tensor | None" = None
+
+    def scales(self, sigma_B: "torch.Tensor", dtype: "torch.dtype") -> "tuple[torch.Tensor, torch.Tensor]":
+        """What image and noise are multiplied by, each [B], in the working dtype; sigma is rounded to it first."""
+        rounded_B = sigma_B.to(dtype)
+        if self.signals is None:
+            return 1.0 - rounded_B, rounded_B
+        return self.signals[self._entry(sigma_B)].to(dtype), rounded_B
+
+    def time(self, sigma_B: "torch.Tensor") -> "torch.Tensor":
+        """[B] fp32: what `Family.predict` takes for these sigmas."""
+        return sigma_B if self.times is None else self.times[self._entry(sigma_B)]
+
+    def to(self, device: "torch.device") -> "NoiseSchedule":
+        """The same with its tables on the device."""
+        signals = None if self.signals is None else self.signals.to(device)
+        times = None if self.times is None else self.times.to(device)
+        return replace(self, sigmas=self.sigmas.to(device), signals=signals, times=times)
+
+    def _entry(self, sigma_B: "torch.Tensor") -> "torch.Tensor":
+        """[B]: where in the table each of these sigmas of it stands."""
+        import torch
+
+        return torch.searchsorted(-self.sigmas, -sigma_B.contiguous()).clamp(max=len(self.sigmas) - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activations:
-    """About how many bytes training one sample keeps or works in, weights left out."""
+    """About how many bytes training one sample keeps or works in, weights left out; of blocks that differ, their mean."""
 
     block_saved: int
     """What the backward pass of one repeated block needs from its forward pass."""
@@ -93,11 +148,14 @@ class Family(Protocol):
     encoder_version: int
     """Raised whenever `encode_images` or `encode_texts` changes what it returns; part of every fingerprint."""
     max_text_tokens: int
+    pads_texts: bool
+    """Whether every text takes `max_text_tokens`, padding included: its length then does not say whether it was cut."""
     text_token_bytes: int
     """About how many bytes a cached text token takes in the full-size model: sizes the shards, nothing else."""
     latent_components: tuple[str, ...]
     text_components: tuple[str, ...]
     denoiser_components: tuple[str, ...]
+    """The denoiser's own name, as the diffusers pipeline calls it, and what else belongs to it."""
     target_groups: Mapping[str, Sequence[str]]
     """Names for sets of linear layers: `attention`, `attention+mlp`, `all-linear`, `text-kv`. Suffixes, as PEFT reads them."""
     block_class: str
@@ -162,19 +220,27 @@ class Family(Protocol):
         `denoiser` may be on the `meta` device. Attention keeps no matrix of scores.
         """
 
-    def collate_texts(self, texts: Sequence[Mapping[str, "torch.Tensor"]]) -> dict[str, "torch.Tensor | None"]:
-        """Pad texts into one batch; the mask is None when nothing was padded (attention without a mask is faster)."""
+    def collate_texts(
+        self, texts: Sequence[Mapping[str, "torch.Tensor"]], geometries: Sequence[SampleGeometry] = ()
+    ) -> dict[str, "torch.Tensor | None"]:
+        """Pad texts into one batch; the mask is None when nothing was padded (attention without a mask is faster).
+
+        `geometries`, one a text, are for families that are told of sizes and crops; without them, of whole images.
+        """
 
     def predict(
         self,
         denoiser: Any,
         noisy_BCHW: "torch.Tensor",
-        sigma_B: "torch.Tensor",
+        time_B: "torch.Tensor",
         texts: Mapping[str, "torch.Tensor | None"],
         references: Sequence["torch.Tensor"] = (),
         residuals: Sequence["torch.Tensor"] | None = None,
     ) -> "torch.Tensor":
-        """The model's prediction [B,C,H,W] in fp32. `references` are latents to edit from, `residuals` a ControlNet's."""
+        """The model's prediction [B,C,H,W] in fp32, at times that `NoiseSchedule.time` gives: in flow matching, sigma.
+
+        `references` are latents to edit from, `residuals` a ControlNet's.
+        """
 
     def pipeline(self, directory: Path, dtype: "torch.dtype", device: "torch.device", **components: Any) -> Any:
         """The diffusers pipeline; `components` replaces parts of it (`text_encoder=None` leaves one out).
@@ -240,7 +306,9 @@ def _download(model: ModelConfig, components: Sequence[str]) -> Path:
 
     patterns = ["model_index.json", *(f"{name}/*" for name in components)]
     try:
-        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(model.path, revision=model.revision, allow_patterns=patterns, ignore_patterns=list(_NOT_READ))
+        )
     except RepositoryNotFoundError:
         raise ModelError(
             f"model.path {model.path}: no such folder here, and no such model on the Hub (or it needs `hf auth login`)."
@@ -250,6 +318,70 @@ def _download(model: ModelConfig, components: Sequence[str]) -> Path:
             f"model.path {model.path}: no such folder here, and the Hub could not be reached to download it "
             f"({type(error).__name__}). Check the spelling or the network."
         ) from None
+
+
+def check_pipeline(directory: Path, family: str, pipeline_class: str) -> None:
+    """Raise `ModelError` unless `model_index.json` names this diffusers pipeline."""
+    try:
+        found = storage.read_json(directory / "model_index.json").get("_class_name")
+    except FileNotFoundError:
+        listed = ", ".join(sorted(entry.name for entry in directory.iterdir())[:8]) or "nothing"
+        raise ModelError(
+            f"{directory} is no model in the Diffusers layout: it has no model_index.json (found: {listed}). "
+            f"Point model.path at a Diffusers folder; `ftk tiny {family} DIR` writes one to try."
+        ) from None
+    except (ValueError, AttributeError, OSError) as error:
+        raise ModelError(f"{directory / 'model_index.json'} cannot be read as JSON: {error}") from None
+    if found != pipeline_class:
+        raise ModelError(f"{directory} holds a {found}, not the {pipeline_class} that family {family} needs.")
+
+
+def load_component(component: Any, directory: Path, name: str, dtype: "torch.dtype") -> Any:
+    """The component called `name`, by its class's `from_pretrained`, from safetensors alone: the rest are pickles."""
+    num_bytes = sum(path.stat().st_size for path in (directory / name).glob("*.safetensors"))
+    if num_bytes > _WORTH_SAYING_BYTES:
+        LOGGER.info("loading %s, %s", directory / name, human_bytes(num_bytes))
+    hide_progress_bars()
+    try:
+        return component.from_pretrained(directory / name, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{directory / name} cannot be loaded as {component.__name__}: {first_line(error)}") from error
+
+
+def load_pipeline(pipeline_class: Any, directory: Path, device: "torch.device", **arguments: Any) -> Any:
+    """A diffusers pipeline without progress bars; what is not among the arguments is loaded onto the device."""
+    import torch
+
+    hide_progress_bars()
+    try:
+        pipeline = pipeline_class.from_pretrained(directory, **arguments)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory} cannot be loaded as a pipeline: {first_line(error)}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    for name, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module) and name not in arguments:
+            component.to(device)
+    return pipeline
+
+
+def hide_progress_bars() -> None:
+    """Loading is said in one line of ours; downloads keep the Hub client's bar."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def refuse_references(family: str, references: Sequence["torch.Tensor"]) -> None:
+    """Raise `ModelError` when a text-to-image model is given images to edit."""
+    if references:
+        raise ModelError(f"{family} takes no reference images: those belong to an edit model.")
 
 
 def resolve_device(name: str) -> "torch.device":

@@ -8,22 +8,28 @@ Shape legend: B batch, C latent channels (16), H W latent cells, N = H W / 4 ima
 
 import copy
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftk import storage
 from ftk.errors import ModelError
-from ftk.models.base import Activations, LatentGeometry, NoiseSchedule, TokenShift
-from ftk.progress import human_bytes
+from ftk.models.base import (
+    Activations,
+    LatentGeometry,
+    NoiseSchedule,
+    SampleGeometry,
+    TokenShift,
+    check_pipeline,
+    first_line,
+    hide_progress_bars,
+    load_component,
+    load_pipeline,
+    refuse_references,
+)
 
 if TYPE_CHECKING:
     import torch
-
-LOGGER = logging.getLogger("ftk")
-_WORTH_SAYING_BYTES = 1 << 30
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
@@ -54,6 +60,7 @@ class QwenImage:
     geometry = LatentGeometry(channels=16, factor=8, patch=2)
     encoder_version = 2
     max_text_tokens = 1024
+    pads_texts = False
     text_token_bytes = 7168
     latent_components = ("vae",)
     text_components = ("text_encoder", "tokenizer")
@@ -79,18 +86,7 @@ class QwenImage:
 
     def check(self, directory: Path) -> None:
         """A Diffusers folder whose `model_index.json` names QwenImagePipeline."""
-        try:
-            found = storage.read_json(directory / "model_index.json").get("_class_name")
-        except FileNotFoundError:
-            listed = ", ".join(sorted(entry.name for entry in directory.iterdir())[:8]) or "nothing"
-            raise ModelError(
-                f"{directory} is no model in the Diffusers layout: it has no model_index.json (found: {listed}). "
-                f"Point model.path at a Diffusers folder; `ftk tiny qwen-image DIR` writes one to try."
-            ) from None
-        except (ValueError, AttributeError, OSError) as error:
-            raise ModelError(f"{directory / 'model_index.json'} cannot be read as JSON: {error}") from None
-        if found != "QwenImagePipeline":
-            raise ModelError(f"{directory} holds a {found}, not the QwenImagePipeline that family qwen-image needs.")
+        check_pipeline(directory, self.name, "QwenImagePipeline")
 
     def text_options(self) -> dict[str, Any]:
         """The prompt template and the cut."""
@@ -100,7 +96,7 @@ class QwenImage:
         """AutoencoderKLQwenImage, frozen, its encoder folded for single frames: `vae.encode` is gone, `vae.decode` is not."""
         from diffusers import AutoencoderKLQwenImage
 
-        vae = _load(AutoencoderKLQwenImage, directory, "vae", dtype).requires_grad_(False).eval()
+        vae = load_component(AutoencoderKLQwenImage, directory, "vae", dtype).requires_grad_(False).eval()
         fold_single_frame(vae)
         return vae.to(device)
 
@@ -169,14 +165,14 @@ class QwenImage:
         try:
             tokenizer = Qwen2Tokenizer.from_pretrained(directory / "tokenizer")
         except (OSError, ValueError) as error:
-            raise ModelError(f"{directory / 'tokenizer'} cannot be loaded: {_first_line(error)}") from error
+            raise ModelError(f"{directory / 'tokenizer'} cannot be loaded: {first_line(error)}") from error
         prefix_ids = tokenizer(TEMPLATE.split("{}")[0])["input_ids"]
         if len(prefix_ids) != PREFIX_TOKENS:
             raise ModelError(
                 f"{directory / 'tokenizer'}: the prompt template starts with {len(prefix_ids)} tokens instead of "
                 f"{PREFIX_TOKENS}, so captions would be cut in the wrong place. This is not Qwen-Image's tokenizer."
             )
-        model = _load(Qwen2_5_VLForConditionalGeneration, directory, "text_encoder", dtype)
+        model = load_component(Qwen2_5_VLForConditionalGeneration, directory, "text_encoder", dtype)
         model = model.requires_grad_(False).eval().to(device)
         with torch.inference_mode():
             ids_BL = torch.tensor([prefix_ids], device=device)
@@ -197,7 +193,7 @@ class QwenImage:
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        _no_references(references)
+        refuse_references(self.name, references)
         ids = [torch.tensor(row) for row in self._caption_ids(encoder, captions)]
         with torch.inference_mode():
             prefix = copy.deepcopy(encoder.prefix)  # the model appends to what it is given
@@ -247,7 +243,7 @@ class QwenImage:
             config = QwenImageTransformer2DModel.load_config(directory / "transformer")
             with torch.device("meta"):
                 return QwenImageTransformer2DModel.from_config(config).to(dtype).requires_grad_(False)
-        denoiser = _load(QwenImageTransformer2DModel, directory, "transformer", dtype)
+        denoiser = load_component(QwenImageTransformer2DModel, directory, "transformer", dtype)
         return denoiser.requires_grad_(False).train().to(device)
 
     def load_schedule(self, directory: Path) -> NoiseSchedule:
@@ -260,7 +256,7 @@ class QwenImage:
         try:
             scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(directory, subfolder="scheduler")
         except (OSError, ValueError) as error:
-            raise ModelError(f"{directory / 'scheduler'} cannot be loaded: {_first_line(error)}") from error
+            raise ModelError(f"{directory / 'scheduler'} cannot be loaded: {first_line(error)}") from error
         settings = scheduler.config
         is_by_tokens = settings.use_dynamic_shifting and settings.time_shift_type == "exponential"
         token_shift = TokenShift(
@@ -297,7 +293,9 @@ class QwenImage:
             outside=2 * hidden + 2 * image_tokens * width + text_tokens * text_width * (8 + 2 * dtype.itemsize),
         )
 
-    def collate_texts(self, texts: Sequence[Mapping[str, "torch.Tensor"]]) -> dict[str, "torch.Tensor | None"]:
+    def collate_texts(
+        self, texts: Sequence[Mapping[str, "torch.Tensor"]], geometries: Sequence[SampleGeometry] = ()
+    ) -> dict[str, "torch.Tensor | None"]:
         """`embeds` [B,L,D] zero-padded to the longest, `mask` [B,L] bool or None."""
         import torch
         from torch.nn.utils.rnn import pad_sequence
@@ -313,19 +311,19 @@ class QwenImage:
         self,
         denoiser: Any,
         noisy_BCHW: "torch.Tensor",
-        sigma_B: "torch.Tensor",
+        time_B: "torch.Tensor",
         texts: Mapping[str, "torch.Tensor | None"],
         references: Sequence["torch.Tensor"] = (),
         residuals: Sequence["torch.Tensor"] | None = None,
     ) -> "torch.Tensor":
         """Velocity n - x: 2x2 patches in, 2x2 patches out, all images of the batch of one size."""
-        _no_references(references)
+        refuse_references(self.name, references)
         batch, channels, height, width = noisy_BCHW.shape
         patches = noisy_BCHW.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
         output_BND = denoiser(
             hidden_states=patches.reshape(batch, (height // 2) * (width // 2), channels * 4),
             # The pipeline hands over (1000 sigma) / 1000, in fp32: the same roundings, so the same bits.
-            timestep=(sigma_B.float() * 1000) / 1000,
+            timestep=(time_B.float() * 1000) / 1000,
             encoder_hidden_states=texts["embeds"],
             encoder_hidden_states_mask=texts["mask"],
             img_shapes=[[(1, height // 2, width // 2)]] * batch,
@@ -337,19 +335,9 @@ class QwenImage:
 
     def pipeline(self, directory: Path, dtype: "torch.dtype", device: "torch.device", **components: Any) -> Any:
         """diffusers' QwenImagePipeline."""
-        import torch
         from diffusers import QwenImagePipeline
 
-        _no_progress_bars()
-        try:
-            pipeline = QwenImagePipeline.from_pretrained(directory, dtype=dtype, **components)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{directory} cannot be loaded as a pipeline: {_first_line(error)}") from error
-        pipeline.set_progress_bar_config(disable=True)
-        for name, component in pipeline.components.items():
-            if isinstance(component, torch.nn.Module) and name not in components:
-                component.to(device)
-        return pipeline
+        return load_pipeline(QwenImagePipeline, directory, device, dtype=dtype, **components)
 
     def pipeline_texts(self, texts: Mapping[str, "torch.Tensor"]) -> dict[str, Any]:
         """Unpadded embeddings of one prompt, all of them valid."""
@@ -373,7 +361,7 @@ class QwenImage:
         )
         from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-        _no_progress_bars()
+        hide_progress_bars()
         tokenizer = _tiny_tokenizer()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -472,37 +460,7 @@ def _vae_config(directory: Path) -> Any:
         with torch.device("meta"):
             return AutoencoderKLQwenImage.from_config(AutoencoderKLQwenImage.load_config(directory / "vae")).config
     except (OSError, ValueError) as error:
-        raise ModelError(f"{directory / 'vae'} cannot be read as AutoencoderKLQwenImage: {_first_line(error)}") from error
-
-
-def _load(component: Any, directory: Path, name: str, dtype: "torch.dtype") -> Any:
-    num_bytes = sum(path.stat().st_size for path in (directory / name).glob("*.safetensors"))
-    if num_bytes > _WORTH_SAYING_BYTES:
-        LOGGER.info("loading %s, %s", directory / name, human_bytes(num_bytes))
-    _no_progress_bars()
-    try:
-        # No other format: the rest are pickles.
-        return component.from_pretrained(directory / name, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{directory / name} cannot be loaded as {component.__name__}: {_first_line(error)}") from error
-
-
-def _no_progress_bars() -> None:
-    """Loading is said in one line of ours; downloads keep the Hub client's bar."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _no_references(references: Sequence["torch.Tensor"]) -> None:
-    if references:
-        raise ModelError("qwen-image takes no reference images: those belong to an edit model.")
+        raise ModelError(f"{directory / 'vae'} cannot be read as AutoencoderKLQwenImage: {first_line(error)}") from error
 
 
 def _tiny_tokenizer() -> Any:

@@ -16,7 +16,7 @@ from ftk.cache.fetch import Download
 from ftk.cache.shards import KINDS
 from ftk.cache.store import CacheStore
 from ftk.configs.load import cache_location, prepared_path, redact, run_path
-from ftk.configs.schema import RunConfig, TrainConfig
+from ftk.configs.schema import ParameterGroupConfig, RunConfig, TrainConfig
 from ftk.errors import CacheError, ConfigError
 from ftk.methods import base as methods
 from ftk.models import base as models
@@ -25,9 +25,9 @@ from ftk.pipeline import dataset as prepared
 from ftk.train import card, checkpoint, memory, optim, placement
 from ftk.train.data import Batch, BatchBuilder, Loader
 from ftk.train.flow import SigmaDistribution
+from ftk.train.hooks import samples
 from ftk.train.hooks.checkpoints import Checkpoints
 from ftk.train.hooks.recorder import Recorder, ValidationLog
-from ftk.train.hooks.samples import Samples
 from ftk.train.hooks.trackers import open_trackers
 from ftk.train.hooks.validation import Validation
 from ftk.train.loop import Hook, Trainer
@@ -82,9 +82,11 @@ def open_inputs(config: RunConfig, device: torch.device, world_size: int = 1) ->
     schedule = family.load_schedule(model)
     sigmas = sigma_distribution(config.train, schedule, family)
     store = open_cache(config, family)
+    samples.check(config, store)
     order = build_order(config, store)
     shapes: Any = family.load_denoiser(model, torch.float32, torch.device("meta"))
     trained = method.attach({"denoiser": shapes}, family, method_config, 0)
+    train = _with_whole_base(config.train) if methods.changes_base(method, method_config) else config.train
     workload = memory.cached_workload(store.table, family, config.train, world_size)
     return Inputs(
         family=family,
@@ -96,7 +98,7 @@ def open_inputs(config: RunConfig, device: torch.device, world_size: int = 1) ->
         schedule=schedule,
         sigmas=sigmas,
         workload=workload,
-        plan=memory.plan(family, shapes, config.train, workload, memory.inspect_device(device)),
+        plan=memory.plan(family, shapes, train, workload, memory.inspect_device(device)),
         num_frozen_parameters=sum(each.numel() for each in shapes.parameters() if not each.requires_grad),
         num_trainable_parameters=sum(parameter.numel() for parameter in trained.values()),
     )
@@ -111,7 +113,7 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None, device: torch.d
     LOGGER.log(logging.INFO if inputs.plan.fits else logging.WARNING, "%s", memory.in_a_line(inputs.plan))
     dtype = getattr(torch, inputs.plan.dtype)
     components, parameters = _load(config, inputs, ranks, device)
-    optimizer = optim.MasterOptimizer(parameters, config.train)
+    optimizer = optim.MasterOptimizer(parameters, _with_rates(config.train, inputs))
     settings = checkpoint.exact_settings(config.train, _identities(config, inputs))
     trackers = open_trackers(config, directory) if ranks.is_main else []
     recorder = Recorder(directory, config.train, trackers, writes=ranks.is_main)
@@ -123,6 +125,7 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None, device: torch.d
         predict=getattr(inputs.method, "predict", inputs.family.predict),
         optimizer=optimizer,
         schedule=optim.schedule(config.train.schedule, config.train.steps),
+        noise_schedule=inputs.schedule.to(device),
         config=config.train,
         device=device,
         dtype=dtype,
@@ -130,10 +133,10 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None, device: torch.d
     )
     is_sharded = inputs.plan.sharding == "fsdp"
     validation = _validation(config.train, inputs, builder, directory, recorder, checkpoints)
-    samples: list[Hook] = []
+    drawn: list[Hook] = []
     if config.sample.every and config.sample.prompts:
-        samples = [Samples(directory / "samples", inputs.model, config, inputs.store, recorder, is_sharded=is_sharded)]
-    trainer.hooks = [recorder, *validation, checkpoints, *samples]
+        drawn = [samples.Samples(directory / "samples", inputs.model, config, inputs.store, recorder, is_sharded=is_sharded)]
+    trainer.hooks = [recorder, *validation, checkpoints, *drawn]
     _restore(trainer, directory / "checkpoints", settings, allow_change)
     loader = Loader(
         order=inputs.order, builder=builder, device=device, rank=ranks.rank, world_size=ranks.size, is_even=is_sharded
@@ -162,6 +165,26 @@ def _load(
     return components, parameters
 
 
+def _with_whole_base(config: TrainConfig) -> TrainConfig:
+    """The settings of a method that writes into the base: it must be there in full precision, and on every process whole."""
+    if config.memory.base == "int8" or config.sharding == "fsdp":
+        setting = "train.memory.base: int8" if config.memory.base == "int8" else "train.sharding: fsdp"
+        raise ConfigError(f"{setting} does not go with a method that changes the base weights. Leave it out.")
+    return config.model_copy(
+        update={"sharding": "none", "memory": config.memory.model_copy(update={"base": "full"})},
+    )
+
+
+def _with_rates(config: TrainConfig, inputs: Inputs) -> TrainConfig:
+    """The settings with the learning rates that the method asks for, behind those of the run file."""
+    asked = tuple(
+        ParameterGroupConfig(match=match, learning_rate=config.learning_rate * factor)
+        for match, factor in methods.parameter_groups(inputs.method, inputs.method_config)
+    )
+    groups = (*config.optimizer.groups, *asked)
+    return config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"groups": groups})})
+
+
 def _identities(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     """What else a run is made of: two with the same are the same run."""
     return {
@@ -180,7 +203,8 @@ def _exporter(config: RunConfig, inputs: Inputs, components: Mapping[str, Any], 
         metadata = {"ftk_version": ftk.__version__, "ftk_base_model": redact(config.model.path), "ftk_step": str(step)}
         method = inputs.method
         method.export(components, inputs.family, inputs.method_config, directory / folder, method.FORMATS[0], metadata)
-        storage.commit_bytes(directory / folder / "README.md", redact(card.model_card(config, step)).encode())
+        text = card.model_card(config, step, method.usage(inputs.family))
+        storage.commit_bytes(directory / folder / "README.md", redact(text).encode())
 
     return export
 
@@ -295,11 +319,37 @@ def build_order(config: RunConfig, store: CacheStore) -> Order:
 
 
 def sigma_distribution(config: TrainConfig, schedule: NoiseSchedule, family: Family) -> SigmaDistribution:
-    """How sigmas are drawn, on the family's own table."""
-    if schedule.objective != "flow":
-        raise ConfigError(f"model: {family.name} predicts {schedule.objective}; this ftk trains flow matching only.")
+    """How sigmas are drawn, on the family's own table.
+
+    Raises:
+        ConfigError: a setting that the model's objective, or its scheduler, does not know.
+    """
+    _check_sigma(config, schedule, family)
     if config.sigma.shift == "resolution" and schedule.token_shift is None:
         raise ConfigError(f"train.sigma.shift: resolution: the scheduler of this {family.name} has no shift by resolution.")
-    plain = config.sigma.model_dump(exclude={"stratified", "weighting", "shift"})
+    plain = config.sigma.model_dump(exclude={"stratified", "weighting", "min_snr_gamma", "shift"})
     shift = schedule.token_shift if config.sigma.shift == "resolution" else config.sigma.shift
     return SigmaDistribution(table=schedule.sigmas, shift=shift, **plain)
+
+
+def _check_sigma(config: TrainConfig, schedule: NoiseSchedule, family: Family) -> None:
+    """Weightings are made for one kind of objective; noise levels off the table for models that have no table."""
+    is_flow, weighting = schedule.objective == "flow", config.sigma.weighting
+    if is_flow == (weighting == "min_snr") and weighting != "none":
+        fitting = "sigma_sqrt, cosmap or none" if is_flow else "min_snr or none"
+        raise ConfigError(
+            f"train.sigma.weighting: {weighting} is not made for {family.name}, which predicts "
+            f"{'velocities' if is_flow else schedule.objective}. Set it to {fitting}."
+        )
+    if schedule.times is None:
+        return
+    plain = type(config.sigma)()
+    changed = [
+        name for name in ("shift", "minimum", "maximum", "continuous") if getattr(config.sigma, name) != getattr(plain, name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"train.sigma.{changed[0]}: {family.name} was trained at {len(schedule.sigmas):,} noise levels, and is told the "
+            f"number of the level: it knows none between them. Leave it out; train.sigma.sampling (logit_normal, mode, beta) "
+            f"prefers a part of the levels."
+        )

@@ -4,8 +4,12 @@ import ftk
 from ftk.configs.schema import RunConfig
 
 
-def model_card(config: RunConfig, step: int) -> str:
-    """README.md: the base model, how to load the weights, and what they were watched with."""
+def model_card(config: RunConfig, step: int, usage: str) -> str:
+    """README.md: the base model, how to load the weights, and what they were watched with.
+
+    Args:
+        usage: Python lines that load the weights into `pipeline`.
+    """
     prompts = "".join(f"- {prompt}\n" for prompt in config.sample.prompts)
     trigger = sorted({source.trigger for source in config.data.sources if source.trigger})
     lines = [
@@ -20,7 +24,7 @@ def model_card(config: RunConfig, step: int) -> str:
         "```python",
         "from diffusers import DiffusionPipeline",
         f'pipeline = DiffusionPipeline.from_pretrained("{config.model.path}")',
-        'pipeline.load_lora_weights("path/to/this/folder")',
+        usage,
         "```",
         "",
         *(["Prompts it was watched with:", "", prompts] if prompts else []),

@@ -6,7 +6,7 @@ Shape legend: B batch, C channels, H W latent cells.
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,13 +15,14 @@ import torch
 
 from ftk.cache.store import CacheStore
 from ftk.configs.schema import TrainConfig
-from ftk.models.base import Family
+from ftk.models.base import Family, SampleGeometry
 from ftk.train.flow import SigmaDistribution
 from ftk.train.order import Draw, MicroBatch, Order, keyed_permutation, keyed_seed, share
 
 _AHEAD = 2
 _ANNOUNCED_STEPS = 32
 _U_BELOW_1 = 1 - 2.0**-24
+_GEOMETRY_COLUMNS = tuple(field.name for field in fields(SampleGeometry))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +117,10 @@ class BatchBuilder:
             noise_BCHW=torch.stack([noise for _, noise in pairs]).to(self.dtype),
             sigma_B=self.sigmas.sigma(u_B, height * width // self.family.geometry.patch**2),
             weight_B=torch.tensor([self._weights[sample] for sample in samples], dtype=torch.float32),
-            texts=self.family.collate_texts([self._text(*chosen) for chosen in zip(samples, captions, strict=True)]),
+            texts=self.family.collate_texts(
+                [self._text(*chosen) for chosen in zip(samples, captions, strict=True)],
+                [self._geometry(sample) for sample in samples],
+            ),
             cell_weight_BHW=self._cell_weights(samples, height, width),
         )
 
@@ -126,6 +130,9 @@ class BatchBuilder:
     def _name(self, sample: int) -> str:
         name: str = self.store.table["key"][sample].as_py()
         return name
+
+    def _geometry(self, sample: int) -> SampleGeometry:
+        return SampleGeometry(**{name: self.store.table[name][sample].as_py() for name in _GEOMETRY_COLUMNS})
 
     @cached_property
     def _weights(self) -> "np.ndarray[tuple[int], np.dtype[np.float32]]":

@@ -1,8 +1,10 @@
-"""The maths of flow matching: pure, generator passed in, no device choice, per-sample results.
+"""The maths of a training step: pure, generator passed in, no device choice, per-sample results.
 
-sigma lies in [0, 1] and 1 is pure noise: x_sigma = (1 - sigma) x + sigma n, and the model predicts the velocity n - x.
+sigma lies in [0, 1] and 1 is pure noise: x_sigma = signal x + sigma n. In flow matching the signal is 1 - sigma, and the model
+predicts the velocity n - x; in diffusion it is sqrt(1 - sigma^2), and the model predicts n, or v = signal n - sigma x.
 Sources: Liu et al. 2022 (rectified flow, arXiv 2209.03003); Lipman et al. 2022 (flow matching, arXiv 2210.02747); samplers
-and weightings: Esser et al. 2024 (arXiv 2403.03206), sections 3.1 and B, as diffusers' `training_utils` computes them.
+and weightings: Esser et al. 2024 (arXiv 2403.03206), sections 3.1 and B, as diffusers' `training_utils` computes them; Ho et
+al. 2020 (diffusion, arXiv 2006.11239), equations 4 and 14; v: Salimans and Ho 2022 (arXiv 2202.00512), section D.
 
 Shape legend: B batch, C channels, H W latent cells.
 """
@@ -14,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from ftk.models.base import TokenShift
+from ftk.models.base import Objective, TokenShift
 
 Sampling = Literal["uniform", "logit_normal", "sigmoid", "mode", "beta"]
 Weighting = Literal["none", "sigma_sqrt", "cosmap"]
@@ -122,15 +124,33 @@ def _beta_table(alpha: float, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
     return cumulative / (cumulative[-1] + density[-1] / beta), logit
 
 
-def interpolate(clean_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
-    """x_sigma, in the dtype of the latents: sigma is rounded to it first, as the reference step does."""
-    sigma = sigma_B.to(clean_BCHW.dtype).view(-1, 1, 1, 1)
-    return (1.0 - sigma) * clean_BCHW + sigma * noise_BCHW
+def interpolate(
+    clean_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, signal_B: torch.Tensor, sigma_B: torch.Tensor
+) -> torch.Tensor:
+    """x_sigma = signal x + sigma n, in the dtype of all four: `NoiseSchedule.scales` gives the last two."""
+    return signal_B.view(-1, 1, 1, 1) * clean_BCHW + sigma_B.view(-1, 1, 1, 1) * noise_BCHW
 
 
-def velocity(clean_BCHW: torch.Tensor, noise_BCHW: torch.Tensor) -> torch.Tensor:
-    """The target n - x."""
-    return noise_BCHW - clean_BCHW
+def target(
+    objective: Objective, clean_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, signal_B: torch.Tensor, sigma_B: torch.Tensor
+) -> torch.Tensor:
+    """What the model is to predict: n - x (`flow`), n (`epsilon`), or signal n - sigma x (`v`)."""
+    if objective == "flow":
+        return noise_BCHW - clean_BCHW
+    if objective == "epsilon":
+        return noise_BCHW
+    return signal_B.view(-1, 1, 1, 1) * noise_BCHW - sigma_B.view(-1, 1, 1, 1) * clean_BCHW
+
+
+def min_snr_weight(signal_B: torch.Tensor, sigma_B: torch.Tensor, objective: Objective, gamma: float) -> torch.Tensor:
+    """[B] loss weights of diffusion: with SNR = (signal / sigma)^2, min(SNR, gamma) / SNR, for v over SNR + 1; sigma above 0.
+
+    Source: Hang et al. 2023 (min-SNR weighting, arXiv 2303.09556), section 3.4. Pure noise has SNR 0: weight 1, and 0 for v.
+    """
+    snr_B = (signal_B / sigma_B) ** 2
+    if objective == "v":
+        return snr_B.clamp(max=gamma) / (snr_B + 1)
+    return (gamma / snr_B).clamp(max=1.0)
 
 
 def weight(sigma_B: torch.Tensor, weighting: Weighting) -> torch.Tensor:

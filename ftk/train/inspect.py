@@ -235,12 +235,15 @@ def settings(directory: Path) -> Mapping[str, Any]:
     path = directory / CONFIG
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        if isinstance(tree, dict):
+            return tree
+        problem = f"it holds {type(tree).__name__}, not the sections of a run file"
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError, ConfigError) as error:
-        LOGGER.warning("%s is damaged (%s): no settings are shown. `ftk train` writes it anew when it goes on.", path, error)
-        return {}
-    return tree if isinstance(tree, dict) else {}
+        problem = str(error)
+    LOGGER.warning("%s is damaged (%s): no settings are shown. `ftk train` writes it anew when it goes on.", path, problem)
+    return {}
 
 
 def sample_sheets(directory: Path) -> list[Path]:

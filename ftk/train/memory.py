@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Base = Literal["full", "int8"]
 Sharding = Literal["none", "fsdp"]
+_BASES: tuple[Base, ...] = ("full", "int8")
 STREAMED_SLOTS = 2
 """Blocks of offloaded weights that the device holds at once: the one that computes, and the next."""
 _GIB = 1 << 30
@@ -99,10 +100,14 @@ class _Measures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sizes:
-    """Bytes: frozen weights of one block by kind of base and of all else, the trained part, one sample's activations."""
+    """Bytes: frozen weights of one block by kind of base and of all else, the trained part, one sample's activations.
+
+    Where blocks differ, `block` is their mean, and `largest_block` what must fit where one of them stands for all.
+    """
 
     num_blocks: int
     block: Mapping[Base, int]
+    largest_block: Mapping[Base, int]
     outside: int
     trained: int
     largest_weight: int
@@ -292,25 +297,38 @@ def has_torchao() -> bool:
 
 
 def _sizes(family: Family, denoiser: Any, config: TrainConfig, workload: Workload, dtype: "torch.dtype") -> _Sizes:
-    import torch
-
     repeated = blocks(denoiser, family)
     frozen = sum(one.numel() for one in denoiser.parameters() if not one.requires_grad)
     trained = sum(one.numel() for one in denoiser.parameters() if one.requires_grad)
-    in_block = sum(one.numel() for one in repeated[0].parameters() if not one.requires_grad)
-    linears = [one for one in repeated[0].modules() if isinstance(one, torch.nn.Linear) and not one.weight.requires_grad]
-    weights = sum(one.weight.numel() for one in linears)
-    scales = sum(one.out_features for one in linears)
+    by_block = [_block_bytes(block, dtype.itemsize) for block in repeated]
+    total: dict[Base, int] = {base: sum(one[base] for one in by_block) for base in _BASES}
+    linears = [one for block in repeated for one in _frozen_linears(block)]
     # The gradient as it comes and in fp32, two moments, and a master copy unless the parameter itself is fp32.
     per_parameter = 16 if dtype.itemsize == 4 else 2 * dtype.itemsize + 16
     return _Sizes(
         num_blocks=len(repeated),
-        block={"full": in_block * dtype.itemsize, "int8": weights + (scales + in_block - weights) * dtype.itemsize},
-        outside=(frozen - len(repeated) * in_block) * dtype.itemsize,
+        block={base: total[base] // len(repeated) for base in _BASES},
+        largest_block={base: max(one[base] for one in by_block) for base in _BASES},
+        outside=frozen * dtype.itemsize - total["full"],
         trained=trained * (per_parameter + (4 if config.ema_decay else 0)),
         largest_weight=max((one.weight.numel() for one in linears), default=0) * dtype.itemsize,
         activations=family.activations(denoiser, workload.image_tokens(family), workload.text_tokens, dtype),
     )
+
+
+def _block_bytes(block: Any, itemsize: int) -> dict[Base, int]:
+    """Frozen weights of one block: as they are, or with its linear layers in 8 bits and a scale a row."""
+    frozen = sum(one.numel() for one in block.parameters() if not one.requires_grad)
+    linears = _frozen_linears(block)
+    weights = sum(one.weight.numel() for one in linears)
+    scales = sum(one.out_features for one in linears)
+    return {"full": frozen * itemsize, "int8": weights + (scales + frozen - weights) * itemsize}
+
+
+def _frozen_linears(block: Any) -> list[Any]:
+    import torch
+
+    return [one for one in block.modules() if isinstance(one, torch.nn.Linear) and not one.weight.requires_grad]
 
 
 def _check(config: TrainConfig, num_blocks: int) -> None:
@@ -369,13 +387,13 @@ def _weights(config: TrainConfig, world_size: int, is_offloaded: bool) -> Iterat
 
 
 def _parts(sizes: _Sizes, measures: _Measures, workload: Workload, device: Device) -> dict[str, int]:
-    block, count = sizes.block[measures.base], sizes.num_blocks
+    block, largest, count = sizes.block[measures.base], sizes.largest_block[measures.base], sizes.num_blocks
     weights, working = sizes.outside + (count - measures.num_offloaded) * block, 0
     if measures.sharding == "fsdp":
         # What is not a block is gathered for the whole step; of the blocks one computes and the next is on its way.
-        weights, working = weights // workload.world_size, sizes.outside + 2 * block
+        weights, working = weights // workload.world_size, sizes.outside + 2 * largest
     elif measures.num_offloaded:
-        working = STREAMED_SLOTS * block
+        working = STREAMED_SLOTS * largest
     if measures.base == "int8":
         working += sizes.largest_weight
     saved, left = sizes.activations, count - measures.num_checkpointed

@@ -124,6 +124,7 @@ def started(device: torch.device, timeout_seconds: float) -> Iterator[tuple[Rank
         yield Ranks(), device
         return
     rank, local_rank = _number("RANK"), _number("LOCAL_RANK", 0)
+    _check_place(rank, size)
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise EnvironmentFault(
@@ -154,7 +155,24 @@ def started(device: torch.device, timeout_seconds: float) -> Iterator[tuple[Rank
 
 def world_size() -> int:
     """How many processes the launcher started; 1 without one."""
-    return _number("WORLD_SIZE", 1)
+    size = _number("WORLD_SIZE", 1)
+    if not size:
+        raise ConfigError("the environment variable WORLD_SIZE is 0: it counts the processes. Unset it, or start one or more.")
+    return size
+
+
+def _check_place(rank: int, size: int) -> None:
+    if rank >= size:
+        raise ConfigError(
+            f"the environment variable RANK is {rank}, and WORLD_SIZE {size}: ranks count from 0 to {size - 1}. "
+            f"Start through torchrun or accelerate, which set both."
+        )
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {size}, and {' and '.join(missing)} not set: where the main process is found. "
+            f"torchrun and accelerate set them; or unset WORLD_SIZE to train on one process."
+        )
 
 
 def _number(name: str, default: int | None = None) -> int:

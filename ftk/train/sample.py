@@ -81,7 +81,7 @@ def run(config: RunConfig) -> SampleReport:
 
 def dry_run(config: RunConfig) -> dict[str, Any]:
     """What `run` would draw, and whether there are weights to draw with."""
-    width, height = _size(config)
+    width, height = size(config)
     return {
         "num_images": 2 * len(config.sample.prompts),
         "size": f"{width}x{height}",
@@ -92,7 +92,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
 
 def generate(pipeline: Any, family: Family, config: RunConfig, texts: Mapping[str, Any], position: int) -> Image.Image:
     """One image; its seed is `sample.seed` plus the prompt's position, drawn on the CPU so that it is the same anywhere."""
-    width, height = _size(config)
+    width, height = size(config)
     result = pipeline(
         **texts,
         width=width,
@@ -105,7 +105,8 @@ def generate(pipeline: Any, family: Family, config: RunConfig, texts: Mapping[st
     return image
 
 
-def _size(config: RunConfig) -> tuple[int, int]:
+def size(config: RunConfig) -> tuple[int, int]:
+    """(width, height) in px of what is drawn; `ConfigError` if the family has no such images."""
     multiple = models.get(config.model.family).geometry.pixel_multiple
     edge = config.data.resolutions[0] // multiple * multiple
     width, height = config.sample.width or edge, config.sample.height or edge

@@ -1,6 +1,7 @@
 """What every family promises, held against the diffusers pipeline of its tiny model."""
 
 import hashlib
+import inspect
 import itertools
 import json
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ import torch
 
 from ftk.errors import ConfigError, EnvironmentFault, ModelError
 from ftk.models import base
-from ftk.models.base import Family
+from ftk.models.base import Family, SampleGeometry
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a photo of a red cat on a chair", "", "größe 猫", "a dog, " * 20]
@@ -47,6 +48,12 @@ def _pixels(batch: int, height: int = 48, width: int = 32) -> torch.Tensor:
 
 def _latents(family: Family, batch: int, height: int = 4, width: int = 6) -> torch.Tensor:
     return _draw(batch, family.geometry.channels, height, width)
+
+
+def _times(family: Family, model: Path, *shares: float) -> torch.Tensor:
+    """The model's times at shares of its training table: 0 is noise."""
+    schedule = family.load_schedule(model)
+    return schedule.time(schedule.sigmas[[int(share * len(schedule.sigmas)) for share in shares]])
 
 
 def _denoiser(family: Family, model: Path) -> Any:
@@ -97,27 +104,38 @@ def test_the_tiny_model_is_one_of_its_family_and_complete(family: Family, model:
 
 def test_texts_equal_the_pipelines(family: Family, model: Path, texts: list[dict[str, torch.Tensor]]) -> None:
     pipeline = family.pipeline(model, torch.float32, CPU)
-    with torch.no_grad():
-        embeds, mask = pipeline.encode_prompt(CAPTIONS, device=CPU)
-    assert mask is not None
+    theirs = _encoded(pipeline, CAPTIONS)
     collated = family.collate_texts(texts)
     assert collated["embeds"] is not None
-    assert collated["mask"] is not None
-    assert torch.equal(collated["mask"], mask.bool())
-    assert collated["embeds"].shape == embeds.shape
-    _assert_equal_to_rounding(collated["embeds"] * mask[..., None], embeds * mask[..., None])
+    mask = torch.ones(collated["embeds"].shape[:2]) if family.pads_texts else collated["mask"]
+    assert mask is not None
+    assert theirs.get("mask") is None or torch.equal(theirs["mask"].bool(), mask)
+    assert collated["embeds"].shape == theirs["embeds"].shape
+    _assert_equal_to_rounding(collated["embeds"] * mask[..., None], theirs["embeds"] * mask[..., None])
     for caption, item in zip(CAPTIONS, texts, strict=True):
-        with torch.no_grad():
-            alone, no_mask = pipeline.encode_prompt([caption], device=CPU)
-        assert no_mask is None
-        _assert_equal_to_rounding(item["embeds"], alone[0])
+        alone = _encoded(pipeline, [caption])
+        assert item.keys() == alone.keys()
+        for key, value in item.items():
+            _assert_equal_to_rounding(value, alone[key][0])
 
 
-def test_the_empty_caption_encodes_to_something(texts: list[dict[str, torch.Tensor]]) -> None:
+@torch.no_grad()
+def _encoded(pipeline: Any, captions: list[str]) -> dict[str, torch.Tensor]:
+    """What `encode_prompt` returns, by our names: embeddings and their mask, or also the negative and the pooled ones."""
+    options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    known = inspect.signature(pipeline.encode_prompt).parameters
+    found = pipeline.encode_prompt(captions, device=CPU, **{key: value for key, value in options.items() if key in known})
+    names = ("embeds", "negative", "pooled", "negative_pooled") if len(found) == 4 else ("embeds", "mask")
+    return {name: tensor for name, tensor in zip(names, found, strict=True) if tensor is not None}
+
+
+def test_the_empty_caption_encodes_to_something(family: Family, texts: list[dict[str, torch.Tensor]]) -> None:
     empty = texts[CAPTIONS.index("")]["embeds"]
     assert len(empty) > 0
     assert empty.isfinite().all()
-    assert len(empty) < min(len(item["embeds"]) for caption, item in zip(CAPTIONS, texts, strict=True) if caption)
+    assert family.pads_texts or len(empty) < min(
+        len(item["embeds"]) for caption, item in zip(CAPTIONS, texts, strict=True) if caption
+    )
 
 
 def test_batch_composition_changes_no_text(family: Family, model: Path, texts: list[dict[str, torch.Tensor]]) -> None:
@@ -230,20 +248,53 @@ def test_the_block_class_and_the_target_groups_name_parts_of_the_denoiser(family
 
 def test_the_schedule_is_the_schedulers_training_table(family: Family, model: Path) -> None:
     schedule = family.load_schedule(model)
-    assert schedule.objective == "flow"
     assert schedule.sigmas.dtype == torch.float32
     assert schedule.sigmas.shape == (1000,)
-    assert schedule.sigmas[0] == 1
+    assert schedule.sigmas[0] <= 1
     assert (schedule.sigmas.diff() < 0).all()
     assert schedule.sigmas[-1] > 0
-    torch.testing.assert_close(schedule.sigmas, torch.arange(1000, 0, -1) / 1000, atol=1e-6, rtol=0)
+    signal, sigma = schedule.scales(schedule.sigmas, torch.float32)
+    assert torch.equal(sigma, schedule.sigmas)
+    if schedule.objective == "flow":
+        torch.testing.assert_close(schedule.sigmas, torch.arange(1000, 0, -1) / 1000, atol=1e-6, rtol=0)
+        assert torch.equal(schedule.time(sigma), sigma)
+        assert torch.equal(signal, 1 - sigma)
+    else:
+        signals_squared = family.pipeline(model, torch.float32, CPU).scheduler.alphas_cumprod.flip(0)
+        assert torch.equal(schedule.time(sigma), torch.arange(999, -1, -1, dtype=torch.float32))
+        assert torch.equal(signal, signals_squared**0.5)
+        assert torch.equal(sigma, (1 - signals_squared) ** 0.5)
+
+
+def test_rounded_scales_are_those_of_the_rounded_sigma(family: Family, model: Path) -> None:
+    schedule = family.load_schedule(model)
+    signal, sigma = schedule.scales(schedule.sigmas, torch.bfloat16)
+    assert torch.equal(sigma, schedule.sigmas.bfloat16())
+    exact, _ = schedule.scales(schedule.sigmas, torch.float32)
+    # In flow matching the signal is what the rounded sigma leaves.
+    expected = 1 - sigma if schedule.objective == "flow" else exact.bfloat16()
+    assert signal.dtype == torch.bfloat16
+    assert torch.equal(signal, expected)
 
 
 def test_texts_of_one_length_need_no_mask(family: Family, texts: list[dict[str, torch.Tensor]]) -> None:
     collated = family.collate_texts([texts[0], texts[0]])
-    assert collated["mask"] is None
+    assert collated.get("mask") is None
     assert collated["embeds"] is not None
     assert torch.equal(collated["embeds"][1], texts[0]["embeds"])
+
+
+@torch.no_grad()
+def test_without_geometries_images_are_whole(family: Family, model: Path, texts: list[dict[str, torch.Tensor]]) -> None:
+    noisy, time = _latents(family, 1), _times(family, model, 0.5)
+    height, width = (cells * family.geometry.factor for cells in noisy.shape[-2:])
+    whole = SampleGeometry(
+        width=width, height=height, resize_width=width, resize_height=height, crop_x=0, crop_y=0,
+        bucket_width=width, bucket_height=height, flipped=False,
+    )  # fmt: skip
+    denoiser = _denoiser(family, model)
+    told, untold = (family.collate_texts([texts[0]], geometries) for geometries in ([whole], []))
+    assert torch.equal(family.predict(denoiser, noisy, time, told), family.predict(denoiser, noisy, time, untold))
 
 
 @torch.no_grad()
@@ -251,25 +302,25 @@ def test_a_padded_batch_predicts_what_its_samples_predict_alone(
     family: Family, model: Path, texts: list[dict[str, torch.Tensor]]
 ) -> None:
     denoiser = _denoiser(family, model)
-    noisy, sigmas = _latents(family, len(texts)), torch.tensor([0.1, 0.5, 0.9, 1.0])
-    together = family.predict(denoiser, noisy, sigmas, family.collate_texts(texts))
+    noisy, times = _latents(family, len(texts)), _times(family, model, 0.9, 0.5, 0.1, 0.0)
+    together = family.predict(denoiser, noisy, times, family.collate_texts(texts))
     assert together.shape == noisy.shape
     assert together.dtype == torch.float32
     for index, item in enumerate(texts):
         chosen = slice(index, index + 1)
-        alone = family.predict(denoiser, noisy[chosen], sigmas[chosen], family.collate_texts([item]))
+        alone = family.predict(denoiser, noisy[chosen], times[chosen], family.collate_texts([item]))
         torch.testing.assert_close(together[chosen], alone, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_the_prediction_depends_on_image_sigma_and_text(
+def test_the_prediction_depends_on_image_time_and_text(
     family: Family, model: Path, texts: list[dict[str, torch.Tensor]]
 ) -> None:
     denoiser = _denoiser(family, model)
 
-    def predict(seed: int, sigma: float, text: int) -> torch.Tensor:
+    def predict(seed: int, share: float, text: int) -> torch.Tensor:
         noisy = _draw(1, family.geometry.channels, 4, 6, seed=seed)
-        return family.predict(denoiser, noisy, torch.tensor([sigma]), family.collate_texts([texts[text]]))
+        return family.predict(denoiser, noisy, _times(family, model, share), family.collate_texts([texts[text]]))
 
     first = predict(0, 0.5, 0)
     assert torch.equal(first, predict(0, 0.5, 0))
@@ -278,24 +329,43 @@ def test_the_prediction_depends_on_image_sigma_and_text(
 
 
 class _Recorder:
-    """Keeps what a denoiser was called with, and what it returned."""
+    """Keeps the tensors that a denoiser was called with, and what it returned."""
 
     def __init__(self, denoiser: torch.nn.Module) -> None:
         self.inputs: list[dict[str, Any]] = []
         self.outputs: list[torch.Tensor] = []
+        self._names = list(inspect.signature(denoiser.forward).parameters)
         denoiser.register_forward_hook(self._record, with_kwargs=True)
 
-    def _record(self, _module: Any, _args: Any, inputs: dict[str, Any], outputs: Any) -> None:
-        self.inputs.append(inputs)
+    def _record(self, _module: Any, arguments: Any, inputs: dict[str, Any], outputs: Any) -> None:
+        named = {**dict(zip(self._names, arguments, strict=False)), **inputs}
+        nested = {key: value for each in named.values() if isinstance(each, dict) for key, value in each.items()}
+        self.inputs.append({key: value for key, value in (named | nested).items() if not isinstance(value, dict)})
         self.outputs.append(outputs[0])
 
 
 def _generate(family: Family, pipeline: Any, item: Mapping[str, torch.Tensor], **options: Any) -> Any:
-    return pipeline(
-        **family.pipeline_texts(item),
-        **family.generation(1.0),
-        height=32, width=48, num_inference_steps=2, generator=torch.Generator().manual_seed(0), **options,
-    ).images  # fmt: skip
+    return pipeline(**{
+        **family.pipeline_texts(item), **family.generation(1.0), "height": 32, "width": 48, "num_inference_steps": 2,
+        "generator": torch.Generator().manual_seed(0), **options,
+    }).images  # fmt: skip
+
+
+def _denoised(family: Family, denoiser: Any, scheduler: Any, item: Mapping[str, torch.Tensor], is_flow: bool) -> torch.Tensor:
+    """What our predictions make of the pipeline's noise, on the noise levels that its scheduler has taken."""
+    factor, texts = family.geometry.factor, family.collate_texts([item])
+    latents = _draw(1, family.geometry.channels, 32 // factor, 48 // factor, seed=0)
+    if is_flow:
+        for now, following in itertools.pairwise(scheduler.sigmas):
+            latents = latents + (following - now) * family.predict(denoiser, latents, now[None], texts)
+        return latents
+    scheduler.set_timesteps(2)
+    latents = latents * scheduler.init_noise_sigma
+    for time in scheduler.timesteps:
+        noisy = scheduler.scale_model_input(latents, time)
+        prediction = family.predict(denoiser, noisy, time[None].float(), texts)
+        latents = scheduler.step(prediction, time, latents).prev_sample
+    return latents
 
 
 @torch.no_grad()
@@ -305,28 +375,40 @@ def test_predictions_equal_the_pipelines_to_the_last_pixel(
     pipeline = family.pipeline(model, torch.float32, CPU)
     theirs = _Recorder(getattr(pipeline, family.denoiser_components[0]))
     images = _generate(family, pipeline, texts[0], output_type="pt")
-    sigmas = pipeline.scheduler.sigmas
 
     denoiser = _denoiser(family, model)
     ours = _Recorder(denoiser)
-    factor = family.geometry.factor
-    latents = _draw(1, family.geometry.channels, 32 // factor, 48 // factor, seed=0)
-    for now, following in itertools.pairwise(sigmas):
-        prediction = family.predict(denoiser, latents, now[None], family.collate_texts([texts[0]]))
-        latents = latents + (following - now) * prediction
+    is_flow = family.load_schedule(model).objective == "flow"
+    latents = _denoised(family, denoiser, pipeline.scheduler, texts[0], is_flow)
 
-    assert len(theirs.inputs) == len(ours.inputs) == 2
-    assert torch.equal(theirs.inputs[0]["hidden_states"], ours.inputs[0]["hidden_states"])
-    for step in range(2):
-        assert theirs.inputs[step]["img_shapes"] == ours.inputs[step]["img_shapes"]
-        for key in ("hidden_states", "timestep", "encoder_hidden_states"):
-            torch.testing.assert_close(ours.inputs[step][key], theirs.inputs[step][key], atol=1e-5, rtol=0)
-        torch.testing.assert_close(ours.outputs[step], theirs.outputs[step], atol=1e-5, rtol=0)
-    assert torch.equal(theirs.inputs[0]["timestep"], ours.inputs[0]["timestep"])
+    assert len(theirs.inputs) == len(ours.inputs) >= 2
     assert torch.equal(theirs.outputs[0], ours.outputs[0])
+    for step, (first, second) in enumerate(zip(theirs.inputs, ours.inputs, strict=True)):
+        given = {key for key, value in first.items() if isinstance(value, torch.Tensor)}
+        assert len(given & second.keys()) >= 3
+        for key in given & second.keys():
+            value = second[key].reshape(first[key].shape).to(first[key].dtype)
+            torch.testing.assert_close(value, first[key], atol=1e-5 if step else 0, rtol=0)
+        assert first.get("img_shapes") == second.get("img_shapes")
+        torch.testing.assert_close(ours.outputs[step], theirs.outputs[step], atol=1e-5, rtol=0)
 
     decoded = family.decode(family.load_vae(model, torch.float32, CPU), latents)
     torch.testing.assert_close((decoded / 2 + 0.5).clamp(0, 1), images, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_guidance_by_cached_texts_equals_that_by_prompts(
+    family: Family, model: Path, texts: list[dict[str, torch.Tensor]]
+) -> None:
+    pipeline, options = family.pipeline(model, torch.float32, CPU), {**family.generation(3.0), "output_type": "pt"}
+    negative = {f"negative_{key}": value for key, value in family.pipeline_texts(texts[2]).items()}
+    cached = _generate(family, pipeline, texts[0], **negative, **options)
+    alone = _generate(family, pipeline, texts[0], output_type="pt")
+    no_embeds = dict.fromkeys(family.pipeline_texts(texts[0]))
+    pipeline = family.pipeline(model, torch.float32, CPU)
+    prompted = _generate(family, pipeline, texts[0], **no_embeds, prompt=CAPTIONS[0], negative_prompt=CAPTIONS[2], **options)
+    torch.testing.assert_close(cached, prompted, atol=1e-4, rtol=0)
+    assert (cached - alone).abs().max() > 1e-3
 
 
 def test_the_pipeline_generates_an_image_from_cached_texts_alone(
@@ -349,8 +431,8 @@ def test_another_folder_is_no_model_of_the_family(family: Family, model: Path, t
     with pytest.raises(ModelError, match=r"no model_index\.json \(found: nothing\)"):
         family.check(tmp_path)
     index = tmp_path / "model_index.json"
-    index.write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}), encoding="utf-8")
-    with pytest.raises(ModelError, match="holds a StableDiffusionPipeline"):
+    index.write_text(json.dumps({"_class_name": "LattePipeline"}), encoding="utf-8")
+    with pytest.raises(ModelError, match="holds a LattePipeline"):
         family.check(tmp_path)
     for broken in (b"{", b"[]", b"\xff\xfe"):
         index.write_bytes(broken)

@@ -1,4 +1,7 @@
-"""As `killing.py serve`, with what training imports imported once: `train_forks.py serve`."""
+"""As `killing.py serve`, with what training imports imported once, and what fails unexpectedly said: `train_forks.py serve`."""
+
+import sys
+import traceback
 
 import killing
 
@@ -10,6 +13,17 @@ killing.SLOW_IMPORTS += (
     "diffusers.models.transformers.transformer_qwenimage",
     "diffusers.pipelines.qwenimage.pipeline_qwenimage",
 )
+plain = killing.run
+
+
+def run(command, arguments):
+    try:
+        plain(command, arguments)
+    except Exception:
+        traceback.print_exc(file=sys.stderr)
+        raise
+
 
 if __name__ == "__main__":
+    killing.run = run
     killing.serve()

@@ -2,12 +2,12 @@ import math
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
-from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3, compute_snr
 
 from ftk.models import base as models
-from ftk.models.base import TokenShift
+from ftk.models.base import NoiseSchedule, TokenShift
 from ftk.train import flow
 from ftk.train.flow import SigmaDistribution
 
@@ -181,11 +181,52 @@ def test_cosmap_integrates_to_one():
 
 def test_the_path_ends_at_data_and_at_noise_and_its_slope_is_the_target():
     clean, noise = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    at = lambda s: flow.interpolate(clean, noise, torch.full((2,), s, dtype=torch.float64))  # noqa: E731
+    schedule = NoiseSchedule(objective="flow", sigmas=TABLE)
+    at = lambda s: flow.interpolate(clean, noise, *schedule.scales(torch.full((2,), s), torch.float64))  # noqa: E731
     assert torch.equal(at(0.0), clean)
     assert torch.equal(at(1.0), noise)
-    slope = (at(0.6) - at(0.4)) / 0.2
-    assert torch.allclose(slope, flow.velocity(clean, noise), atol=1e-12)
+    slope = (at(0.75) - at(0.25)) / 0.5
+    half = torch.full((2,), 0.5, dtype=torch.float64)
+    assert torch.allclose(slope, flow.target("flow", clean, noise, half, half), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_path_of_flow_matching_keeps_its_bits(dtype):
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(3, 16, 8, 12, generator=generator).to(dtype) for _ in range(2))
+    sigma = torch.tensor([0.001, 0.3337, 1.0])
+    rounded = sigma.to(dtype).view(-1, 1, 1, 1)
+    scales = NoiseSchedule(objective="flow", sigmas=TABLE).scales(sigma, dtype)
+    assert torch.equal(flow.interpolate(clean, noise, *scales), (1.0 - rounded) * clean + rounded * noise)
+    assert torch.equal(flow.target("flow", clean, noise, *scales), noise - clean)
+
+
+def test_noise_and_v_give_back_what_was_noised():
+    clean, noise = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    sigma = torch.tensor([0.3, 0.99], dtype=torch.float64)
+    signal = (1 - sigma**2).sqrt()
+    noisy = flow.interpolate(clean, noise, signal, sigma)
+    signal_, sigma_ = signal.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+    epsilon, v = (flow.target(objective, clean, noise, signal, sigma) for objective in ("epsilon", "v"))
+    assert torch.allclose((noisy - sigma_ * epsilon) / signal_, clean, atol=1e-12)
+    assert torch.allclose(signal_ * noisy - sigma_ * v, clean, atol=1e-12)
+    assert torch.allclose(sigma_ * noisy + signal_ * v, noise, atol=1e-12)
+
+
+@pytest.mark.parametrize("objective", ["epsilon", "v"])
+def test_min_snr_weights_equal_diffusers(objective):
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    times = torch.arange(1000)
+    snr = compute_snr(scheduler, times)
+    expected = torch.stack([snr, torch.full_like(snr, 5.0)], dim=1).min(dim=1)[0] / (snr + (1 if objective == "v" else 0))
+    signal, sigma = scheduler.alphas_cumprod**0.5, (1 - scheduler.alphas_cumprod) ** 0.5
+    assert torch.allclose(flow.min_snr_weight(signal, sigma, objective, 5.0), expected, rtol=1e-6)
+
+
+def test_min_snr_weights_of_pure_noise_are_finite():
+    zero, one = torch.zeros(1), torch.ones(1)
+    assert flow.min_snr_weight(zero, one, "epsilon", 5.0).item() == 1.0
+    assert flow.min_snr_weight(zero, one, "v", 5.0).item() == 0.0
 
 
 def test_loss_is_a_mean_over_each_sample_alone():

@@ -104,6 +104,7 @@ def make_trainer(model, weighting):
         predict=family.predict,
         optimizer=MasterOptimizer(parameters, config),
         schedule=optim.schedule(config.schedule, config.steps),
+        noise_schedule=family.load_schedule(model),
         config=config,
         device=CPU,
     )

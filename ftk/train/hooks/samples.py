@@ -17,6 +17,25 @@ from ftk.train.hooks.recorder import Recorder
 from ftk.train.loop import StepResult, Trainer
 
 
+def check(config: RunConfig, store: CacheStore) -> None:
+    """Before anything is loaded, not at the first picture: is all there that is to be drawn, and can it be drawn?
+
+    Raises:
+        CacheError: a prompt is not in the cache.
+        ConfigError: the family has no images of that size.
+    """
+    if not (config.sample.every and config.sample.prompts):
+        return
+    sample.size(config)
+    wanted = {**dict.fromkeys(config.sample.prompts, "prompts"), config.sample.negative_prompt: "negative_prompt"}
+    missing = [prompt for prompt in wanted if prompt not in store.manifest.prompts]
+    if missing:
+        raise CacheError(
+            f"sample.{wanted[missing[0]]}: {missing[0]!r} is not in the cache. Run `ftk cache RUN.yaml`: it encodes that text "
+            f"alone."
+        )
+
+
 class Samples:
     """Writes `samples/step-NNNNNNNN.png`, one image a prompt.
 
@@ -35,14 +54,7 @@ class Samples:
         self._is_sharded = is_sharded
 
     def on_start(self, trainer: Trainer) -> None:
-        """Every prompt must be in the cache before the first step, not at the first picture."""
-        wanted = [*self._config.sample.prompts, self._config.sample.negative_prompt]
-        missing = [prompt for prompt in wanted if prompt not in self._store.manifest.prompts]
-        if missing:
-            raise CacheError(
-                f"sample.prompts: {missing[0]!r} is not in the cache. Run `ftk cache RUN.yaml`: it encodes that text alone."
-            )
-        # A kill may have come between this step's checkpoint and its images.
+        """Draw what a kill between this step's checkpoint and its images left out."""
         is_missing = trainer.ranks.is_main and self._is_due(trainer.step) and not self._sheet(trainer.step).exists()
         (is_missing,) = trainer.ranks.agree(is_missing)
         if is_missing:
@@ -79,23 +91,24 @@ class Samples:
         """One image a prompt from the denoiser as it is now."""
         denoiser = trainer.denoiser
         dtype = trainer.dtype
-        pipeline = trainer.family.pipeline(
-            self._model, dtype, trainer.device, transformer=denoiser, text_encoder=None, tokenizer=None
-        )
+        family = trainer.family
+        components = {family.denoiser_components[0]: denoiser, **dict.fromkeys(family.text_components)}
+        pipeline = family.pipeline(self._model, dtype, trainer.device, **components)
         vae = weakref.ref(pipeline.vae)
         denoiser.eval()
         try:
-            return [
-                sample.generate(pipeline, trainer.family, self._config, self._texts(trainer, prompt, dtype), position)
+            images = [
+                sample.generate(pipeline, family, self._config, self._texts(trainer, prompt, dtype), position)
                 for position, prompt in enumerate(self._config.sample.prompts)
             ]
         finally:
             denoiser.train()
-            del pipeline
-            gc.collect()
-            assert vae() is None, "something keeps the VAE in memory"
-            if trainer.device.type == "cuda":
-                torch.cuda.empty_cache()
+        del pipeline
+        gc.collect()
+        assert vae() is None, "something keeps the VAE in memory"
+        if trainer.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return images
 
     def _texts(self, trainer: Trainer, prompt: str, dtype: torch.dtype) -> dict[str, Any]:
         """The pipeline's text arguments, the negative ones with their prefix."""

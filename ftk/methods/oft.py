@@ -1,0 +1,181 @@
+"""OFT: W R, where R is block-diagonal and orthogonal: it rotates a layer's inputs, and keeps the angles between neurons.
+
+R is the Cayley transform (I + Q)(I - Q)^-1 of a skew-symmetric Q, zero at the start; by default its Neumann series, cut off,
+which is cheaper and orthogonal to a few digits while Q is small (OFTv2). COFT keeps Q within a radius.
+
+Source: Qiu et al. 2023 (arXiv 2306.07280); OFTv2, Qiu et al. 2025 (arXiv 2506.19847); trained by PEFT.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ftk.errors import ConfigError
+from ftk.methods import _peft
+from ftk.methods.base import EVERYTHING, Components, TargetPattern, Targets, check_format
+from ftk.models.base import Family
+
+if TYPE_CHECKING:
+    import torch
+
+_DEFAULT_BLOCK = 32
+_MERGE = "Merge it into the weights, and use those."
+REASONS = {
+    "diffusers": "diffusers' loaders know LoRA and LoKr alone. Write peft, which PEFT loads into the denoiser.",
+    "comfyui": f"ComfyUI's OFT rotates a layer's outputs, this one its inputs: no names make one of the other. {_MERGE}",
+    "kohya": f"sd-scripts' OFT rotates a layer's outputs, this one its inputs: no names make one of the other. {_MERGE}",
+    "lycoris": f"LyCORIS' OFT rotates a layer's outputs, this one its inputs: no names make one of the other. {_MERGE}",
+}
+
+
+class OftConfig(BaseModel):
+    """Settings under `method:`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    r: int | None = Field(default=None, ge=1, description="blocks a layer; more of them are smaller, with fewer parameters")
+    block_size: int | None = Field(default=None, ge=2, description="inputs that a block rotates; 32 if neither is given")
+    targets: Targets = Field(default="attention", description="a group of the family, `all`, module names, or {regex: ...}")
+    module_dropout: float = Field(default=0.0, ge=0, lt=1, description="chance that a step leaves a block unrotated")
+    coft: bool = Field(default=False, description="keep the rotation within a radius of the identity")
+    eps: float = Field(default=6e-5, gt=0, description="COFT's radius of a layer; a block's is eps / sqrt(blocks)")
+    block_share: bool = Field(default=False, description="one block for all of a layer")
+    use_cayley_neumann: bool = Field(default=True, description="the cut-off series; else the exact transform, slower")
+    num_cayley_neumann_terms: int = Field(default=5, ge=2)
+    bias: Literal["none", "all", "oft_only"] = Field(default="none", description="biases that are trained too")
+    layers: tuple[int, ...] | None = Field(default=None, description="numbers of the blocks to train; all by default")
+    layers_pattern: str | None = Field(default=None, description="the list that holds them, such as transformer_blocks")
+
+    @model_validator(mode="after")
+    def _settings_take_effect(self) -> Self:
+        if self.r is not None and self.block_size is not None:
+            raise ValueError("`r` and `block_size` exclude each other: r x block_size is the number of a layer's inputs")
+        fields = type(self).model_fields
+        if not self.coft and self.eps != fields["eps"].default:
+            raise ValueError("`eps` has no effect without `coft: true`")
+        if not self.use_cayley_neumann and self.num_cayley_neumann_terms != fields["num_cayley_neumann_terms"].default:
+            raise ValueError("`num_cayley_neumann_terms` has no effect without `use_cayley_neumann: true`")
+        if self.block_share and self.module_dropout:
+            raise ValueError("`module_dropout` has no effect with `block_share`, which has one block alone")
+        if self.layers_pattern is not None and self.layers is None:
+            raise ValueError("`layers_pattern` has no effect without `layers`")
+        if self.layers is not None and (isinstance(self.targets, TargetPattern) or self.targets == EVERYTHING):
+            raise ValueError("`layers` goes with a group or a list of targets; an expression names its layers itself")
+        return self
+
+
+class Oft:
+    """The orthogonal adapter of linear layers and 1x1 convolutions."""
+
+    name = "oft"
+    Config: ClassVar[type[BaseModel]] = OftConfig
+    NEEDS = ("denoiser",)
+    EXTRA: tuple[str, ...] = ()
+    FORMATS = ("peft",)
+
+    def attach(self, components: Components, family: Family, config: OftConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
+        """Inject the adapter; Q is zero, so training starts at the base."""
+        import peft
+
+        denoiser: Any = components["denoiser"]
+        names = _peft.select(denoiser, family, config.targets, _peft.linear_or_pointwise)
+        block_size = config.block_size or (_DEFAULT_BLOCK if config.r is None else None)
+        _check_blocks(denoiser, names, config.r, block_size)
+        settings = peft.OFTConfig(
+            r=config.r or 0,
+            oft_block_size=block_size or 0,
+            module_dropout=config.module_dropout,
+            coft=config.coft,
+            eps=config.eps,
+            block_share=config.block_share,
+            use_cayley_neumann=config.use_cayley_neumann,
+            num_cayley_neumann_terms=config.num_cayley_neumann_terms,
+            bias=config.bias,
+            layers_to_transform=None if config.layers is None else list(config.layers),
+            layers_pattern=config.layers_pattern,
+            target_modules=_peft.as_peft_targets(denoiser, family, config.targets, names),
+        )
+        parameters = _peft.attach(denoiser, settings, seed)
+        if config.module_dropout:
+            for layer in _peft.adapted(denoiser).values():
+                _drop_blocks(layer, config.module_dropout)
+        return parameters
+
+    def state(self, components: Components) -> "dict[str, torch.Tensor]":
+        """`MODULE.oft_R.weight` [blocks, block (block - 1) / 2]: the upper triangle of each Q. Trained biases."""
+        return _peft.state(components["denoiser"])
+
+    def load_state(self, components: Components, state: "Mapping[str, torch.Tensor]") -> None:
+        """Inverse of `state`."""
+        _peft.load_state(components["denoiser"], state)
+
+    def export(
+        self,
+        components: Components,
+        family: Family,
+        config: OftConfig,
+        directory: Path,
+        form: str,
+        metadata: Mapping[str, str],
+    ) -> list[Path]:
+        """A PEFT directory."""
+        check_format(self.name, self.FORMATS, form, REASONS)
+        denoiser: Any = components["denoiser"]
+        settings = _peft.for_delivery(denoiser.peft_config[_peft.ADAPTER])
+        return _peft.export_directory(directory, settings, self.state(components), metadata)
+
+    def load_into(self, pipeline: Any, directory: Path) -> None:
+        """PEFT's settings and tensors, injected."""
+        _peft.load_directory(pipeline, directory)
+
+    def merge(self, components: Components) -> None:
+        """Rotate each adapted weight and remove the adapter."""
+        _peft.merge(components["denoiser"])
+
+    def usage(self, family: Family) -> str:
+        """PEFT's loader."""
+        return _peft.usage(family)
+
+
+def _check_blocks(denoiser: Any, names: list[str], r: int | None, block_size: int | None) -> None:
+    """Blocks must divide a layer's inputs: PEFT would take another number and only warn."""
+    modules = dict(denoiser.named_modules())
+    for name in names:
+        layer = modules[name]
+        inputs = layer.in_features if hasattr(layer, "in_features") else layer.in_channels
+        given, setting = (r, "r") if r is not None else (block_size, "block_size")
+        assert given is not None
+        if inputs % given:
+            divisors = [number for number in range(2, inputs + 1) if inputs % number == 0]
+            near = sorted(sorted(divisors, key=lambda number: abs(number - given))[:4])
+            raise ConfigError(
+                f"method.{setting}: {given} does not divide the {inputs} inputs of {name}. Near it, "
+                f"{', '.join(map(str, near))} do; or leave the layer out of method.targets."
+            )
+
+
+def _drop_blocks(layer: Any, chance: float) -> None:
+    """While training, pass on each block's inputs unrotated with this chance: as its R were the identity.
+
+    PEFT (0.21) takes `module_dropout` and never applies it.
+    """
+    import torch
+
+    rotation, block_size = layer.oft_R[_peft.ADAPTER], layer.oft_block_size[_peft.ADAPTER]
+    axis = 1 if isinstance(layer.get_base_layer(), torch.nn.Conv2d) else -1
+
+    def drop(module: Any, inputs: Any, rotated: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return rotated
+        (plain,) = inputs
+        is_dropped = torch.rand(rotated.shape[axis] // block_size, device=rotated.device) < chance
+        shape = [1] * rotated.ndim
+        shape[axis] = rotated.shape[axis]
+        return torch.where(is_dropped.repeat_interleave(block_size).reshape(shape), plain, rotated)
+
+    rotation.register_forward_hook(drop)
+
+
+METHOD = Oft()
