@@ -43,11 +43,14 @@ from ftk.train.hooks.recorder import metrics_table
 
 PEERS = ("raw", "diffusers")
 CPU = torch.device("cpu")
-LOG_EVERY = 10
+# In each block as often as in any other; twice as often as by default.
+LOG_EVERY = 5
 SETTLING_SECONDS = 0.1
 GPU_STEP_SECONDS = 0.35
 NUM_SAMPLES = 96
-STEPS_A_BLOCK = {("tiny", 1): 100, ("tiny", 4): 50, ("mid", 1): 20, ("mid", 4): 10}
+# Short blocks, many rounds: a machine that others share changes its speed within seconds.
+STEPS_A_BLOCK = {"tiny": 20, "mid": 5}
+ROUNDS = {("tiny", 1): 60, ("tiny", 4): 40, ("mid", 1): 40, ("mid", 4): 16}
 WARMUP_STEPS = 10
 OVERHEAD_SIZES = ("tiny", "mid")
 
@@ -127,8 +130,9 @@ def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def overhead_of(name: str, batch_size: int, options: argparse.Namespace) -> dict[str, Any]:
     """All sides on one workspace."""
-    size, block = SIZES[name], options.block or STEPS_A_BLOCK[name, batch_size]
-    steps = WARMUP_STEPS + options.rounds * block
+    size, block = SIZES[name], options.block or STEPS_A_BLOCK[name]
+    rounds = options.rounds or ROUNDS[name, batch_size]
+    steps = WARMUP_STEPS + rounds * block
     with tempfile.TemporaryDirectory(prefix="ftk-bench-") as folder:
         root = Path(folder)
         config = setup.make_workspace(root, size, num_samples=NUM_SAMPLES, train=train_settings(batch_size, steps))
@@ -137,10 +141,10 @@ def overhead_of(name: str, batch_size: int, options: argparse.Namespace) -> dict
             peers = {
                 peer: make_loop(peer, root / "model", setup.RANK, setup.TARGETS, setup.LEARNING_RATE).step for peer in PEERS
             }
-            turns = Turns(build.loader.steps(0, steps), build, peers, options.rounds, block)
+            turns = Turns(build.loader.steps(0, steps), build, peers, rounds, block)
             build.trainer.fit(turns)
         waits = waiting(build.directory, turns.first_steps)
-    return {"size": name, "batch_size": batch_size, "rounds": options.rounds, "steps_a_block": block,
+    return {"size": name, "batch_size": batch_size, "rounds": rounds, "steps_a_block": block,
             **model_facts(build), "sides": sides(turns.blocks), "data_seconds": waits}  # fmt: skip
 
 
@@ -163,7 +167,7 @@ def sides(blocks: dict[str, Blocks]) -> dict[str, Any]:
             ratios = [a / b for a, b in pairs]
             cpu_ratios = [a / b for a, b in zip(ours.cpu_seconds, theirs.cpu_seconds, strict=True)]
             found[name] |= {
-                "ratio": {**spread(ratios), "rounds": ratios},
+                "ratio": {**spread(ratios), "quartiles": np.quantile(ratios, (0.25, 0.75)).tolist(), "rounds": ratios},
                 "cpu_ratio": spread(cpu_ratios),
                 "extra_seconds_a_step": spread([a - b for a, b in pairs]),
             }
@@ -191,9 +195,9 @@ def data_of(root: Path, batch_size: int, options: argparse.Namespace) -> dict[st
     build = build_trainer(setup.run_config(root, train_settings(batch_size, 1000, precision="bf16")))
     steps_an_epoch = build.inputs.order.micro_batches_an_epoch
     with closing(build.inputs.store), closing(build.recorder):
-        seconds = [timed(build.loader.step, index) for index in range((1 + options.rounds) * steps_an_epoch)]
+        seconds = [timed(build.loader.step, index) for index in range((1 + options.epochs) * steps_an_epoch)]
         waits = {
-            name: loop_waits(build, options.gpu_steps, pause)
+            name: loop_waits(build, options.gpu_steps, batch_size * GPU_STEP_SECONDS, pause)
             for name, pause in (("sleeping", time.sleep), ("computing", compute))
         }
     a_sample = [each / batch_size for each in seconds]
@@ -203,7 +207,7 @@ def data_of(root: Path, batch_size: int, options: argparse.Namespace) -> dict[st
         "first_epoch_seconds_a_sample": spread(a_sample[:steps_an_epoch]),
         "later_seconds_a_sample": spread(a_sample[steps_an_epoch:]),
         "share_of_a_gpu_step": spread([each / batch_size / GPU_STEP_SECONDS for each in seconds[steps_an_epoch:]]),
-        "gpu_step_seconds": GPU_STEP_SECONDS * batch_size,
+        "gpu_step_seconds": batch_size * GPU_STEP_SECONDS,
         "waits": waits,
     }
 
@@ -215,13 +219,13 @@ def timed(call: Callable[..., Any], *arguments: Any) -> float:
     return time.perf_counter() - started
 
 
-def loop_waits(build: Build, num_steps: int, pause: Callable[[float], None]) -> dict[str, float]:
+def loop_waits(build: Build, num_steps: int, gpu_step: float, pause: Callable[[float], None]) -> dict[str, float]:
     """Seconds that a loop waits for each batch but the first, where a step takes as long as on a GPU."""
     found = []
     steps = build.loader.steps(0, num_steps)
     for _ in range(num_steps):
         found.append(timed(next, steps))
-        pause(GPU_STEP_SECONDS)
+        pause(gpu_step)
     steps.close()  # type: ignore[attr-defined]
     return spread(found[1:])
 
@@ -305,18 +309,21 @@ def show(part: str, results: Sequence[dict[str, Any]], console: Console) -> None
 def show_overhead(results: Sequence[dict[str, Any]], console: Console) -> None:
     """One row a side."""
     table = new_table(
-        "ftk's step against the same step without ftk", ["", "ms a step", "ftk / it", "by CPU time", "ftk's extra ms"]
+        "ftk's step against the same step without ftk",
+        ["", "ms a step", "ftk / it", "its middle half", "by CPU time", "ftk's extra ms"],
     )
     for result in results:
         for name, side in result["sides"].items():
             about = f"{result['size']} b{result['batch_size']} ({result['num_base_parameters'] / 1e6:,.1f} M): {name}"
-            ratios = [""] * 3
+            ratios = [""] * 4
             if name != "ftk":
-                ratios = [spread_text(side["ratio"], digits=3), spread_text(side["cpu_ratio"], digits=3)]
+                low, high = side["ratio"]["quartiles"]
+                ratios = [spread_text(side["ratio"], digits=3), f"{low:.3f} to {high:.3f}"]
+                ratios.append(spread_text(side["cpu_ratio"], digits=3))
                 ratios.append(spread_text(side["extra_seconds_a_step"], 1e3))
             table.add_row(about, spread_text(side["seconds_a_step"], 1e3), *ratios)
         waited = result["data_seconds"]
-        table.add_row("  ftk waits for data", f"{1e3 * waited['median']:.3f} (99 %: {1e3 * waited['p99']:.2f})", "", "", "")
+        table.add_row("  ftk waits for data", f"{1e3 * waited['median']:.3f} (99 %: {1e3 * waited['p99']:.2f})", "", "", "", "")
     console.print(table)
 
 
@@ -363,8 +370,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("part", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--size", choices=OVERHEAD_SIZES, action="append", help="of overhead and memory; may be given twice")
     parser.add_argument("--batch", type=int, choices=(1, 4), action="append", help="samples a step; may be given twice")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each side; epochs of data after the first")
+    parser.add_argument("--rounds", type=int, help="of overhead: turns of each side")
     parser.add_argument("--block", type=int, help=f"steps a turn: a multiple of {LOG_EVERY}")
+    parser.add_argument("--epochs", type=int, default=9, help="of data: after the first")
     parser.add_argument("--gpu-steps", type=int, default=20, help="of data: steps that take as long as a GPU's")
     parser.add_argument("--repeats", type=int, default=3, help="of memory: processes of each side")
     parser.add_argument("--memory-steps", type=int, default=20, help="of memory: steps of each process")
@@ -392,9 +400,7 @@ def main() -> None:
         report[part] = PARTS[part](options)
         show(part, report[part], console)
     report["machine"]["load_after"] = os.getloadavg()[0]
-    console.print(
-        "Medians, with least and greatest in brackets. A ratio is of blocks, or processes, of the same round."
-    )
+    console.print("Medians, with least and greatest in brackets. A ratio is of blocks, or processes, of the same round.")
     console.print(
         f"Load of the machine: {report['machine']['load']:.1f} before, {report['machine']['load_after']:.1f} at the end."
     )
@@ -406,9 +412,9 @@ def main() -> None:
 def shown_command(options: argparse.Namespace) -> str:
     """What to type for the same measurement."""
     lists = [f" --{name} {value}" for name in ("size", "batch") for value in getattr(options, name) or ()]
-    numbers = [f" --rounds {options.rounds}", f" --repeats {options.repeats}", f" --threads {options.threads}"]
-    block = [f" --block {options.block}"] if options.block else []
-    return "python benchmarks/train_step.py" + "".join([*(f" {part}" for part in options.part), *lists, *numbers, *block])
+    names = ("rounds", "block", "epochs", "repeats", "threads")
+    numbers = [f" --{name} {value}" for name in names if (value := getattr(options, name)) is not None]
+    return "python benchmarks/train_step.py" + "".join([*(f" {part}" for part in options.part), *lists, *numbers])
 
 
 if __name__ == "__main__":

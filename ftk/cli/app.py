@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ftk.cli import cache, demo, doctor, gc, init, inspect, prepare, run, sample, tiny, train, verify
+from ftk.cli import cache, demo, doctor, export, gc, init, inspect, merge, prepare, run, sample, tiny, train, verify
 from ftk.errors import FtkError
 
 LOGGER = logging.getLogger("ftk")
@@ -16,7 +16,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 app = typer.Typer(
     name="ftk",
-    help="Fine-tune flow-matching image models: encode once, train anywhere, lose nothing.",
+    help="Fine-tune image models: encode once, train anywhere, lose nothing.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,6 +26,8 @@ app.command("prepare")(prepare.prepare)
 app.command("cache")(cache.cache)
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
+app.command("merge")(merge.merge)
+app.command("export")(export.export)
 app.command("run")(run.run)
 app.command("demo")(demo.demo)
 app.command("init")(init.init)
@@ -40,7 +42,7 @@ app.command("tiny")(tiny.tiny)
 def common(
     log_level: Annotated[LogLevel, typer.Option("--log-level", help="How much to say; debug shows tracebacks.")] = "info",
 ) -> None:
-    """Fine-tune flow-matching image models: encode once, train anywhere, lose nothing."""
+    """Fine-tune image models: encode once, train anywhere, lose nothing."""
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
     LOGGER.setLevel(log_level.upper())
     if log_level != "debug":

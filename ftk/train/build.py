@@ -9,7 +9,6 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 
-import ftk
 from ftk import storage
 from ftk.cache import fingerprint
 from ftk.cache.fetch import Download
@@ -113,7 +112,7 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None, device: torch.d
     LOGGER.log(logging.INFO if inputs.plan.fits else logging.WARNING, "%s", memory.in_a_line(inputs.plan))
     dtype = getattr(torch, inputs.plan.dtype)
     components, parameters = _load(config, inputs, ranks, device)
-    optimizer = optim.MasterOptimizer(parameters, _with_rates(config.train, inputs))
+    optimizer = optim.MasterOptimizer(parameters, with_rates(config.train, inputs.method, inputs.method_config))
     settings = checkpoint.exact_settings(config.train, _identities(config, inputs))
     trackers = open_trackers(config, directory) if ranks.is_main else []
     recorder = Recorder(directory, config.train, trackers, writes=ranks.is_main)
@@ -175,11 +174,11 @@ def _with_whole_base(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _with_rates(config: TrainConfig, inputs: Inputs) -> TrainConfig:
+def with_rates(config: TrainConfig, method: methods.Method, settings: Any) -> TrainConfig:
     """The settings with the learning rates that the method asks for, behind those of the run file."""
     asked = tuple(
         ParameterGroupConfig(match=match, learning_rate=config.learning_rate * factor)
-        for match, factor in methods.parameter_groups(inputs.method, inputs.method_config)
+        for match, factor in methods.parameter_groups(method, settings)
     )
     groups = (*config.optimizer.groups, *asked)
     return config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"groups": groups})})
@@ -200,8 +199,7 @@ def _identities(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
 
 def _exporter(config: RunConfig, inputs: Inputs, components: Mapping[str, Any], directory: Path) -> Callable[[int, str], None]:
     def export(step: int, folder: str) -> None:
-        metadata = {"ftk_version": ftk.__version__, "ftk_base_model": redact(config.model.path), "ftk_step": str(step)}
-        method = inputs.method
+        method, metadata = inputs.method, card.metadata(config, step)
         method.export(components, inputs.family, inputs.method_config, directory / folder, method.FORMATS[0], metadata)
         text = card.model_card(config, step, method.usage(inputs.family))
         storage.commit_bytes(directory / folder / "README.md", redact(text).encode())

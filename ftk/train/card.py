@@ -1,7 +1,22 @@
-"""The model card beside delivered weights."""
+"""What delivered weights say of themselves: metadata in the files, and the model card beside them."""
 
 import ftk
+from ftk.configs.load import redact
 from ftk.configs.schema import RunConfig
+
+
+def metadata(config: RunConfig, step: int) -> dict[str, str]:
+    """What a delivered file says of itself; secrets redacted."""
+    triggers = sorted({source.trigger for source in config.data.sources if source.trigger})
+    return {
+        "ftk_version": ftk.__version__,
+        "ftk_base_model": redact(config.model.path),
+        "ftk_family": config.model.family,
+        "ftk_method": config.method.name,
+        "ftk_step": str(step),
+        "ftk_resolutions": ", ".join(map(str, config.data.resolutions)),
+        **({"ftk_triggers": redact(", ".join(triggers))} if triggers else {}),
+    }
 
 
 def model_card(config: RunConfig, step: int, usage: str) -> str:

@@ -93,23 +93,35 @@ def latest(directory: Path) -> Checkpoint | None:
     for path in reversed(paths):
         problem = damage(path)
         if problem is None:
-            trainer = storage.read_json(path / "trainer.json")
-            if trainer.get("schema_version") != RUN_SCHEMA:
-                raise CheckpointError(
-                    f"{path} has schema version {trainer.get('schema_version')}; this ftk reads {RUN_SCHEMA}. "
-                    f"Start over with --fresh, or use the ftk that wrote it."
-                )
-            return Checkpoint(
-                path=path,
-                step=trainer["step"],
-                num_samples_seen=trainer["num_samples_seen"],
-                optimizer_facts=trainer["optimizer"],
-                settings=trainer["settings"],
-            )
+            return _read(path)
         LOGGER.warning("checkpoint %s is damaged (%s): the one before it is used", path, problem)
     if paths:
         LOGGER.warning("%s: no checkpoint is whole, so the training begins again at its first step", directory)
     return None
+
+
+def read(path: Path) -> Checkpoint:
+    """One checkpoint; `CheckpointError` unless it is whole."""
+    problem = damage(path)
+    if problem is not None:
+        raise CheckpointError(f"checkpoint {path} is damaged ({problem}). Use another step.")
+    return _read(path)
+
+
+def _read(path: Path) -> Checkpoint:
+    trainer = storage.read_json(path / "trainer.json")
+    if trainer.get("schema_version") != RUN_SCHEMA:
+        raise CheckpointError(
+            f"{path} has schema version {trainer.get('schema_version')}; this ftk reads {RUN_SCHEMA}. "
+            f"Start over with --fresh, or use the ftk that wrote it."
+        )
+    return Checkpoint(
+        path=path,
+        step=trainer["step"],
+        num_samples_seen=trainer["num_samples_seen"],
+        optimizer_facts=trainer["optimizer"],
+        settings=trainer["settings"],
+    )
 
 
 def all_of(directory: Path) -> list[Path]:

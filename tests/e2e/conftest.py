@@ -91,7 +91,9 @@ def workspace(tmp_path, pictures, tiny_model) -> Callable[..., Path]:
             "sample": {"prompts": ["a red circle"], "num_inference_steps": 2, "guidance_scale": 1.0},
         }  # fmt: skip
         for name, section in sections.items():
-            tree[name] = {**tree[name], **section} if isinstance(section, dict) else section
+            # Methods share no settings: another one's must not stay.
+            is_part = isinstance(section, dict) and name != "method"
+            tree[name] = {**tree[name], **section} if is_part else section
         path = tmp_path / "run.yaml"
         path.write_text(yaml.safe_dump(tree))
         return path
