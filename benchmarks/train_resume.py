@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -112,14 +112,13 @@ def settings_of(setting: str) -> dict[str, Any]:
     return {"steps": 100_000_000, "checkpoint_every": 10_000_000, **SETTINGS[setting]}
 
 
-def make(root: Path, num_samples: int) -> dict[str, float]:
+def make(root: Path, num_samples: int) -> dict[str, int]:
     """The workspace; in a process of its own, since nothing is written through to the disk: that would take most of it."""
     import train_setup as setup
 
     os.fsync = lambda descriptor: None
-    started = time.perf_counter()
     setup.make_workspace(root, setup.SIZES["many"], num_samples=num_samples, train=settings_of("by bucket"), items_a_shard=500)
-    return {"build_seconds": time.perf_counter() - started}
+    return {"samples": num_samples}
 
 
 def save(root: Path, setting: str, step: int) -> dict[str, float]:
@@ -150,14 +149,23 @@ def in_a_process(*arguments: str) -> dict[str, float]:
     return found
 
 
+@contextmanager
+def workspace(options: argparse.Namespace) -> Iterator[str]:
+    """One for the time being, or the one that is kept."""
+    with ExitStack() as stack:
+        folder = options.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="ftk-bench-", dir=options.directory))
+        if not (Path(folder) / "cache" / "cache.json").exists():
+            print(f"building a cache of {options.samples:,} samples", file=sys.stderr)
+            in_a_process("--make", str(folder), str(options.samples))
+        yield str(folder)
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All settings, whose runs take turns."""
     from train_setup import spread
 
     runs: dict[str, list[dict[str, float]]] = {setting: [] for setting in SETTINGS}
-    with tempfile.TemporaryDirectory(prefix="ftk-bench-", dir=options.directory) as folder:
-        print(f"building a cache of {options.samples:,} samples", file=sys.stderr)
-        facts = in_a_process("--make", folder, str(options.samples))
+    with workspace(options) as folder:
         for setting in SETTINGS:
             print(setting, file=sys.stderr)
             in_a_process("--save", folder, setting, str(options.samples + options.samples // 2))
@@ -170,7 +178,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         own = [sum(run[part] for part in FROM_THE_CACHE) for run in measured]
         parts = {part: spread([run[part] for run in measured]) for part in (*PARTS, "total")}
         results[setting] = {"from_the_cache": spread(own), "goal_seconds": GOAL_SECONDS, "parts": parts}
-    return {"samples": options.samples, "repeats": options.repeats, **facts, "results": results}
+    return {"samples": options.samples, "repeats": options.repeats, "results": results}
 
 
 def show(report: dict[str, Any]) -> None:
@@ -199,6 +207,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=1_000_000, help="of the cache")
     parser.add_argument("--repeats", type=int, default=5, help="runs that count, of each setting")
     parser.add_argument("--directory", metavar="DIR", help="where the cache is put for the time being, on a local disk")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="put the cache there to stay, or take the one that is there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers and the machine's facts here")
     parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--save", nargs=3, help=argparse.SUPPRESS)
