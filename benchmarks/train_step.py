@@ -394,27 +394,31 @@ def main() -> None:
     if options.train:
         print(json.dumps(train(options.train)))
         return
-    report: dict[str, Any] = {"command": shown_command(options), "machine": setup.machine(CPU)}
-    console = Console(width=max(Console().width, 150))
+    console = Console(width=max(Console().width, 170))
     for part in options.part or PARTS:
-        report[part] = PARTS[part](options)
-        show(part, report[part], console)
-    report["machine"]["load_after"] = os.getloadavg()[0]
+        machine = setup.machine(CPU)
+        found = {"command": shown_command(part, options), "machine": machine, "results": PARTS[part](options)}
+        machine["load_after"] = os.getloadavg()[0]
+        show(part, found["results"], console)
+        console.print(f"Load of the machine: {machine['load']:.1f} before, {machine['load_after']:.1f} at the end.")
+        if options.json:
+            write(options.json, part, found)
     console.print("Medians, with least and greatest in brackets. A ratio is of blocks, or processes, of the same round.")
-    console.print(
-        f"Load of the machine: {report['machine']['load']:.1f} before, {report['machine']['load_after']:.1f} at the end."
-    )
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def shown_command(options: argparse.Namespace) -> str:
+def write(path: Path, part: str, found: dict[str, Any]) -> None:
+    """The file keeps its other parts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**report, part: found}, indent=2) + "\n")
+
+
+def shown_command(part: str, options: argparse.Namespace) -> str:
     """What to type for the same measurement."""
     lists = [f" --{name} {value}" for name in ("size", "batch") for value in getattr(options, name) or ()]
     names = ("rounds", "block", "epochs", "repeats", "threads")
     numbers = [f" --{name} {value}" for name in names if (value := getattr(options, name)) is not None]
-    return "python benchmarks/train_step.py" + "".join([*(f" {part}" for part in options.part), *lists, *numbers])
+    return f"python benchmarks/train_step.py {part}" + "".join([*lists, *numbers])
 
 
 if __name__ == "__main__":
