@@ -651,3 +651,26 @@ def test_the_manifest_keeps_all_but_its_tables(items: Items, directory: Path, ca
     assert after.tables["samples"] == before.tables["samples"]
     assert after.tables["texts"] != before.tables["texts"]
     assert len(list((directory / "view").iterdir())) == 4
+
+
+def test_tables_that_a_killed_collection_left_unnamed_are_kept_once_they_are_the_view(
+    items: Items, directory: Path, cached_samples: Samples, resealed: Seal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resealed(directory, cached_samples(4))
+    before = _read(directory)
+    plain = storage.commit_json
+
+    def killed(path: Path, value: Any) -> None:
+        if path.name == view.MANIFEST:
+            raise KeyboardInterrupt
+        plain(path, value)
+
+    monkeypatch.setattr(storage, "commit_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        gc.run(directory, remove=True)
+    monkeypatch.undo()
+    assert gc.run(directory, remove=True).garbage
+    _assert_whole(directory)
+    named = _read(directory)
+    assert named
+    assert all(before[key].keys() == tensors.keys() for key, tensors in named.items())
