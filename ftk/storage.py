@@ -85,13 +85,13 @@ def commit_json(path: Path, value: Any) -> None:
 def commit_table(path: Path, table: pa.Table) -> None:
     """Write an Arrow table as Parquet (zstd) under the commit protocol."""
     with committing(path) as file:
-        pq.write_table(table, file, compression="zstd")
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
 
 
 def table_bytes(table: pa.Table) -> bytes:
     """An Arrow table as the bytes of a Parquet file (zstd)."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return bytes(sink.getvalue())
 
 
@@ -221,7 +221,7 @@ def read_table(path: Path | pa.NativeFile, columns: list[str] | None = None, dic
     names = [name for name in dictionary if name in pq.read_schema(path).names] if dictionary else None
     if isinstance(path, pa.NativeFile):
         path.seek(0)
-    with pq.ParquetFile(path, read_dictionary=names, pre_buffer=False) as file:
+    with pq.ParquetFile(path, read_dictionary=names, pre_buffer=False, page_checksum_verification=True) as file:
         return file.read(columns, use_threads=False)
 
 

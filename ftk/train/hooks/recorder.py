@@ -305,6 +305,8 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table:
         for name in missing:
             table = table.append_column(schema.field(name), pa.nulls(len(table), schema.field(name).type))
         table = table.select(schema.names).cast(schema)
+        if table["step"].null_count:
+            raise ValueError("rows without a step")
     except (pa.ArrowException, OSError, ValueError) as error:
         LOGGER.warning("%s is damaged (%s): its rows are lost, the run itself is not", path, error)
         return schema.empty_table()
