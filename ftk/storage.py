@@ -15,6 +15,7 @@ import secrets
 import shutil
 import socket
 import struct
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from ftk.errors import EnvironmentFault
 
 TEMPORARY_PREFIX = ".tmp-"
 _HASH_CHUNK_BYTES = 4 << 20
+_LOCK_TRIES = 5
+_LOCK_PAUSE_SECONDS = 0.02
 
 
 def _temporary(path: Path) -> Path:
@@ -169,15 +172,11 @@ def holder(directory: Path) -> str | None:
 @contextlib.contextmanager
 def _flock(path: Path, mode: int) -> Iterator[None]:
     with path.open("a+") as file:
-        try:
-            fcntl.flock(file, mode | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
+        if not _is_locked(file, mode):
             raise EnvironmentFault(
                 f"{path.parent} is being written by {_holder(path)}. Wait for it to end, or use another --workspace or run "
                 f"name."
-            ) from None
+            )
         if not _is_at(file, path):
             raise EnvironmentFault(f"{path.parent} was set aside or removed by another process just now. Start again.")
         # Of those that share a lock each is named in its part's.
@@ -187,6 +186,20 @@ def _flock(path: Path, mode: int) -> Iterator[None]:
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
         yield
+
+
+def _is_locked(file: IO[str], mode: int) -> bool:
+    """Take the lock if nobody holds it. Who asks whose it is holds it too, for a moment, so it is tried a few times."""
+    for _ in range(_LOCK_TRIES):
+        try:
+            fcntl.flock(file, mode | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            time.sleep(_LOCK_PAUSE_SECONDS)
+        else:
+            return True
+    return False
 
 
 def _is_at(file: IO[str], path: Path) -> bool:

@@ -1,5 +1,7 @@
 """Storage: the commit protocol, locks and hashes."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -286,6 +288,17 @@ def test_lock_dies_with_its_killed_holder(tmp_path: Path, holder: "subprocess.Po
         named = (tmp_path / ".lock").read_text()
     assert named.startswith(f"process {os.getpid()} on ")
     assert str(holder.pid) not in named.split()
+
+
+def test_who_asks_for_the_holder_keeps_no_writer_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with storage.lock(tmp_path):
+        pass
+    with contextlib.ExitStack() as asking:
+        file = asking.enter_context((tmp_path / ".lock").open())
+        fcntl.flock(file, fcntl.LOCK_SH)
+        monkeypatch.setattr("time.sleep", lambda _: asking.close())
+        with storage.lock(tmp_path):
+            assert file.closed
 
 
 def test_lock_is_free_again_after_its_block(tmp_path: Path) -> None:
