@@ -1,6 +1,6 @@
 """`ftk prepare`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,9 @@ def prepare(
     part: Annotated[
         str, typer.Option("--part", metavar="I/N", help="Make the I-th of N parts: one job of an array on many machines.")
     ] = "1/1",
+    make_class_images: Annotated[
+        bool, typer.Option("--make-class-images", help="First draw the class images that are missing, with the base model.")
+    ] = False,
 ) -> None:
     """Bucket, resize and crop images into tar shards with tables; every input is a sample or a reject with a reason."""
     config = load_config(run_file, overrides, workspace)
@@ -23,4 +26,28 @@ def prepare(
     from ftk.pipeline.engine import Part
 
     share = Part.parse(part)
-    show("prepare", stage.dry_run(config, share) if dry_run else stage.run(config, share), json)
+    if make_class_images:
+        _check_class_images(config, part)
+    if dry_run:
+        show("prepare", stage.dry_run(config, share), json)
+        return
+    if make_class_images:
+        stage.check(config)
+        from ftk.train import class_images
+
+        class_images.run(config)
+    show("prepare", stage.run(config, share), json)
+
+
+def _check_class_images(config: Any, part: str) -> None:
+    from ftk.errors import ConfigError
+
+    if part != "1/1":
+        raise ConfigError(
+            f"--part {part} and --make-class-images do not go together: draw the images in one job, then start the parts."
+        )
+    if not any(source.generate for source in config.data.sources):
+        raise ConfigError(
+            "--make-class-images: no source says what to draw. Write it beside the `role: class` of a source, for example "
+            "generate: {prompt: a photo of a dog, count: 200}"
+        )

@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ftk import locations
 from ftk.contracts import Role
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
+HUB_ID = r"^[A-Za-z0-9][\w.-]*/[\w.-]+$"
 _FILE_SUFFIXES = frozenset({".tar", ".gz", ".tgz", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"})
 
 
@@ -29,12 +31,45 @@ def _require_default(section: Section, name: str, needed: str) -> None:
         raise ValueError(f"`{name}` has no effect without `{needed}`")
 
 
+def _require_text(prompt: str) -> None:
+    if not prompt.isascii() and prompt.encode("utf-8", "ignore").decode() != prompt:
+        raise ValueError("half of a surrogate pair is no text: write the character itself")
+
+
 class ModelConfig(Section):
     """The base model: a local folder in the Diffusers layout, or a Hub id with a revision."""
 
     family: str
     path: str = Field(min_length=1)
     revision: str | None = None
+
+
+class GenerateConfig(Section):
+    """Class images that the base model draws where a folder has too few of them: `ftk prepare --make-class-images`."""
+
+    prompt: str = Field(min_length=1, description="what is drawn, and the caption of each drawn image: the class's name")
+    count: int = Field(default=100, ge=1, description="class images that the folder must hold, your own among them")
+    negative_prompt: str = " "
+    guidance_scale: float = Field(default=4.0, ge=0, description="classifier-free guidance; 1 or less turns it off")
+    num_inference_steps: int = Field(default=30, ge=1)
+    width: int | None = Field(default=None, ge=16, description="px; the first resolution by default")
+    height: int | None = Field(default=None, ge=16)
+    seed: int = Field(default=0, ge=0, description="each image has a seed of its own, from this one and its index")
+    batch_size: int = Field(default=1, ge=1, description="images drawn at once")
+    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="precision of the weights that draw")
+    device: Device = "auto"
+
+    @field_validator("negative_prompt")
+    @classmethod
+    def _negative_prompt_is_text(cls, value: str) -> str:
+        _require_text(value)
+        return value
+
+    @model_validator(mode="after")
+    def _settings_take_effect(self) -> Self:
+        if self.guidance_scale <= 1:
+            _require_default(self, "negative_prompt", "guidance_scale above 1")
+        return self
 
 
 class SourceConfig(BaseModel):
@@ -51,6 +86,7 @@ class SourceConfig(BaseModel):
     trigger: str | None = Field(default=None, description="put before each caption that does not contain it")
     prefix: str | None = Field(default=None, description="put before each caption")
     suffix: str | None = Field(default=None, description="put after each caption")
+    generate: GenerateConfig | None = Field(default=None, description="class images to draw where the folder has too few")
 
     @model_validator(mode="before")
     @classmethod
@@ -60,6 +96,21 @@ class SourceConfig(BaseModel):
         if meant:
             raise ValueError(f"`{meant[0]}` is not a setting. Did you mean `path`?")
         return tree
+
+    @model_validator(mode="after")
+    def _images_can_be_generated(self) -> Self:
+        if self.generate is None:
+            return self
+        if self.role != "class":
+            raise ValueError("`generate` draws class images: it needs `role: class` beside it")
+        is_file = self.format == "auto" and PurePath(self.path).suffix.lower() in _FILE_SUFFIXES
+        if locations.is_url(self.path) or is_file or self.format not in ("auto", "folder"):
+            raise ValueError("`generate` puts images into a folder of this machine: `path` must name one")
+        if self.settings.get("captions_from", "sidecar") != "sidecar":
+            raise ValueError("`generate` writes a caption beside each image: leave `captions_from` out")
+        if self.settings.get("masks") or self.settings.get("controls"):
+            raise ValueError("`generate` draws no masks and no control images: leave `masks` and `controls` out")
+        return self
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -445,8 +496,15 @@ class TrainConfig(Section):
         return self
 
 
+class AdapterConfig(Section):
+    """What another run delivered, drawn together with this one by `ftk sample`."""
+
+    path: str = Field(min_length=1, description="a folder with a LoRA, LoHa or LoKr, in diffusers' or PEFT's format")
+    strength: float = Field(default=1.0, ge=-10, le=10)
+
+
 class SampleConfig(Section):
-    """Images drawn to look at."""
+    """Images drawn to look at. `strength` and `adapters` are for `ftk sample`: training draws the weights as they are."""
 
     prompts: tuple[str, ...] = ()
     negative_prompt: str = " "
@@ -457,14 +515,42 @@ class SampleConfig(Section):
     height: int | None = Field(default=None, ge=16)
     seed: int = Field(default=0, ge=0)
     device: Device = "auto"
+    strength: float = Field(
+        default=1.0, ge=-10, le=10, description="of the run's own LoRA, LoHa or LoKr; others load at 1 alone"
+    )
+    adapters: tuple[AdapterConfig, ...] = Field(default=(), description="drawn on top of the run's own, in one more column")
 
     @field_validator("prompts", "negative_prompt")
     @classmethod
     def _prompts_are_text(cls, value: tuple[str, ...] | str) -> tuple[str, ...] | str:
         for prompt in (value,) if isinstance(value, str) else value:
-            if not prompt.isascii() and prompt.encode("utf-8", "ignore").decode() != prompt:
-                raise ValueError("half of a surrogate pair is no text: write the character itself")
+            _require_text(prompt)
         return value
+
+
+class CardConfig(Section):
+    """What the model card and the metadata of delivered files say beside what ftk knows of the run."""
+
+    title: str | None = Field(default=None, min_length=1, max_length=200, description="the run's name by default")
+    description: str | None = Field(default=None, min_length=1)
+    author: str | None = Field(default=None, min_length=1)
+    license: str | None = Field(
+        default=None, pattern=r"^[a-z0-9][a-z0-9.+-]*$", description="the Hub's name of it: apache-2.0, openrail++, other"
+    )
+    license_name: str | None = Field(default=None, min_length=1, description="of a licence that the Hub has no name for")
+    license_link: str | None = Field(default=None, min_length=1, description="where its text is")
+    base_model: str | None = Field(
+        default=None, pattern=HUB_ID, description="the base's Hub id, where model.path is a folder of this machine"
+    )
+
+    @model_validator(mode="after")
+    def _settings_take_effect(self) -> Self:
+        if self.license == "other" and self.license_name is None:
+            raise ValueError("`license: other` needs a `license_name` beside it")
+        if self.license != "other":
+            _require_default(self, "license_name", "license: other")
+            _require_default(self, "license_link", "license: other")
+        return self
 
 
 class RunConfig(Section):
@@ -478,3 +564,4 @@ class RunConfig(Section):
     method: MethodConfig = MethodConfig()
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
+    card: CardConfig = CardConfig()

@@ -48,7 +48,7 @@ _FROM_DATA = (
     *("captions", "duplicates", "image_format", "quality", "background", "animated"),
 )
 _INDEXED_SHARDS = 64
-_NOT_THE_SAMPLES = {"path", "format", "name"}
+_NOT_THE_SAMPLES = {"path", "format", "name", "generate"}
 
 
 def recipe(config: RunConfig) -> dict[str, Any]:

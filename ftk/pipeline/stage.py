@@ -18,8 +18,9 @@ from ftk.configs.schema import DataConfig, RunConfig
 from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, ShardRecord
 from ftk.errors import SourceError, TooManyRejects
 from ftk.models import base as models
-from ftk.pipeline import dataset, duplicates, images, plan, shards
+from ftk.pipeline import class_images, dataset, duplicates, images, plan, shards
 from ftk.pipeline.buckets import bucket_sizes
+from ftk.pipeline.class_images import ClassImages
 from ftk.pipeline.engine import WHOLE, Part, WorkerPool, map_units
 from ftk.pipeline.shards import Job, Made
 from ftk.progress import Tracker, track
@@ -58,12 +59,14 @@ def run(config: RunConfig, part: Part = WHOLE) -> PrepareReport:
     """Prepare the dataset, or one part of it; shards whose inputs and recipe are unchanged are kept as they are.
 
     Raises:
-        SourceError: nothing usable was found.
+        SourceError: nothing usable was found, or class images are missing or were drawn with something else.
         TooManyRejects: more rejects than `data.max_reject_fraction`; the dataset is committed before this is raised.
         EnvironmentFault: disk, memory, network, or another writer.
     """
     job = Job(directory=prepared_path(config), recipe=image_recipe(config), data=config.data)
-    plan.look(config.data)
+    wanted = check(config)
+    class_images.refuse_changes(wanted, config.model)
+    class_images.refuse_missing(wanted)
     with storage.lock(job.directory, part.label):
         if part == WHOLE:
             storage.sweep(job.directory)
@@ -79,6 +82,18 @@ def run(config: RunConfig, part: Part = WHOLE) -> PrepareReport:
     report = report_of(job.directory, manifest, sum(unit.num_reused for unit in made))
     check_rejects(report, config.data)
     return report
+
+
+def check(config: RunConfig) -> tuple[ClassImages, ...]:
+    """Look at settings and local sources before anything is drawn or written; class images may be missing still.
+
+    Raises:
+        ConfigError, SourceError: a source is missing or empty, or a setting does not go with the family.
+    """
+    image_recipe(config)
+    wanted = class_images.wanted(config)
+    plan.look(class_images.listable(config.data, wanted))
+    return wanted
 
 
 def image_recipe(config: RunConfig) -> images.ImageRecipe:
@@ -99,8 +114,10 @@ def image_recipe(config: RunConfig) -> images.ImageRecipe:
 
 def dry_run(config: RunConfig, part: Part = WHOLE) -> dict[str, Any]:
     """What `run` would make, from listings, captions and image headers alone; writes nothing."""
-    data = config.data
     recipe = image_recipe(config)
+    wanted = class_images.wanted(config)
+    class_images.refuse_changes(wanted, config.model)
+    data = class_images.listable(config.data, wanted)
     counts: Counter[str] = Counter()
     buckets: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
@@ -123,6 +140,7 @@ def dry_run(config: RunConfig, part: Part = WHOLE) -> dict[str, Any]:
             counts["num_inputs"] += num_inputs
             counts["num_shards"] += max(1, -(-num_inputs // data.shard_samples))
     return {
+        "num_class_images_to_draw": {one.source.source_name: one.num_missing for one in wanted if one.num_missing},
         "num_inputs": counts["num_inputs"],
         "num_samples": buckets.total(),
         "num_rejects": rejected.total(),

@@ -20,7 +20,7 @@ from pydantic_core import PydanticUndefined
 from servers import fault_server, s3_server
 
 from ftk.cli.app import app
-from ftk.configs.schema import CaptionsConfig, DataConfig, RunConfig, SourceConfig
+from ftk.configs.schema import CaptionsConfig, DataConfig, GenerateConfig, RunConfig, SourceConfig
 from ftk.contracts import RejectReason, SampleRow
 from ftk.pipeline.dataset import PreparedDataset
 from ftk.pipeline.sources import base as sources
@@ -332,6 +332,7 @@ OPTIONS = {
     "data": DataConfig,
     "source": SourceConfig,
     "captions": CaptionsConfig,
+    "generate": GenerateConfig,
     **{name: sources.get(name).Settings for name in sources.available()},
 }
 
