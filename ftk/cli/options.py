@@ -29,10 +29,9 @@ def load_config(run_file: Path, overrides: list[str] | None, workspace: str | No
     for position, source in enumerate(config.data.sources):
         sources.parse(source, f"data.sources.{position}")
     family = models.get(config.model.family)
-    _, settings = methods.parse(config.method)
-    targets = getattr(settings, "targets", None)
-    if targets is not None:
-        methods.target_modules(family, targets)
+    method, settings = methods.parse(config.method)
+    for part in methods.parts(dict.fromkeys(method.needs(family, settings)), family, settings):
+        methods.target_modules(part)
     return config
 
 

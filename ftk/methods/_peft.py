@@ -1,6 +1,7 @@
 """What all methods of the PEFT library share: targets, injection, state, the PEFT directory, merging.
 
-An adapter is injected into the denoiser itself, which keeps its class: families, pipelines and FSDP meet the same module.
+An adapter is injected into the denoiser itself, which keeps its class: families, pipelines and FSDP meet the same module. A
+text encoder that is trained too gets one of its own.
 """
 
 import contextlib
@@ -10,11 +11,24 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from ftk import storage
 from ftk.errors import CheckpointError, ConfigError
-from ftk.methods.base import EVERYTHING, TargetPattern, Targets, target_modules
+from ftk.methods import base
+from ftk.methods.base import (
+    DENOISER,
+    EVERYTHING,
+    Components,
+    Part,
+    TargetPattern,
+    Targets,
+    TextEncoderConfig,
+    check_format,
+    target_modules,
+)
 from ftk.models.base import Family
 
 if TYPE_CHECKING:
@@ -23,12 +37,107 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-Refusal = Callable[["torch.nn.Module"], str | None]
-"""Why a method cannot carry a layer; None if it can."""
+_IMPORT = "from peft import PeftModel"
 _ROOT = "base_model.model."
 """What `PeftModel` puts before the names of the model that it wraps."""
 _TRAINING_ONLY = ("lora_dropout", "module_dropout", "rank_dropout", "boft_dropout")
 """Settings that change nothing of the weights, and would drop something from the pictures of who loads them."""
+
+
+class AdapterConfig(BaseModel):
+    """The settings under `method:` that all adapters have."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    targets: Targets = Field(default="attention", description="a group of the family, `all`, module names, or {regex: ...}")
+    text_encoder: TextEncoderConfig | None = Field(default=None, description="train the text encoders too; {} by defaults")
+
+
+class PeftMethod:
+    """A method whose adapter PEFT makes: what it says of itself, and `peft_config`, are all that it must add."""
+
+    name: str
+    Config: ClassVar[type[BaseModel]]
+    EXTRA: tuple[str, ...] = ()
+    FORMATS: tuple[str, ...] = ("peft",)
+    REASONS: ClassVar[Mapping[str, str]] = {}
+    """Why a format is none of `FORMATS`, and what works."""
+
+    def refusal(self, layer: "torch.nn.Module") -> str | None:
+        """Why the method cannot carry a layer; None if it can. Linear layers and convolutions, if it does not say otherwise."""
+        return linear_or_convolution(layer)
+
+    def peft_config(self, part: Part, names: Sequence[str], config: Any) -> Any:
+        """PEFT's settings for the layers called `names`.
+
+        Raises:
+            ConfigError: they do not fit one of the layers.
+        """
+        raise NotImplementedError
+
+    def inject(self, part: Part, settings: Any, config: Any, seed: int) -> "dict[str, torch.nn.Parameter]":
+        """Inject one component's adapter; returns what is trained of it, by its own names."""
+        return inject(part.module, settings, seed)
+
+    def needs(self, family: Family, config: Any) -> tuple[str, ...]:
+        """The denoiser, and by `text_encoder` the text encoders."""
+        return base.needs(family, config)
+
+    def parameter_groups(self, config: Any) -> Sequence[tuple[str, float]]:
+        """The text encoders' own learning rate."""
+        return base.encoder_rates(config)
+
+    def attach(self, components: Components, family: Family, config: Any, seed: int) -> "dict[str, torch.nn.Parameter]":
+        """Inject the adapters."""
+        parts = base.parts(components, family, config)
+        chosen = [select(part, self.refusal) for part in parts]
+        for pattern in ("rank_pattern", "alpha_pattern"):
+            check_patterns(getattr(config, pattern, {}), [name for names in chosen for name in names], pattern)
+        parameters: dict[str, torch.nn.Parameter] = {}
+        for part, names in zip(parts, chosen, strict=True):
+            own = self.inject(part, self.peft_config(part, names, config), config, seed)
+            parameters |= {part.prefix + name: parameter for name, parameter in own.items()}
+        return parameters
+
+    def state(self, components: Components) -> "dict[str, torch.Tensor]":
+        """PEFT's names, with a text encoder's before its own."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, module in components.items():
+            tensors |= {base.prefix(name) + key: tensor for key, tensor in state(module).items()}
+        return tensors
+
+    def load_state(self, components: Components, state: "Mapping[str, torch.Tensor]") -> None:
+        """Inverse of `state`."""
+        for name, module in components.items():
+            load_state(module, base.tensors_of(name, components, state))
+
+    def export(
+        self,
+        components: Components,
+        family: Family,
+        config: Any,
+        directory: Path,
+        form: str,
+        metadata: Mapping[str, str],
+    ) -> list[Path]:
+        """A PEFT directory, with one of its own in it for each text encoder."""
+        check_format(self.name, self.FORMATS, form, self.REASONS)
+        return export_directories(directory, components, metadata)
+
+    def load_into(self, pipeline: Any, directory: Path, adapter: str = ADAPTER) -> None:
+        """PEFT's settings and tensors, injected under the adapter's name."""
+        load_directories(pipeline, directory, adapter)
+
+    def merge(self, components: Components) -> None:
+        """Fold the adapters into the weights and remove them."""
+        for module in components.values():
+            merge(module)
+
+    def usage(self, family: Family, config: Any) -> str:
+        """PEFT's loader."""
+        line = f'PeftModel.from_pretrained(pipeline.{family.denoiser_components[0]}, "path/to/this/folder")'
+        others = usage_of_encoders(self.needs(family, config)) or [_IMPORT]
+        return "\n".join([others[0], line, *others[1:]])
 
 
 # --- targets ------------------------------------------------------------------------------------------------------------
@@ -53,31 +162,31 @@ def linear_or_pointwise(layer: "torch.nn.Module") -> str | None:
     return linear_or_convolution(layer)
 
 
-def select(denoiser: Any, family: Family, targets: Targets, refusal: Refusal) -> list[str]:
-    """Names of the layers that `targets` means, in the denoiser's order.
+def select(part: Part, refusal: Callable[["torch.nn.Module"], str | None]) -> list[str]:
+    """Names of the layers that the part's targets mean, in the model's order.
 
     A pattern passes over containers and norms, which hold no layer's weights; `all` also over what cannot be carried.
 
     Raises:
         ConfigError: a target that names nothing (those near are listed), or a layer that the method cannot carry.
     """
-    modules = {name: module for name, module in denoiser.named_modules() if name}
-    wanted = target_modules(family, targets)
+    modules = {name: module for name, module in part.module.named_modules() if name}
+    wanted = target_modules(part)
     if isinstance(wanted, TargetPattern):
         found = [name for name, module in modules.items() if is_layer(module) and re.fullmatch(wanted.regex, name)]
-        if targets == EVERYTHING:
+        if part.targets == EVERYTHING:
             found = [name for name in found if refusal(modules[name]) is None]
         if not found:
             raise ConfigError(
-                f"method.targets: the expression {wanted.regex!r} matches no layer of {family.name}. {_some(modules)}"
+                f"{part.setting}: the expression {wanted.regex!r} matches no layer of {part.owner}. {_some(modules)}"
             )
     else:
-        found = _with_suffixes(modules, wanted, family, refusal)
+        found = _with_suffixes(part, modules, wanted)
     for name in found:
         reason = refusal(modules[name])
         if reason is not None:
             raise ConfigError(
-                f"method.targets: {name} cannot be trained by this method: {reason}. Leave it out of the targets."
+                f"{part.setting}: {name} cannot be trained by this method: {reason}. Leave it out of the targets."
             )
     return found
 
@@ -90,7 +199,7 @@ def is_layer(module: "torch.nn.Module") -> bool:
     return isinstance(module, torch.nn.Linear) or (weight is not None and weight.ndim > 1)
 
 
-def _with_suffixes(modules: Mapping[str, Any], suffixes: Sequence[str], family: Family, refusal: Refusal) -> list[str]:
+def _with_suffixes(part: Part, modules: Mapping[str, Any], suffixes: Sequence[str]) -> list[str]:
     found: set[str] = set()
     layers = [name for name, module in modules.items() if is_layer(module)]
     for suffix in suffixes:
@@ -99,7 +208,7 @@ def _with_suffixes(modules: Mapping[str, Any], suffixes: Sequence[str], family: 
         if not any(is_layer(modules[name]) for name in matched):
             near = _near(suffix, layers)
             raise ConfigError(
-                f"method.targets: {suffix!r} is the name of no linear layer or convolution of {family.name}.{near}"
+                f"{part.setting}: {suffix!r} is the name of no linear layer or convolution of {part.owner}.{near}"
             )
         found.update(matched)
     return [name for name in modules if name in found]
@@ -117,14 +226,14 @@ def _some(modules: Mapping[str, Any]) -> str:
     return f"It must match whole names, such as {re.escape(layers[len(layers) // 2])}"
 
 
-def as_peft_targets(denoiser: Any, family: Family, targets: Targets, names: Sequence[str]) -> list[str] | str:
+def as_peft_targets(part: Part, names: Sequence[str]) -> list[str] | str:
     """`names` as PEFT's `target_modules`: the suffixes that they came from, or an expression that matches them alone."""
-    wanted = target_modules(family, targets)
+    wanted = target_modules(part)
     if not isinstance(wanted, TargetPattern):
         return wanted
     # Blocks differ in their number alone: without it a few dozen names remain.
     short = sorted({re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name)) for name in names})
-    everything = [name for name, _ in denoiser.named_modules() if name]
+    everything = [name for name, _ in part.module.named_modules() if name]
     expression = "|".join(short)
     if [name for name in everything if re.fullmatch(expression, name)] == list(names):
         return expression
@@ -139,18 +248,23 @@ def check_patterns(patterns: Mapping[str, Any], names: Sequence[str], setting: s
     """
     for key in patterns:
         try:
-            rule = re.compile(rf"(.*\.)?({key})$")
+            re.compile(key)
         except re.error as error:
             raise ConfigError(f"method.{setting}: {key!r} is no regular expression: {error}") from None
-        if not any(rule.match(name) for name in names):
+        if not matching({key: None}, names):
             near = _near(key, names)
             raise ConfigError(f"method.{setting}: {key!r} is the end of no targeted layer's name.{near}")
+
+
+def matching(patterns: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Those patterns that match one of a component's targets: PEFT warns of the others."""
+    return {key: value for key, value in patterns.items() if any(re.match(rf"(.*\.)?({key})$", name) for name in names)}
 
 
 # --- injection and state ------------------------------------------------------------------------------------------------
 
 
-def attach(denoiser: Any, config: Any, seed: int) -> "dict[str, torch.nn.Parameter]":
+def inject(model: Any, config: Any, seed: int) -> "dict[str, torch.nn.Parameter]":
     """Inject the adapter that a `PeftConfig` describes; returns what is trained.
 
     Raises:
@@ -158,75 +272,79 @@ def attach(denoiser: Any, config: Any, seed: int) -> "dict[str, torch.nn.Paramet
     """
     import torch
 
-    device = next(denoiser.parameters()).device
+    device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         try:
-            denoiser.add_adapter(config, adapter_name=ADAPTER)
+            model.add_adapter(config, adapter_name=ADAPTER)
         except (ValueError, TypeError, NotImplementedError, ImportError) as error:
             raise ConfigError(f"method: PEFT refuses {config.peft_type.value}: {_first_line(error)}") from error
-    return trained(denoiser)
+    return trained(model)
 
 
-def trained(denoiser: Any) -> "dict[str, torch.nn.Parameter]":
+def trained(model: Any) -> "dict[str, torch.nn.Parameter]":
     """What requires a gradient, by name."""
-    return {name: parameter for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def adapted(denoiser: Any) -> dict[str, Any]:
-    """The layers that carry the adapter, by the names that they have in a plain denoiser."""
+def adapted(model: Any) -> dict[str, Any]:
+    """The layers that carry the adapter, by the names that they have in a plain model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return {name: module for name, module in denoiser.named_modules() if isinstance(module, BaseTunerLayer)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def state(denoiser: Any) -> "dict[str, torch.Tensor]":
+def state(model: Any, adapter: str = ADAPTER) -> "dict[str, torch.Tensor]":
     """The adapter's tensors under PEFT's names, and biases that are trained beside it, which PEFT does not find."""
     from peft import get_peft_model_state_dict
 
-    tensors = dict(get_peft_model_state_dict(denoiser, adapter_name=ADAPTER))
-    biases = {name: parameter for name, parameter in trained(denoiser).items() if name.endswith(".bias")}
-    return tensors | {name: bias for name, bias in biases.items() if f".{ADAPTER}." not in name}
+    tensors = dict(get_peft_model_state_dict(model, adapter_name=adapter))
+    biases = {name: parameter for name, parameter in trained(model).items() if name.endswith(".bias")}
+    return tensors | {name: bias for name, bias in biases.items() if f".{adapter}." not in name}
 
 
-def load_state(denoiser: Any, tensors: "Mapping[str, torch.Tensor]") -> None:
+def load_state(model: Any, tensors: "Mapping[str, torch.Tensor]") -> None:
     """Inverse of `state`."""
-    outcome = _set(denoiser, tensors)
+    outcome = _set(model, tensors)
     assert not outcome, f"state of another adapter: {outcome[:3]}"
 
 
-def _set(denoiser: Any, tensors: "Mapping[str, torch.Tensor]") -> list[str]:
+def _set(model: Any, tensors: "Mapping[str, torch.Tensor]", adapter: str = ADAPTER) -> list[str]:
     """Set the adapter's tensors; returns the names that found no place."""
     from peft import set_peft_model_state_dict
 
-    outcome = set_peft_model_state_dict(denoiser, dict(tensors), adapter_name=ADAPTER)
+    outcome = set_peft_model_state_dict(model, dict(tensors), adapter_name=adapter)
     return list(outcome.unexpected_keys)
 
 
-def merge(denoiser: Any) -> None:
+def merge(model: Any) -> None:
     """Fold the adapter into the weights, and remove it.
 
     Raises:
         ConfigError: PEFT cannot merge this adapter, or the base has 8-bit weights.
     """
-    layers = adapted(denoiser)
+    layers = adapted(model)
     refuse_quantised(layers.values(), "merging")
     # Dropout is part of what some adapters compute their weights with.
-    is_training = denoiser.training
-    denoiser.eval()
+    is_training = model.training
+    model.eval()
     for name, layer in layers.items():
         try:
             layer.merge(adapter_names=[ADAPTER])
         except (NotImplementedError, AttributeError) as error:
-            kind = denoiser.peft_config[ADAPTER].peft_type.value
+            kind = model.peft_config[ADAPTER].peft_type.value
             raise ConfigError(f"{kind} cannot be merged into the base weights ({name}: {_first_line(error)}).") from error
-    unload(denoiser)
-    denoiser.train(is_training)
+    unload(model)
+    model.train(is_training)
 
 
-def unload(denoiser: Any) -> None:
-    """Take the adapter out again; weights stay as they are."""
-    denoiser.unload_lora()
+def unload(model: Any) -> None:
+    """Take the adapter out again; weights stay as they are. As `unload_lora` of diffusers, which transformers has not."""
+    from diffusers.utils import recurse_remove_peft_layers
+
+    recurse_remove_peft_layers(model)
+    model._hf_peft_config_loaded = False
+    model.peft_config = {}
 
 
 def refuse_quantised(layers: Iterable[Any], what: str) -> None:
@@ -244,18 +362,43 @@ def refuse_quantised(layers: Iterable[Any], what: str) -> None:
 # --- the PEFT directory -------------------------------------------------------------------------------------------------
 
 
+def export_directories(directory: Path, components: Components, metadata: Mapping[str, str]) -> list[Path]:
+    """The adapters as they are, `export_directory` of each: the denoiser's in the folder itself, others in one of their own."""
+    files = []
+    for name, module in components.items():
+        settings = for_delivery(module.peft_config[ADAPTER])
+        files += export_directory(folder(directory, name), settings, state(module), metadata)
+    return files
+
+
 def export_directory(
     directory: Path, config: Any, tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str]
 ) -> list[Path]:
-    """`adapter_config.json` and `adapter_model.safetensors`, as `PeftModel.from_pretrained(denoiser, DIR)` reads them."""
+    """`adapter_config.json` and `adapter_model.safetensors`, as `PeftModel.from_pretrained(model, DIR)` reads them."""
     settings = plain(config.to_dict()) | {"inference_mode": True, "base_model_name_or_path": metadata.get("ftk_base_model")}
     storage.commit_bytes(directory / CONFIG_FILE, storage.json_bytes(settings))
     named = {_ROOT + name: tensor for name, tensor in tensors.items()}
     return [directory / CONFIG_FILE, commit_tensors(directory / WEIGHTS_FILE, named, metadata)]
 
 
-def load_directory(pipeline: Any, directory: Path) -> None:
-    """Inject what `export_directory` wrote into a fresh pipeline's denoiser.
+def load_directories(pipeline: Any, directory: Path, adapter: str = ADAPTER) -> None:
+    """Inject what `export_directories` wrote into a pipeline that has no adapter of this name.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the adapter is of another base model.
+    """
+    load_directory(denoiser_of(pipeline), directory, adapter)
+    load_encoders(pipeline, directory, adapter)
+
+
+def load_encoders(pipeline: Any, directory: Path, adapter: str = ADAPTER) -> None:
+    """The same for its text encoders alone."""
+    for name in sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}")):
+        load_directory(encoder_of(pipeline, name, directory), directory / name, adapter)
+
+
+def load_directory(model: Any, directory: Path, adapter: str = ADAPTER) -> None:
+    """Inject what `export_directory` wrote into a model that has no adapter of this name.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the adapter is of another base model.
@@ -270,20 +413,31 @@ def load_directory(pipeline: Any, directory: Path) -> None:
         raise CheckpointError(
             f"{directory / CONFIG_FILE} cannot be read as an adapter's settings: {_first_line(error)}"
         ) from error
-    denoiser = denoiser_of(pipeline)
-    check_fits(denoiser, tensors, path)
-    is_training = denoiser.training
+    check_fits(model, tensors, path)
+    is_training = model.training
     with explaining(path):
-        denoiser.add_adapter(config, adapter_name=ADAPTER)
-        left_over = _set(denoiser, tensors)
-        left_over += sorted(tensors.keys() ^ state(denoiser).keys())
+        model.add_adapter(config, adapter_name=adapter)
+        left_over = _set(model, tensors, adapter)
+        left_over += sorted(tensors.keys() ^ state(model, adapter).keys())
     if left_over:
         raise CheckpointError(
             f"{path} was trained on another base model: {left_over[0]} is in one of the two alone. Load it into the "
             f"model that it was trained on."
         )
     # New modules come in training mode.
-    denoiser.train(is_training)
+    model.train(is_training)
+
+
+def usage_of_encoders(components: Sequence[str]) -> list[str]:
+    """Python lines that load PEFT directories into the text encoders among these components of `pipeline`."""
+    names = [name for name in components if name != DENOISER]
+    lines = [f'PeftModel.from_pretrained(pipeline.{name}, "path/to/this/folder/{name}")' for name in names]
+    return [_IMPORT, *lines] if lines else []
+
+
+def folder(directory: Path, component: str) -> Path:
+    """Where a component's adapter lies in a PEFT directory."""
+    return directory if component == DENOISER else directory / component
 
 
 def commit_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str]) -> Path:
@@ -326,23 +480,30 @@ def read_tensors(path: Path) -> "dict[str, torch.Tensor]":
     return tensors
 
 
-def check_fits(denoiser: Any, tensors: "Mapping[str, torch.Tensor]", path: Path) -> None:
-    """Refuse an adapter of which a tensor belongs to no layer of this denoiser.
+def check_fits(model: Any, tensors: "Mapping[str, torch.Tensor]", path: Path) -> None:
+    """Refuse an adapter of which a tensor belongs to no layer of this model, be that adapted already or not.
 
     Raises:
         CheckpointError: it was trained on another base model.
     """
-    modules = dict(denoiser.named_modules())
+    within = tuple(f"{name}." for name in adapted(model))
+    modules = {name: module for name, module in model.named_modules() if not name.startswith(within)}
     for name in tensors:
         parts = name.split(".")
         above = (".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
         nearest = next((modules[each] for each in above if each in modules), None)
         # A container that is there without the layer is no place for it.
-        if nearest is None or not (is_layer(nearest) or dict(nearest.named_parameters(recurse=False))):
+        if nearest is None or not _holds_weights(nearest):
             raise CheckpointError(
-                f"{path} was trained on another base model: it holds {name}, and this {type(denoiser).__name__} has no such "
+                f"{path} was trained on another base model: it holds {name}, and this {type(model).__name__} has no such "
                 f"layer. Load it into the model that it was trained on."
             )
+
+
+def _holds_weights(module: "torch.nn.Module") -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return is_layer(module) or isinstance(module, BaseTunerLayer) or bool(dict(module.named_parameters(recurse=False)))
 
 
 @contextlib.contextmanager
@@ -359,6 +520,21 @@ def explaining(path: Path) -> Iterator[None]:
 def denoiser_of(pipeline: Any) -> Any:
     """The transformer or U-Net of a diffusers pipeline."""
     return pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
+
+
+def encoder_of(pipeline: Any, name: str, directory: Path) -> Any:
+    """A text encoder of a diffusers pipeline.
+
+    Raises:
+        CheckpointError: it has none of this name.
+    """
+    encoder = getattr(pipeline, name, None)
+    if encoder is None:
+        raise CheckpointError(
+            f"{directory} was trained on another base model: it adapts a {name}, and this {type(pipeline).__name__} has none. "
+            f"Load it into the model that it was trained on."
+        )
+    return encoder
 
 
 def for_delivery(config: Any) -> Any:
@@ -379,12 +555,6 @@ def plain(value: Any) -> Any:
     if hasattr(value, "value"):
         return value.value
     return value if isinstance(value, (str, int, float, bool, list, type(None))) else str(value)
-
-
-def usage(family: Family) -> str:
-    """Python lines that load a PEFT directory into `pipeline`."""
-    component = family.denoiser_components[0]
-    return f'from peft import PeftModel\nPeftModel.from_pretrained(pipeline.{component}, "path/to/this/folder")'
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,21 +7,25 @@ import difflib
 import importlib
 import pkgutil
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, runtime_checkable
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from ftk.configs import load
 from ftk.configs.schema import MethodConfig
 from ftk.errors import ConfigError
-from ftk.models.base import Family
+from ftk.models.base import Family, TrainsEncoders
 
 if TYPE_CHECKING:
     import torch
 
 Components = Mapping[str, "torch.nn.Module"]
+Tensor = TypeVar("Tensor")
+DENOISER = "denoiser"
+"""The component that every method trains, whatever the diffusers pipeline calls it."""
 EVERYTHING = "all"
 """As `targets`: every layer that the method can carry."""
 FORMATS = ("diffusers", "peft", "comfyui", "kohya", "lycoris")
@@ -57,17 +61,58 @@ def _one_of_three(value: Any) -> Any:
 Targets = Annotated[str | tuple[str, ...] | TargetPattern, BeforeValidator(_one_of_three)]
 
 
+class TextEncoderConfig(BaseModel):
+    """Settings under `method.text_encoder`: train the model's text encoders too, by the same method."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    targets: Targets = Field(default="attention", description="a group of the family, `all`, module names, or {regex: ...}")
+    rate: float = Field(default=1.0, gt=0, description="their learning rate is so many times train.learning_rate")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A component that is trained, the denoiser or a text encoder, and what the settings choose of it."""
+
+    name: str
+    module: Any
+    owner: str
+    """What messages call it."""
+    groups: Mapping[str, Sequence[str]]
+    targets: Targets
+    setting: str
+    """Where `targets` stands in the run file."""
+
+    @property
+    def is_denoiser(self) -> bool:
+        """Whether it is no text encoder."""
+        return self.name == DENOISER
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the names of its parameters and tensors."""
+        return prefix(self.name)
+
+
 class Method(Protocol):
-    """What a way of training must provide. A method may also define `predict`, with `Family.predict`'s arguments."""
+    """What a way of training must provide. A method may also define `predict`, with `Family.predict`'s arguments.
+
+    Names of a text encoder's parameters and tensors start with the component's: `text_encoder.`.
+    """
 
     name: str
     Config: type[BaseModel]
-    NEEDS: tuple[str, ...]
-    """Components that must live in memory while training; nearly always `("denoiser",)`."""
     EXTRA: tuple[str, ...]
     """What the cache must hold besides latents and texts: control latents, placeholder positions, class images."""
     FORMATS: tuple[str, ...]
     """Delivery formats that `export` can write; the first is the default."""
+
+    def needs(self, family: Family, config: Any) -> tuple[str, ...]:
+        """Components that must live in memory while training: `denoiser`, and the text encoders that are trained too.
+
+        Raises:
+            ConfigError: the settings ask for one that this family cannot give.
+        """
 
     def attach(self, components: Components, family: Family, config: Any, seed: int) -> "dict[str, torch.nn.Parameter]":
         """Add what is trained to the components; returns it by name. Equal seeds give equal initial values."""
@@ -103,7 +148,7 @@ class Method(Protocol):
     def merge(self, components: Components) -> None:
         """Fold what was trained into the base weights, in place."""
 
-    def usage(self, family: Family) -> str:
+    def usage(self, family: Family, config: Any) -> str:
         """Python lines that load what `export` wrote in the default format: `path/to/this/folder` into `pipeline`."""
 
 
@@ -121,6 +166,28 @@ class HasBaseChanges(Protocol):
 
     def changes_base(self, config: Any) -> bool:
         """Whether it does so with these settings."""
+
+
+@runtime_checkable
+class HasBaseTraining(Protocol):
+    """A method that may train the denoiser's own weights: where those are split over processes, so is all that it trains.
+
+    Its `export` is called by all of them then.
+    """
+
+    def trains_base(self, config: Any) -> bool:
+        """Whether it does so with these settings, and adds nothing to the denoiser."""
+
+
+@runtime_checkable
+class HasDataStart(Protocol):
+    """A method that may start from what the layers see of the data."""
+
+    def start_batches(self, config: Any) -> int:
+        """How many micro-batches it looks at with these settings; 0: it starts without."""
+
+    def start_from(self, components: Components, predictions: "Iterable[Callable[[], torch.Tensor]]") -> None:
+        """Set the initial values, once `attach` has been called. Each prediction passes a micro-batch through the model."""
 
 
 def available() -> list[str]:
@@ -154,26 +221,89 @@ def changes_base(method: Method, config: Any) -> bool:
     return isinstance(method, HasBaseChanges) and method.changes_base(config)
 
 
-def target_modules(family: Family, targets: "str | Sequence[str] | TargetPattern") -> "list[str] | TargetPattern":
-    """Module-name suffixes for a named group of the family, or for a list of suffixes as it stands; or a pattern.
+def trains_base(method: Method, config: Any) -> bool:
+    """Whether the base weights are what is trained; see `HasBaseTraining`."""
+    return isinstance(method, HasBaseTraining) and method.trains_base(config)
+
+
+def needs(family: Family, config: Any) -> tuple[str, ...]:
+    """The denoiser, and with `config.text_encoder` all text encoders that the family can train.
 
     Raises:
-        ConfigError: the family has no group of this name. A string is always a group, so that a typo is found.
+        ConfigError: it can train none.
     """
+    if config.text_encoder is None:
+        return (DENOISER,)
+    if not isinstance(family, TrainsEncoders):
+        raise ConfigError(
+            f"method.text_encoder: the text encoder of {family.name} cannot be trained with ftk, its texts are cached as it "
+            f"encodes them. Leave it out."
+        )
+    return (DENOISER, *family.trainable_encoders)
+
+
+def parts(components: Mapping[str, Any], family: Family, config: Any) -> list[Part]:
+    """What is trained of each component, by `config.targets` and `config.text_encoder.targets`."""
+    found = []
+    for name, module in components.items():
+        if name == DENOISER:
+            targets, setting, owner, groups = config.targets, "method.targets", family.name, family.target_groups
+        else:
+            assert isinstance(family, TrainsEncoders)
+            targets, setting = config.text_encoder.targets, "method.text_encoder.targets"
+            owner, groups = f"{family.name}'s {name}", family.encoder_targets
+        found.append(Part(name=name, module=module, owner=owner, groups=groups, targets=targets, setting=setting))
+    return found
+
+
+def prefix(component: str) -> str:
+    """What stands before the names of a component's parameters and tensors."""
+    return "" if component == DENOISER else f"{component}."
+
+
+def tensors_of(component: str, components: Iterable[str], tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """Those of one component, by its own names."""
+    others = tuple(prefix(name) for name in components if name != DENOISER)
+    own = prefix(component)
+    if own:
+        return {name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)}
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(others)}
+
+
+def encoder_rates(config: Any) -> tuple[tuple[str, float], ...]:
+    """`Method.parameter_groups` of text encoders that learn at a rate of their own."""
+    if config.text_encoder is None or config.text_encoder.rate == 1:
+        return ()
+    return ((r"^text_encoder(_\d+)?\.", config.text_encoder.rate),)
+
+
+def start_batches(method: Method, config: Any) -> int:
+    """How many micro-batches the method looks at before it starts; see `HasDataStart`."""
+    return method.start_batches(config) if isinstance(method, HasDataStart) else 0
+
+
+def target_modules(part: Part) -> "list[str] | TargetPattern":
+    """Module-name suffixes for a named group of the component, or for a list of suffixes as it stands; or a pattern.
+
+    Raises:
+        ConfigError: there is no group of this name. A string is always a group, so that a typo is found.
+    """
+    targets = part.targets
     if isinstance(targets, TargetPattern):
         return targets
     if not isinstance(targets, str):
         return list(targets)
     if targets == EVERYTHING:
         return TargetPattern(regex=".*")
-    if targets not in family.target_groups:
-        near = difflib.get_close_matches(targets, [*family.target_groups, EVERYTHING], n=1, cutoff=0.5)
+    if targets not in part.groups:
+        near = difflib.get_close_matches(targets, [*part.groups, EVERYTHING], n=1, cutoff=0.5)
         meant = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"method.targets: {family.name} has no group {targets!r}.{meant} Valid: {', '.join(family.target_groups)}, "
-            f"{EVERYTHING}, a list of module names such as [to_q, to_k], or {{regex: EXPRESSION}}."
+            f"{part.setting}: {part.owner} has no group {targets!r}.{meant} Valid: {', '.join(part.groups)}, "
+            f"{EVERYTHING}, a list of module names such as [{', '.join(part.groups['attention'][:2])}], or "
+            f"{{regex: EXPRESSION}}."
         )
-    return list(family.target_groups[targets])
+    return list(part.groups[targets])
 
 
 def check_format(name: str, formats: Sequence[str], form: str, reasons: Mapping[str, str]) -> None:

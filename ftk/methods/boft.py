@@ -6,17 +6,17 @@ Source: Liu et al. 2023 (arXiv 2311.06243); trained by PEFT.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from ftk.errors import ConfigError
 from ftk.methods import _peft
-from ftk.methods.base import EVERYTHING, Components, TargetPattern, Targets, check_format
+from ftk.methods.base import EVERYTHING, Part, TargetPattern
 from ftk.methods.oft import REASONS
-from ftk.models.base import Family
 
 if TYPE_CHECKING:
     import torch
@@ -24,15 +24,12 @@ if TYPE_CHECKING:
 _DEFAULT_BLOCK = 4
 
 
-class BoftConfig(BaseModel):
+class BoftConfig(_peft.AdapterConfig):
     """Settings under `method:`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     block_size: int | None = Field(default=None, ge=2, description="inputs that a block rotates; 4 if neither is given")
     block_num: int | None = Field(default=None, ge=1, description="blocks a layer")
     butterfly_factors: int = Field(default=1, ge=1, description="block-diagonal factors; above 1 only with a CUDA compiler")
-    targets: Targets = Field(default="attention", description="a group of the family, `all`, module names, or {regex: ...}")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="share of the blocks that a step leaves unrotated")
     bias: Literal["none", "all", "boft_only"] = Field(default="none", description="biases that are trained too")
     layers: tuple[int, ...] | None = Field(default=None, description="numbers of the blocks to train; all by default")
@@ -49,40 +46,45 @@ class BoftConfig(BaseModel):
         return self
 
 
-class Boft:
-    """The butterfly orthogonal adapter of linear layers and 1x1 convolutions."""
+class Boft(_peft.PeftMethod):
+    """The butterfly orthogonal adapter of linear layers and 1x1 convolutions.
+
+    Its state is `MODULE.boft_R` [factors, blocks, size, size], `MODULE.boft_s` [out, 1], and trained biases. Rotations are none
+    and scales one at first, so training starts at the base.
+    """
 
     name = "boft"
     Config: ClassVar[type[BaseModel]] = BoftConfig
-    NEEDS = ("denoiser",)
-    EXTRA: tuple[str, ...] = ()
-    FORMATS = ("peft",)
+    REASONS = REASONS
 
-    def attach(self, components: Components, family: Family, config: BoftConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
-        """Inject the adapter; rotations are none and scales one, so training starts at the base.
+    def refusal(self, layer: "torch.nn.Module") -> str | None:
+        """Larger kernels do not see channels one by one."""
+        return _peft.linear_or_pointwise(layer)
 
-        Raises:
-            ConfigError: blocks do not divide a layer's inputs, or more factors than PEFT can compute here.
-        """
+    def peft_config(self, part: Part, names: Sequence[str], config: BoftConfig) -> Any:
+        """PEFT's settings; numbers of blocks are the denoiser's."""
         import peft
 
-        denoiser: Any = components["denoiser"]
-        names = _peft.select(denoiser, family, config.targets, _peft.linear_or_pointwise)
-        settings = peft.BOFTConfig(
+        return peft.BOFTConfig(
             boft_block_num=config.block_num or 0,
             boft_block_size=config.block_size or (0 if config.block_num else _DEFAULT_BLOCK),
             boft_n_butterfly_factor=config.butterfly_factors,
             boft_dropout=config.dropout,
             bias=config.bias,
-            layers_to_transform=None if config.layers is None else list(config.layers),
-            layers_pattern=config.layers_pattern,
-            target_modules=_peft.as_peft_targets(denoiser, family, config.targets, names),
+            layers_to_transform=list(config.layers) if config.layers is not None and part.is_denoiser else None,
+            layers_pattern=config.layers_pattern if part.is_denoiser else None,
+            target_modules=_peft.as_peft_targets(part, names),
         )
-        with warnings.catch_warnings():
-            # It says for each layer that the extension is missing, which matters to more than one factor alone.
-            warnings.filterwarnings("ignore", module="peft.tuners.boft")
-            parameters = _peft.attach(denoiser, settings, seed)
-        made = next(layer.boft_R[_peft.ADAPTER].shape[0] for layer in _peft.adapted(denoiser).values())
+
+    def inject(self, part: Part, settings: Any, config: BoftConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
+        """Inject the adapter.
+
+        Raises:
+            ConfigError: blocks do not divide a layer's inputs, or more factors than PEFT can compute here.
+        """
+        with _without_warnings():
+            parameters = _peft.inject(part.module, settings, seed)
+        made = next(layer.boft_R[_peft.ADAPTER].shape[0] for layer in _peft.adapted(part.module).values())
         if made != config.butterfly_factors:
             raise ConfigError(
                 f"method.butterfly_factors: {config.butterfly_factors} need PEFT's CUDA extension, which could not be compiled "
@@ -90,42 +92,18 @@ class Boft:
             )
         return parameters
 
-    def state(self, components: Components) -> "dict[str, torch.Tensor]":
-        """`MODULE.boft_R` [factors, blocks, size, size] and `MODULE.boft_s` [out, 1]. Trained biases."""
-        return _peft.state(components["denoiser"])
-
-    def load_state(self, components: Components, state: "Mapping[str, torch.Tensor]") -> None:
-        """Inverse of `state`."""
-        _peft.load_state(components["denoiser"], state)
-
-    def export(
-        self,
-        components: Components,
-        family: Family,
-        config: BoftConfig,
-        directory: Path,
-        form: str,
-        metadata: Mapping[str, str],
-    ) -> list[Path]:
-        """A PEFT directory."""
-        check_format(self.name, self.FORMATS, form, REASONS)
-        denoiser: Any = components["denoiser"]
-        settings = _peft.for_delivery(denoiser.peft_config[_peft.ADAPTER])
-        return _peft.export_directory(directory, settings, self.state(components), metadata)
-
-    def load_into(self, pipeline: Any, directory: Path) -> None:
+    def load_into(self, pipeline: Any, directory: Path, adapter: str = _peft.ADAPTER) -> None:
         """PEFT's settings and tensors, injected."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="peft.tuners.boft")
-            _peft.load_directory(pipeline, directory)
+        with _without_warnings():
+            super().load_into(pipeline, directory, adapter)
 
-    def merge(self, components: Components) -> None:
-        """Rotate and scale each adapted weight and remove the adapter."""
-        _peft.merge(components["denoiser"])
 
-    def usage(self, family: Family) -> str:
-        """PEFT's loader."""
-        return _peft.usage(family)
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """PEFT says for each layer that the extension is missing, which matters to more than one factor alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="peft.tuners.boft")
+        yield
 
 
 METHOD = Boft()

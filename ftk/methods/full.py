@@ -3,6 +3,7 @@
 Parameters in bf16 have fp32 masters in the optimizer, which are what a checkpoint holds; the delivery has the rounded ones.
 """
 
+import contextlib
 import difflib
 import json
 import re
@@ -14,8 +15,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ftk import storage
 from ftk.errors import CheckpointError, ConfigError
-from ftk.methods import _formats, _peft
-from ftk.methods.base import EVERYTHING, Components, TargetPattern, Targets, check_format, target_modules
+from ftk.methods import _formats, _peft, _whole
+from ftk.methods.base import (
+    DENOISER,
+    EVERYTHING,
+    Components,
+    Part,
+    TargetPattern,
+    Targets,
+    check_format,
+    parts,
+    target_modules,
+)
 from ftk.models.base import Family
 
 if TYPE_CHECKING:
@@ -42,9 +53,12 @@ class Full:
 
     name = "full"
     Config: ClassVar[type[BaseModel]] = FullConfig
-    NEEDS = ("denoiser",)
     EXTRA: tuple[str, ...] = ()
     FORMATS = ("diffusers",)
+
+    def needs(self, family: Family, config: FullConfig) -> tuple[str, ...]:
+        """The denoiser alone."""
+        return (DENOISER,)
 
     def attach(self, components: Components, family: Family, config: FullConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
         """Thaw the chosen parameters.
@@ -56,12 +70,17 @@ class Full:
         layers = [module for module in denoiser.modules() if _peft.is_layer(module)]
         _peft.refuse_quantised(layers, "method full")
         named = dict(denoiser.named_parameters())
-        for name in _chosen(list(named), family, config.targets):
+        (part,) = parts(components, family, config)
+        for name in _chosen(list(named), part):
             named[name].requires_grad_(True)
         return _peft.trained(denoiser)
 
     def changes_base(self, config: FullConfig) -> bool:
         """It is the base that is trained."""
+        return True
+
+    def trains_base(self, config: FullConfig) -> bool:
+        """And nothing else."""
         return True
 
     def state(self, components: Components) -> "dict[str, torch.Tensor]":
@@ -87,23 +106,31 @@ class Full:
         form: str,
         metadata: Mapping[str, str],
     ) -> list[Path]:
-        """The denoiser's folder in the Diffusers layout: `config.json` and safetensors, in shards where they are large."""
+        """The denoiser's folder in the Diffusers layout: `config.json` and safetensors, in shards where they are large.
+
+        Where its weights are split over processes all must call, and one writes; the others return no files.
+        """
         from huggingface_hub import split_torch_state_dict_into_shards
 
         reason = "what was trained is the model, not something added to it. Use the written folder in place of the model's own."
         check_format(self.name, self.FORMATS, form, dict.fromkeys(("peft", "comfyui", "kohya", "lycoris"), reason))
         denoiser: Any = components["denoiser"]
         tensors = denoiser.state_dict()
-        plan = split_torch_state_dict_into_shards(tensors, filename_pattern=_PATTERN, max_shard_size=MAX_SHARD_SIZE)
-        folder = directory / _formats.component(family)
-        with storage.committing_directory(folder) as temporary:
-            storage.commit_json(temporary / "config.json", _settings(denoiser))
+        plan = split_torch_state_dict_into_shards(
+            _whole.outlines(tensors, denoiser.dtype), filename_pattern=_PATTERN, max_shard_size=MAX_SHARD_SIZE
+        )
+        folder, is_writer = directory / _formats.component(family), _whole.writes(tensors.values())
+        with storage.committing_directory(folder) if is_writer else contextlib.nullcontext(folder) as temporary:
             for file, names in plan.filename_to_tensors.items():
-                _peft.commit_tensors(temporary / file, {name: tensors[name] for name in names}, metadata)
-            if plan.is_sharded:
+                whole = _whole.gather({name: tensors[name] for name in names}, denoiser.dtype, keep=is_writer)
+                if is_writer:
+                    _peft.commit_tensors(temporary / file, whole, metadata)
+            if is_writer:
+                storage.commit_json(temporary / "config.json", _settings(denoiser))
+            if is_writer and plan.is_sharded:
                 index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
                 storage.commit_json(temporary / _INDEX, index)
-        return sorted(path for path in folder.iterdir() if path.is_file())
+        return sorted(path for path in folder.iterdir() if path.is_file()) if is_writer else []
 
     def load_into(self, pipeline: Any, directory: Path) -> None:
         """Copy the weights into the pipeline's denoiser, a shard at a time: two of a large one would not fit."""
@@ -132,25 +159,25 @@ class Full:
     def merge(self, components: Components) -> None:
         """Nothing: the weights are the trained ones."""
 
-    def usage(self, family: Family) -> str:
+    def usage(self, family: Family, config: FullConfig) -> str:
         """diffusers' loader of the component."""
         name = _formats.component(family)
         loader = f'type(pipeline.{name}).from_pretrained("path/to/this/folder", subfolder="{name}", dtype=pipeline.dtype)'
         return f"pipeline.{name} = {loader}"
 
 
-def _chosen(names: list[str], family: Family, targets: Targets) -> list[str]:
-    """Parameters that `targets` means: a name, or the end of one, of a parameter or of a module that it lies in.
+def _chosen(names: list[str], part: Part) -> list[str]:
+    """Parameters that the part's targets mean: a name, or the end of one, of a parameter or of a module that it lies in.
 
     An expression must match the whole name of either.
     """
-    wanted = target_modules(family, targets)
+    wanted = target_modules(part)
     if isinstance(wanted, TargetPattern):
         rule = re.compile(wanted.regex)
         found = [name for name in names if any(rule.fullmatch(place) for place in _places(name))]
         if not found:
             raise ConfigError(
-                f"method.targets: {wanted.regex!r} matches the whole name of no module or parameter of {family.name}."
+                f"{part.setting}: {wanted.regex!r} matches the whole name of no module or parameter of {part.owner}."
             )
         return found
     chosen: set[str] = set()
@@ -160,7 +187,7 @@ def _chosen(names: list[str], family: Family, targets: Targets) -> list[str]:
             ends = {part for name in names for part in name.split(".") if not part.isdecimal()}
             near = difflib.get_close_matches(suffix, sorted(ends), n=3, cutoff=0.5)
             meant = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise ConfigError(f"method.targets: {suffix!r} is the name of no module or parameter of {family.name}.{meant}")
+            raise ConfigError(f"{part.setting}: {suffix!r} is the name of no module or parameter of {part.owner}.{meant}")
         chosen.update(found)
     return [name for name in names if name in chosen]
 

@@ -4,20 +4,21 @@ rsLoRA divides by the root of the rank (arXiv 2312.03732); DoRA trains direction
 has B learn faster than A (arXiv 2402.12354). Initialisation: `gaussian` is diffusers' (A normal with standard deviation
 1 / rank, B zero), `default` is PEFT's (A uniform). PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775) start from factors of
 W, which they take out of it: the base is no longer the base, so what is delivered is the difference to the start,
-s (B A - B0 A0), an adapter of twice the rank for the original weights. (PEFT's own files would load silently wrong.)
+s (B A - B0 A0), an adapter of twice the rank for the original weights. (PEFT's own files would load silently wrong.) EVA (arXiv
+2410.07170) sets A to the directions in which a layer's inputs vary most, over the first batches of the cache.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from ftk.errors import ConfigError
-from ftk.methods import _formats, _peft
-from ftk.methods.base import Components, Targets, check_format
+from ftk.methods import _eva, _formats, _peft
+from ftk.methods.base import DENOISER, Components, Part, check_format
 from ftk.models.base import Family
 
 if TYPE_CHECKING:
@@ -28,26 +29,26 @@ _KINDS = ("lora_A", "lora_B", "lora_magnitude_vector")
 _CHANGES_BASE = ("pissa", "olora")
 
 
-class LoraConfig(BaseModel):
+class LoraConfig(_peft.AdapterConfig):
     """Settings under `method:`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     rank: int = Field(default=16, ge=1)
     alpha: float | None = Field(default=None, gt=0, description="strength is alpha / rank; alpha = rank by default")
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: Targets = Field(default="attention", description="a group of the family, `all`, module names, or {regex: ...}")
     rank_pattern: dict[str, int] = Field(default={}, description="other ranks, by the end of a module's name (an expression)")
     alpha_pattern: dict[str, float] = Field(default={}, description="other alphas; the alpha above for layers not named")
     rslora: bool = Field(default=False, description="strength is alpha / sqrt(rank)")
     dora: bool = Field(default=False, description="train each row's direction and magnitude apart")
-    initialisation: Literal["gaussian", "default", "pissa", "olora"] = "gaussian"
+    initialisation: Literal["gaussian", "default", "pissa", "olora", "eva"] = "gaussian"
+    eva_batches: int = Field(default=32, ge=1, description="micro-batches that EVA looks at before the first step")
     lora_plus: float | None = Field(default=None, ge=1, description="B's learning rate is so many times A's; 16 in the paper")
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> Self:
         if self.dora and self.initialisation in _CHANGES_BASE:
             raise ValueError(f"`dora` and `initialisation: {self.initialisation}` exclude each other: both start from W's norm")
+        if self.initialisation != "eva" and self.eva_batches != type(self).model_fields["eva_batches"].default:
+            raise ValueError("`eva_batches` has no effect without `initialisation: eva`")
         for name, low in (("rank_pattern", 1), ("alpha_pattern", 1e-12)):
             if any(value < low for value in getattr(self, name).values()):
                 raise ValueError(f"`{name}`: ranks and alphas are above 0")
@@ -71,45 +72,78 @@ class Factors:
         return int(self.A.shape[0])
 
 
-class Lora:
-    """The low-rank adapter of linear layers and convolutions."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """What one component's layers add to their original weights, by the module's name, and PEFT's settings for it.
+
+    `settings` have alpha = rank everywhere. `dora_scales` are for ComfyUI, of the layers with a magnitude.
+    """
+
+    factors: Mapping[str, Factors]
+    settings: Any
+    dora_scales: "Mapping[str, torch.Tensor]"
+
+
+class Lora(_peft.PeftMethod):
+    """The low-rank adapter of linear layers and convolutions.
+
+    Its state is `MODULE.lora_A.weight`, `MODULE.lora_B.weight`, and with DoRA `MODULE.lora_magnitude_vector`.
+    """
 
     name = "lora"
     Config: ClassVar[type[BaseModel]] = LoraConfig
-    NEEDS = ("denoiser",)
-    EXTRA: tuple[str, ...] = ()
     FORMATS = ("diffusers", "peft", "comfyui", "kohya")
+    REASONS: ClassVar[Mapping[str, str]] = {
+        "lycoris": "LyCORIS' name for it is LoCon, in kohya's or ComfyUI's format. Write one of those."
+    }
 
-    def attach(self, components: Components, family: Family, config: LoraConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
-        """Inject the adapter through diffusers' `add_adapter`."""
-        denoiser: Any = components["denoiser"]
-        names = _peft.select(denoiser, family, config.targets, _peft.linear_or_convolution)
-        _peft.check_patterns(config.rank_pattern, names, "rank_pattern")
-        _peft.check_patterns(config.alpha_pattern, names, "alpha_pattern")
+    def peft_config(self, part: Part, names: Sequence[str], config: LoraConfig) -> Any:
+        """PEFT's settings."""
+        import peft
+
         if self.changes_base(config):
-            layers = dict(denoiser.named_modules())
+            layers = dict(part.module.named_modules())
             _peft.refuse_quantised((layers[name] for name in names), f"method.initialisation: {config.initialisation}")
-        parameters = _peft.attach(denoiser, _peft_config(denoiser, family, config, names), seed)
+        return peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha or config.rank,
+            lora_dropout=config.dropout,
+            # What takes factors out of W starts as `default` does, and is replaced.
+            init_lora_weights="gaussian" if config.initialisation == "gaussian" else True,
+            target_modules=_peft.as_peft_targets(part, names),
+            rank_pattern=_peft.matching(config.rank_pattern, names),
+            alpha_pattern=_peft.matching(_alphas(config), names),
+            use_rslora=config.rslora,
+            use_dora=config.dora,
+        )
+
+    def inject(self, part: Part, settings: Any, config: LoraConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
+        """Inject the adapter, and move what it starts from out of the weights."""
+        parameters = _peft.inject(part.module, settings, seed)
         if self.changes_base(config):
-            for name, layer in _peft.adapted(denoiser).items():
+            for name, layer in _peft.adapted(part.module).items():
                 _start_from_weight(name, layer, config.initialisation)
         return parameters
 
-    def parameter_groups(self, config: LoraConfig) -> tuple[tuple[str, float], ...]:
-        """LoRA+."""
-        return ((r"\.lora_B\.", config.lora_plus),) if config.lora_plus else ()
+    def parameter_groups(self, config: LoraConfig) -> Sequence[tuple[str, float]]:
+        """LoRA+, and the text encoders' own learning rate; both for their B."""
+        encoders = super().parameter_groups(config)
+        if config.lora_plus is None:
+            return encoders
+        both = [(rf"{match}.*\.lora_B\.", rate * config.lora_plus) for match, rate in encoders]
+        return (*both, *encoders, (r"\.lora_B\.", config.lora_plus))
 
     def changes_base(self, config: LoraConfig) -> bool:
         """PiSSA and OLoRA take a part out of the weights."""
         return config.initialisation in _CHANGES_BASE
 
-    def state(self, components: Components) -> "dict[str, torch.Tensor]":
-        """`MODULE.lora_A.weight`, `MODULE.lora_B.weight`, and with DoRA `MODULE.lora_magnitude_vector`."""
-        return _peft.state(components["denoiser"])
+    def start_batches(self, config: LoraConfig) -> int:
+        """EVA's."""
+        return config.eva_batches if config.initialisation == "eva" else 0
 
-    def load_state(self, components: Components, state: "Mapping[str, torch.Tensor]") -> None:
-        """Inverse of `state`."""
-        _peft.load_state(components["denoiser"], state)
+    def start_from(self, components: Components, predictions: "Iterable[Callable[[], torch.Tensor]]") -> None:
+        """EVA."""
+        _eva.start(components.values(), predictions)
 
     def export(
         self,
@@ -121,59 +155,29 @@ class Lora:
         metadata: Mapping[str, str],
     ) -> list[Path]:
         """Every format holds the scale in B, with alpha = rank: readers that look at alpha and those that do not agree."""
-        reason = "LyCORIS' name for it is LoCon, in kohya's or ComfyUI's format. Write one of those."
-        check_format(self.name, self.FORMATS, form, {"lycoris": reason})
-        denoiser: Any = components["denoiser"]
-        factors = delivered(denoiser)
-        if form in ("comfyui", "kohya"):
-            tensors = _renamed(denoiser, factors, form, family)
-            return [_peft.commit_tensors(directory / _formats.NAMED_FILES[form], tensors, metadata)]
-        tensors = _named(factors)
-        peft_config = _delivered_config(denoiser, config, factors)
-        if form == "peft":
-            return _peft.export_directory(directory, peft_config, tensors, metadata)
-        prefix = _formats.component(family)
-        settings = {f"{prefix}.{key}": value for key, value in _peft.plain(peft_config.to_dict()).items()}
-        header = {"lora_adapter_metadata": json.dumps(settings, sort_keys=True), **metadata}
-        prefixed = {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
-        return [_peft.commit_tensors(directory / WEIGHTS_FILE, prefixed, header)]
+        check_format(self.name, self.FORMATS, form, self.REASONS)
+        return write({name: _adapter(each, config) for name, each in components.items()}, family, directory, form, metadata)
 
-    def load_into(self, pipeline: Any, directory: Path) -> None:
+    def load_into(self, pipeline: Any, directory: Path, adapter: str = _peft.ADAPTER) -> None:
         """diffusers' own loader, once the file is known to be whole and of this model."""
         path, denoiser = directory / WEIGHTS_FILE, _peft.denoiser_of(pipeline)
+        by_component: dict[str, dict[str, torch.Tensor]] = {}
         tensors = _peft.read_tensors(path)
-        prefixes = {name.partition(".")[0] for name in tensors}
+        for name, tensor in tensors.items():
+            component, _, key = name.partition(".")
+            by_component.setdefault(component, {})[key] = tensor
         here = "transformer" if denoiser is getattr(pipeline, "transformer", None) else "unet"
-        if prefixes != {here}:
+        if here not in by_component:
             _peft.check_fits(denoiser, tensors, path)
-        _peft.check_fits(denoiser, {name.removeprefix(f"{here}."): tensor for name, tensor in tensors.items()}, path)
+        for component, own in by_component.items():
+            encoder = denoiser if component == here else _peft.encoder_of(pipeline, component, path)
+            _peft.check_fits(encoder, {_formats.here(encoder, name): tensor for name, tensor in own.items()}, path)
         with _peft.explaining(path):
-            pipeline.load_lora_weights(directory, weight_name=WEIGHTS_FILE)
+            pipeline.load_lora_weights(directory, weight_name=WEIGHTS_FILE, adapter_name=adapter)
 
-    def merge(self, components: Components) -> None:
-        """Add (alpha / rank) B A to each adapted weight and remove the adapter."""
-        _peft.merge(components["denoiser"])
-
-    def usage(self, family: Family) -> str:
+    def usage(self, family: Family, config: LoraConfig) -> str:
         """diffusers' loader."""
         return 'pipeline.load_lora_weights("path/to/this/folder")'
-
-
-def _peft_config(denoiser: Any, family: Family, config: LoraConfig, names: list[str]) -> Any:
-    import peft
-
-    return peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha or config.rank,
-        lora_dropout=config.dropout,
-        # What takes factors out of W starts as `default` does, and is replaced.
-        init_lora_weights="gaussian" if config.initialisation == "gaussian" else True,
-        target_modules=_peft.as_peft_targets(denoiser, family, config.targets, names),
-        rank_pattern=dict(config.rank_pattern),
-        alpha_pattern=_alphas(config),
-        use_rslora=config.rslora,
-        use_dora=config.dora,
-    )
 
 
 def _alphas(config: LoraConfig) -> dict[str, float]:
@@ -221,12 +225,12 @@ def _start_from_weight(name: str, layer: Any, initialisation: str) -> None:
         base.weight.copy_(rest_OI.reshape(base.weight.shape))
 
 
-def delivered(denoiser: Any) -> dict[str, Factors]:
+def _delivered(model: Any) -> dict[str, Factors]:
     """What each layer adds to the original weights, by the module's name; scale, and what was taken out, are in it."""
     import torch
 
-    layers, found = _peft.adapted(denoiser), {}
-    for name, tensors in _formats.split(_peft.state(denoiser), _KINDS).items():
+    layers, found = _peft.adapted(model), {}
+    for name, tensors in _formats.split(_peft.state(model), _KINDS).items():
         layer = layers[name]
         A, B = tensors["lora_A"].detach(), tensors["lora_B"].detach()
         if hasattr(layer, "initial_A"):
@@ -237,17 +241,52 @@ def delivered(denoiser: Any) -> dict[str, Factors]:
     return found
 
 
-def _delivered_config(denoiser: Any, config: LoraConfig, factors: Mapping[str, Factors]) -> Any:
-    """The settings that belong to `factors`: alpha = rank everywhere, and nothing taken out of the base."""
+def _adapter(model: Any, config: LoraConfig) -> Adapter:
+    """One component's, with what was taken out of the base and the strength in its factors."""
+    factors, layers = _delivered(model), _peft.adapted(model)
     double = 2 if METHOD.changes_base(config) else 1
-    peft_config = _peft.for_delivery(denoiser.peft_config[_peft.ADAPTER])
-    peft_config.r = peft_config.lora_alpha = double * config.rank
-    peft_config.rank_pattern = {key: double * rank for key, rank in config.rank_pattern.items()}
-    peft_config.alpha_pattern = dict(peft_config.rank_pattern)
-    peft_config.use_rslora = False
-    peft_config.init_lora_weights = True
-    assert {each.rank for each in factors.values()} <= {peft_config.r, *peft_config.rank_pattern.values()}
-    return peft_config
+    settings = _peft.for_delivery(model.peft_config[_peft.ADAPTER])
+    settings.r = settings.lora_alpha = double * config.rank
+    settings.rank_pattern = {key: double * rank for key, rank in settings.rank_pattern.items()}
+    settings.alpha_pattern = dict(settings.rank_pattern)
+    settings.use_rslora = False
+    settings.init_lora_weights = True
+    assert {each.rank for each in factors.values()} <= {settings.r, *settings.rank_pattern.values()}
+    scales = {
+        name: _dora_scale(layers[name].get_base_layer().weight, one)
+        for name, one in factors.items()
+        if one.magnitude is not None
+    }
+    return Adapter(factors=factors, settings=settings, dora_scales=scales)
+
+
+def write(
+    adapters: Mapping[str, Adapter], family: Family, directory: Path, form: str, metadata: Mapping[str, str]
+) -> list[Path]:
+    """Write what each component's layers add, by the component's name, in a delivery format of `Lora.FORMATS`."""
+    if form in ("comfyui", "kohya"):
+        named = _renamed(adapters, form, family)
+        return [_peft.commit_tensors(directory / _formats.NAMED_FILES[form], named, metadata)]
+    if form == "peft":
+        files = [
+            _peft.export_directory(_peft.folder(directory, name), one.settings, _named(one.factors), metadata)
+            for name, one in adapters.items()
+        ]
+        return [path for each in files for path in each]
+    settings: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, one in adapters.items():
+        component = _formats.component(family) if name == DENOISER else name
+        settings |= {f"{component}.{key}": value for key, value in _peft.plain(one.settings.to_dict()).items()}
+        for key, tensor in _named(one.factors).items():
+            tensors[f"{component}.{key if name == DENOISER else _name_in_encoder(key)}"] = tensor
+    header = {"lora_adapter_metadata": json.dumps(settings, sort_keys=True), **metadata}
+    return [_peft.commit_tensors(directory / WEIGHTS_FILE, tensors, header)]
+
+
+def _name_in_encoder(key: str) -> str:
+    """A text encoder's tensor. transformers 5 passes over DoRA's magnitudes unless they are called a `weight`."""
+    return _formats.clip_name(key) + (".weight" if key.endswith("lora_magnitude_vector") else "")
 
 
 def _named(factors: Mapping[str, Factors]) -> "dict[str, torch.Tensor]":
@@ -260,24 +299,25 @@ def _named(factors: Mapping[str, Factors]) -> "dict[str, torch.Tensor]":
     return named
 
 
-def _renamed(denoiser: Any, factors: Mapping[str, Factors], form: str, family: Family) -> "dict[str, torch.Tensor]":
+def _renamed(adapters: Mapping[str, Adapter], form: str, family: Family) -> "dict[str, torch.Tensor]":
     """Names of ComfyUI or kohya. Of layers with other ranks, too, alpha is the largest: diffusers mixes up several alphas."""
     import torch
 
-    alpha = float(max(one.rank for one in factors.values()))
-    stem, layers, named = _formats.stem(form, family), _peft.adapted(denoiser), {}
-    is_flat = _formats.component(family) == "unet"
-    first, second = ("lora_down", "lora_up") if is_flat else ("lora_A", "lora_B")
-    for name, one in factors.items():
-        key = stem(name)
-        named[f"{key}.{first}.weight"], named[f"{key}.{second}.weight"] = one.A, one.B * (one.rank / alpha)
-        named[f"{key}.alpha"] = torch.tensor(alpha)
-        if one.magnitude is not None:
+    alpha = float(max(one.rank for adapter in adapters.values() for one in adapter.factors.values()))
+    first, second = ("lora_down", "lora_up") if _formats.component(family) == "unet" else ("lora_A", "lora_B")
+    named: dict[str, torch.Tensor] = {}
+    for component, adapter in adapters.items():
+        stem = _formats.stem(form, family, component)
+        for name, one in adapter.factors.items():
+            key = stem(name)
+            named[f"{key}.{first}.weight"], named[f"{key}.{second}.weight"] = one.A, one.B * (one.rank / alpha)
+            named[f"{key}.alpha"] = torch.tensor(alpha)
+        for name, scale in adapter.dora_scales.items():
             if form == "kohya":
                 raise ConfigError(
                     "lora with dora cannot be written as kohya: sd-scripts have no DoRA. Write comfyui or diffusers."
                 )
-            named[f"{key}.dora_scale"] = _dora_scale(layers[name].get_base_layer().weight, one)
+            named[f"{stem(name)}.dora_scale"] = scale
     return named
 
 

@@ -6,16 +6,14 @@ which is cheaper and orthogonal to a few digits while Q is small (OFTv2). COFT k
 Source: Qiu et al. 2023 (arXiv 2306.07280); OFTv2, Qiu et al. 2025 (arXiv 2506.19847); trained by PEFT.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from ftk.errors import ConfigError
 from ftk.methods import _peft
-from ftk.methods.base import EVERYTHING, Components, TargetPattern, Targets, check_format
-from ftk.models.base import Family
+from ftk.methods.base import EVERYTHING, Part, TargetPattern
 
 if TYPE_CHECKING:
     import torch
@@ -30,14 +28,11 @@ REASONS = {
 }
 
 
-class OftConfig(BaseModel):
+class OftConfig(_peft.AdapterConfig):
     """Settings under `method:`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     r: int | None = Field(default=None, ge=1, description="blocks a layer; more of them are smaller, with fewer parameters")
     block_size: int | None = Field(default=None, ge=2, description="inputs that a block rotates; 32 if neither is given")
-    targets: Targets = Field(default="attention", description="a group of the family, `all`, module names, or {regex: ...}")
     module_dropout: float = Field(default=0.0, ge=0, lt=1, description="chance that a step leaves a block unrotated")
     coft: bool = Field(default=False, description="keep the rotation within a radius of the identity")
     eps: float = Field(default=6e-5, gt=0, description="COFT's radius of a layer; a block's is eps / sqrt(blocks)")
@@ -66,24 +61,28 @@ class OftConfig(BaseModel):
         return self
 
 
-class Oft:
-    """The orthogonal adapter of linear layers and 1x1 convolutions."""
+class Oft(_peft.PeftMethod):
+    """The orthogonal adapter of linear layers and 1x1 convolutions.
+
+    Its state is `MODULE.oft_R.weight` [blocks, block (block - 1) / 2], the upper triangle of each Q, and trained biases. Q is
+    zero at first, so training starts at the base.
+    """
 
     name = "oft"
     Config: ClassVar[type[BaseModel]] = OftConfig
-    NEEDS = ("denoiser",)
-    EXTRA: tuple[str, ...] = ()
-    FORMATS = ("peft",)
+    REASONS = REASONS
 
-    def attach(self, components: Components, family: Family, config: OftConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
-        """Inject the adapter; Q is zero, so training starts at the base."""
+    def refusal(self, layer: "torch.nn.Module") -> str | None:
+        """Larger kernels do not see channels one by one."""
+        return _peft.linear_or_pointwise(layer)
+
+    def peft_config(self, part: Part, names: Sequence[str], config: OftConfig) -> Any:
+        """PEFT's settings; numbers of blocks are the denoiser's."""
         import peft
 
-        denoiser: Any = components["denoiser"]
-        names = _peft.select(denoiser, family, config.targets, _peft.linear_or_pointwise)
         block_size = config.block_size or (_DEFAULT_BLOCK if config.r is None else None)
-        _check_blocks(denoiser, names, config.r, block_size)
-        settings = peft.OFTConfig(
+        _check_blocks(part, names, config.r, block_size)
+        return peft.OFTConfig(
             r=config.r or 0,
             oft_block_size=block_size or 0,
             module_dropout=config.module_dropout,
@@ -93,55 +92,23 @@ class Oft:
             use_cayley_neumann=config.use_cayley_neumann,
             num_cayley_neumann_terms=config.num_cayley_neumann_terms,
             bias=config.bias,
-            layers_to_transform=None if config.layers is None else list(config.layers),
-            layers_pattern=config.layers_pattern,
-            target_modules=_peft.as_peft_targets(denoiser, family, config.targets, names),
+            layers_to_transform=list(config.layers) if config.layers is not None and part.is_denoiser else None,
+            layers_pattern=config.layers_pattern if part.is_denoiser else None,
+            target_modules=_peft.as_peft_targets(part, names),
         )
-        parameters = _peft.attach(denoiser, settings, seed)
+
+    def inject(self, part: Part, settings: Any, config: OftConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
+        """With the dropout that PEFT leaves out."""
+        parameters = _peft.inject(part.module, settings, seed)
         if config.module_dropout:
-            for layer in _peft.adapted(denoiser).values():
+            for layer in _peft.adapted(part.module).values():
                 _drop_blocks(layer, config.module_dropout)
         return parameters
 
-    def state(self, components: Components) -> "dict[str, torch.Tensor]":
-        """`MODULE.oft_R.weight` [blocks, block (block - 1) / 2]: the upper triangle of each Q. Trained biases."""
-        return _peft.state(components["denoiser"])
 
-    def load_state(self, components: Components, state: "Mapping[str, torch.Tensor]") -> None:
-        """Inverse of `state`."""
-        _peft.load_state(components["denoiser"], state)
-
-    def export(
-        self,
-        components: Components,
-        family: Family,
-        config: OftConfig,
-        directory: Path,
-        form: str,
-        metadata: Mapping[str, str],
-    ) -> list[Path]:
-        """A PEFT directory."""
-        check_format(self.name, self.FORMATS, form, REASONS)
-        denoiser: Any = components["denoiser"]
-        settings = _peft.for_delivery(denoiser.peft_config[_peft.ADAPTER])
-        return _peft.export_directory(directory, settings, self.state(components), metadata)
-
-    def load_into(self, pipeline: Any, directory: Path) -> None:
-        """PEFT's settings and tensors, injected."""
-        _peft.load_directory(pipeline, directory)
-
-    def merge(self, components: Components) -> None:
-        """Rotate each adapted weight and remove the adapter."""
-        _peft.merge(components["denoiser"])
-
-    def usage(self, family: Family) -> str:
-        """PEFT's loader."""
-        return _peft.usage(family)
-
-
-def _check_blocks(denoiser: Any, names: list[str], r: int | None, block_size: int | None) -> None:
+def _check_blocks(part: Part, names: Sequence[str], r: int | None, block_size: int | None) -> None:
     """Blocks must divide a layer's inputs: PEFT would take another number and only warn."""
-    modules = dict(denoiser.named_modules())
+    modules = dict(part.module.named_modules())
     for name in names:
         layer = modules[name]
         inputs = layer.in_features if hasattr(layer, "in_features") else layer.in_channels
@@ -152,7 +119,7 @@ def _check_blocks(denoiser: Any, names: list[str], r: int | None, block_size: in
             near = sorted(sorted(divisors, key=lambda number: abs(number - given))[:4])
             raise ConfigError(
                 f"method.{setting}: {given} does not divide the {inputs} inputs of {name}. Near it, "
-                f"{', '.join(map(str, near))} do; or leave the layer out of method.targets."
+                f"{', '.join(map(str, near))} do; or leave the layer out of {part.setting}."
             )
 
 

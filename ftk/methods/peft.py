@@ -5,16 +5,14 @@ Settings are those of PEFT's class for the type, under PEFT's names; only `targe
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ftk.errors import ConfigError
 from ftk.methods import _peft
-from ftk.methods.base import Components, Targets, check_format
-from ftk.models.base import Family
+from ftk.methods.base import Part
 
 if TYPE_CHECKING:
     import torch
@@ -41,13 +39,12 @@ _SET_BY_FTK: Mapping[str, str] = {
 }
 
 
-class PeftConfig(BaseModel):
+class PeftConfig(_peft.AdapterConfig):
     """Settings under `method:`: the type, the targets, and whatever PEFT's class of this type takes."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     type: str = Field(description="a type of the PEFT library, such as MISS or HRA")
-    targets: Targets = Field(default="attention", description="a group of the family, `all`, module names, or {regex: ...}")
 
     @model_validator(mode="after")
     def _settings_are_pefts(self) -> Self:
@@ -87,74 +84,34 @@ def _settings_of(kind: str) -> list[str]:
     return [field.name for field in dataclasses.fields(known[name]) if field.init and field.name not in _SET_BY_FTK]
 
 
-class Peft:
-    """An adapter of which ftk knows no more than PEFT's interface."""
+class Peft(_peft.PeftMethod):
+    """An adapter of which ftk knows no more than PEFT's interface. Not all start at the base: FourierFT does not."""
 
     name = "peft"
     Config: ClassVar[type[BaseModel]] = PeftConfig
-    NEEDS = ("denoiser",)
-    EXTRA: tuple[str, ...] = ()
-    FORMATS = ("peft",)
+    REASONS = dict.fromkeys(
+        ("diffusers", "comfyui", "kohya", "lycoris"),
+        "no other reader knows this type. Merge it into the weights, and use those.",
+    )
 
-    def attach(self, components: Components, family: Family, config: PeftConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
-        """Inject the adapter. Whether training starts at the base is the type's affair: FourierFT does not.
+    def refusal(self, layer: "torch.nn.Module") -> None:
+        """PEFT itself knows which layers a type carries, and says so."""
+
+    def peft_config(self, part: Part, names: Sequence[str], config: PeftConfig) -> Any:
+        """PEFT's settings of the type.
 
         Raises:
-            ConfigError: PEFT refuses the settings, or a target.
+            ConfigError: PEFT refuses them.
         """
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CLASSES
 
-        denoiser: Any = components["denoiser"]
-        names = _peft.select(denoiser, family, config.targets, _anything)
-        targets = _peft.as_peft_targets(denoiser, family, config.targets, names)
         kind = config.type.upper()
         # PEFT looks these up by the name of a language model.
         own: dict[str, Any] = {"feedforward_modules": []} if kind == "IA3" else {}
         try:
-            settings = CLASSES[kind](target_modules=targets, **{**own, **config.settings})
+            return CLASSES[kind](target_modules=_peft.as_peft_targets(part, names), **{**own, **config.settings})
         except (TypeError, ValueError) as error:
             raise ConfigError(f"method: PEFT's {kind} refuses its settings: {error}") from error
-        return _peft.attach(denoiser, settings, seed)
-
-    def state(self, components: Components) -> "dict[str, torch.Tensor]":
-        """Whatever PEFT saves of this type."""
-        return _peft.state(components["denoiser"])
-
-    def load_state(self, components: Components, state: "Mapping[str, torch.Tensor]") -> None:
-        """Inverse of `state`."""
-        _peft.load_state(components["denoiser"], state)
-
-    def export(
-        self,
-        components: Components,
-        family: Family,
-        config: PeftConfig,
-        directory: Path,
-        form: str,
-        metadata: Mapping[str, str],
-    ) -> list[Path]:
-        """A PEFT directory."""
-        reason = "no other reader knows this type. Merge it into the weights, and use those."
-        check_format(self.name, self.FORMATS, form, dict.fromkeys(("diffusers", "comfyui", "kohya", "lycoris"), reason))
-        denoiser: Any = components["denoiser"]
-        settings = _peft.for_delivery(denoiser.peft_config[_peft.ADAPTER])
-        return _peft.export_directory(directory, settings, self.state(components), metadata)
-
-    def load_into(self, pipeline: Any, directory: Path) -> None:
-        """PEFT's settings and tensors, injected."""
-        _peft.load_directory(pipeline, directory)
-
-    def merge(self, components: Components) -> None:
-        """PEFT's own merging, where the type has one."""
-        _peft.merge(components["denoiser"])
-
-    def usage(self, family: Family) -> str:
-        """PEFT's loader."""
-        return _peft.usage(family)
-
-
-def _anything(_: "torch.nn.Module") -> None:
-    """PEFT itself knows which layers a type carries, and says so."""
 
 
 METHOD = Peft()

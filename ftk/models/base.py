@@ -15,10 +15,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from ftk import locations, storage
-from ftk.configs.schema import ModelConfig
+from ftk.configs.schema import HUB_ID, ModelConfig
 from ftk.errors import ConfigError, EnvironmentFault, ModelError
 from ftk.progress import human_bytes
 
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger("ftk")
 Objective = Literal["flow", "epsilon", "v"]
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+_HUB_ID = re.compile(HUB_ID)
 _WORTH_SAYING_BYTES = 1 << 30
+_ARCHITECTURE = "modelspec.architecture"
 # What a repository may hold beside the weights that are read: other formats, half-precision copies, weights without EMA.
 _NOT_READ = ("*.bin", "*.ckpt", "*.fp16.*", "*.non_ema.*", "*.msgpack", "*.onnx*", "*.pb", "*openvino*", "*flax*")
 
@@ -258,10 +259,37 @@ class Family(Protocol):
         """Write a complete small random model in the Diffusers layout: deterministic, no download."""
 
 
+@runtime_checkable
+class TrainsEncoders(Protocol):
+    """A family whose text encoders can be trained with the denoiser: its text items hold the token ids too."""
+
+    trainable_encoders: tuple[str, ...]
+    """The components, as the diffusers pipeline calls them; all are trained together."""
+    encoder_targets: Mapping[str, Sequence[str]]
+    """`target_groups` of a text encoder."""
+
+    def load_encoder(self, directory: Path, name: str, dtype: "torch.dtype", device: "torch.device") -> "torch.nn.Module":
+        """One of them, frozen, in training mode. On the `meta` device: its shapes alone, no weights are read."""
+
+    def encode_tokens(
+        self, encoders: Mapping[str, Any], texts: Mapping[str, "torch.Tensor | None"]
+    ) -> dict[str, "torch.Tensor | None"]:
+        """Collated texts as `predict` takes them, encoded from their token ids by these models, by name."""
+
+
+@runtime_checkable
+class HasPublishedNames(Protocol):
+    """A family that programs beside ftk know by names of their own."""
+
+    def published_names(self, directory: Path) -> Mapping[str, str]:
+        """Metadata by which they know a model: `modelspec.architecture`, and `ss_base_model_version` as sd-scripts write it."""
+
+
 def available() -> list[str]:
-    """Names of all families: the files of this folder."""
+    """Names of all families: the files of this folder, but for those that several families share."""
     package = importlib.import_module("ftk.models")
-    return sorted(item.name.replace("_", "-") for item in pkgutil.iter_modules(package.__path__) if item.name != "base")
+    names = [item.name for item in pkgutil.iter_modules(package.__path__)]
+    return sorted(name.replace("_", "-") for name in names if name != "base" and not name.startswith("_"))
 
 
 def get(name: str) -> Family:
@@ -270,6 +298,11 @@ def get(name: str) -> Family:
         raise ConfigError(f"model.family: there is no family {name!r}. Valid: {', '.join(available())}")
     family: Family = importlib.import_module(f"ftk.models.{name.replace('-', '_')}").FAMILY
     return family
+
+
+def published_names(family: Family, directory: Path) -> Mapping[str, str]:
+    """What other programs call a model; see `HasPublishedNames`. A family that they do not know has its own name."""
+    return family.published_names(directory) if isinstance(family, HasPublishedNames) else {_ARCHITECTURE: family.name}
 
 
 def locate(model: ModelConfig, components: Sequence[str]) -> Path:
@@ -346,6 +379,16 @@ def load_component(component: Any, directory: Path, name: str, dtype: "torch.dty
         return component.from_pretrained(directory / name, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{directory / name} cannot be loaded as {component.__name__}: {first_line(error)}") from error
+
+
+def outline(model_class: Any, config: Any, dtype: "torch.dtype") -> Any:
+    """A diffusers model's shapes alone, frozen, on the `meta` device."""
+    import torch
+
+    with torch.device("meta"):
+        model = model_class.from_config(config)
+    # The `to` of diffusers' models warns of every dtype.
+    return torch.nn.Module.to(model, dtype).requires_grad_(False)
 
 
 def load_pipeline(pipeline_class: Any, directory: Path, device: "torch.device", **arguments: Any) -> Any:

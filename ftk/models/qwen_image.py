@@ -25,6 +25,7 @@ from ftk.models.base import (
     hide_progress_bars,
     load_component,
     load_pipeline,
+    outline,
     refuse_references,
 )
 
@@ -236,13 +237,11 @@ class QwenImage:
 
     def load_denoiser(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
         """QwenImageTransformer2DModel, frozen."""
-        import torch
         from diffusers import QwenImageTransformer2DModel
 
         if device.type == "meta":
             config = QwenImageTransformer2DModel.load_config(directory / "transformer")
-            with torch.device("meta"):
-                return QwenImageTransformer2DModel.from_config(config).to(dtype).requires_grad_(False)
+            return outline(QwenImageTransformer2DModel, config, dtype)
         denoiser = load_component(QwenImageTransformer2DModel, directory, "transformer", dtype)
         return denoiser.requires_grad_(False).train().to(device)
 
@@ -349,6 +348,10 @@ class QwenImage:
     def generation(self, guidance_scale: float) -> dict[str, Any]:
         """True classifier-free guidance; at 1 or less the pipeline leaves the negative prompt out."""
         return {"true_cfg_scale": guidance_scale}
+
+    def published_names(self, directory: Path) -> Mapping[str, str]:
+        """As musubi-tuner and ai-toolkit write them."""
+        return {"modelspec.architecture": "Qwen-Image", "ss_base_model_version": "qwen_image"}
 
     def tiny(self, directory: Path) -> None:
         """About 92k denoiser parameters and 3 MB on disk; real latent statistics, the real template of 34 tokens."""

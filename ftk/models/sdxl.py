@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ConfigError
-from ftk.models import stable_diffusion as sd
+from ftk.models import _clip, _kl_vae, _unet
 from ftk.models.base import (
     Activations,
     NoiseSchedule,
     SampleGeometry,
     check_pipeline,
     hide_progress_bars,
-    load_component,
     load_pipeline,
     refuse_references,
 )
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 NUM_TIME_IDS = 6
+_TEXT_ITEM = ("embeds", "pooled", "input_ids", "input_ids_2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,24 +39,29 @@ class TextEncoders:
 
 
 class StableDiffusionXL:
-    """Text to image with two CLIP encoders. Text item: `embeds` [77,D], both side by side, and `pooled` [P]."""
+    """Text to image with two CLIP encoders. Text item: `embeds` [77,D], both side by side, and `pooled` [P].
+
+    And `input_ids`, `input_ids_2` [77], of either tokenizer.
+    """
 
     name = "sdxl"
-    geometry = sd.GEOMETRY
-    encoder_version = 1
-    max_text_tokens = sd.CLIP_TOKENS
+    geometry = _unet.GEOMETRY
+    encoder_version = 2
+    max_text_tokens = _clip.TOKENS
     pads_texts = True
     text_token_bytes = 8192
     latent_components = ("vae",)
     text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     denoiser_components = ("unet", "scheduler")
     target_groups: Mapping[str, Sequence[str]] = {
-        "attention": sd.ATTENTION,
-        "attention+mlp": (*sd.ATTENTION, *sd.MLP),
-        "text-kv": sd.TEXT_KV,
-        "all-linear": (*sd.ATTENTION, *sd.MLP, *sd.TIME, "proj_in", "proj_out"),
+        "attention": _unet.ATTENTION,
+        "attention+mlp": (*_unet.ATTENTION, *_unet.MLP),
+        "text-kv": _unet.TEXT_KV,
+        "all-linear": (*_unet.ATTENTION, *_unet.MLP, *_unet.TIME, "proj_in", "proj_out"),
     }
-    block_class = sd.BLOCK_CLASS
+    block_class = _unet.BLOCK_CLASS
+    trainable_encoders = ("text_encoder", "text_encoder_2")
+    encoder_targets = _clip.TARGETS
 
     def check(self, directory: Path) -> None:
         """A Diffusers folder whose `model_index.json` names StableDiffusionXLPipeline."""
@@ -81,40 +86,37 @@ class StableDiffusionXL:
                 f"cache.vae_dtype: {str(dtype).removeprefix('torch.')}: the VAE of sdxl computes in float32 alone, its "
                 f"activations are too large for less. Set cache.vae_dtype to float32, or to tfloat32 for speed."
             )
-        return sd.load_vae(directory, dtype).to(device)
+        return _kl_vae.load(directory, dtype).to(device)
 
     def normalisation(self, directory: Path) -> dict[str, Any]:
         """Per-channel mean and std: latents are (z - mean) / std, where std is 1 / `scaling_factor`."""
-        return sd.normalisation(directory)
+        return _kl_vae.normalisation(directory)
 
     def image_flops(self, directory: Path, height: int, width: int) -> float:
         """Of the VAE's encoder."""
-        return sd.encoder_flops(directory, height, width)
+        return _kl_vae.flops(directory, height, width)
 
     def text_flops(self, directory: Path, tokens: int) -> float:
         """Of 77 tokens in both encoders, whatever the text's own number."""
-        return sd.clip_flops(directory / "text_encoder") + sd.clip_flops(directory / "text_encoder_2")
+        return _clip.flops(directory / "text_encoder") + _clip.flops(directory / "text_encoder_2")
 
     def encode_images(self, vae: Any, pixels_BCHW: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
         """Posterior mean and std, times `scaling_factor`."""
-        return sd.encode_images(vae, pixels_BCHW)
+        return _kl_vae.encode(vae, pixels_BCHW)
 
     def image_memory(self, vae: Any, height: int, width: int) -> int:
         """Of the encoder's first stage."""
-        return sd.encoder_memory(vae, height, width)
+        return _kl_vae.memory(vae, height, width)
 
     def decode(self, vae: Any, latents_BCHW: "torch.Tensor") -> "torch.Tensor":
         """Inverse of the normalisation, then the decoder."""
-        return sd.decode(vae, latents_BCHW)
+        return _kl_vae.decode(vae, latents_BCHW)
 
     def load_text_encoder(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> TextEncoders:
         """CLIPTextModel and CLIPTextModelWithProjection."""
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-        tokenizers = (sd.load_tokenizer(directory, "tokenizer"), sd.load_tokenizer(directory, "tokenizer_2"))
-        first = load_component(CLIPTextModel, directory, "text_encoder", dtype)
-        second = load_component(CLIPTextModelWithProjection, directory, "text_encoder_2", dtype)
-        first, second = (model.requires_grad_(False).eval().to(device) for model in (first, second))
+        tokenizers = (_clip.load_tokenizer(directory, "tokenizer"), _clip.load_tokenizer(directory, "tokenizer_2"))
+        first = _clip.load_text_model(directory, "text_encoder", dtype).to(device)
+        second = _clip.load_text_model(directory, "text_encoder_2", dtype, has_projection=True).to(device)
         return TextEncoders(tokenizers=tokenizers, models=(first, second))
 
     def encode_texts(
@@ -124,33 +126,42 @@ class StableDiffusionXL:
         import torch
 
         refuse_references(self.name, references)
-        hidden = []
         with torch.inference_mode():
-            for tokenizer, model in zip(encoder.tokenizers, encoder.models, strict=True):
-                ids_BL = sd.clip_tokens(tokenizer, captions, model.device)["input_ids"]
-                output = model(ids_BL, output_hidden_states=True)
-                hidden.append(output.hidden_states[-2])
-            embeds_BLD = torch.cat(hidden, dim=-1)
-            pooled_BP = output.text_embeds
-        return [
-            {"embeds": embeds.clone(), "pooled": pooled.clone()} for embeds, pooled in zip(embeds_BLD, pooled_BP, strict=True)
-        ]
+            ids = [
+                _clip.tokenised(tokenizer, captions, model.device)["input_ids"].to(torch.int32)
+                for tokenizer, model in zip(encoder.tokenizers, encoder.models, strict=True)
+            ]
+            embeds_BLD, pooled_BP = _encoded(encoder.models, ids)
+        items = zip(embeds_BLD, pooled_BP, *ids, strict=True)
+        return [{name: row.clone() for name, row in zip(_TEXT_ITEM, item, strict=True)} for item in items]
+
+    def load_encoder(self, directory: Path, name: str, dtype: "torch.dtype", device: "torch.device") -> Any:
+        """CLIPTextModel, or CLIPTextModelWithProjection for the second."""
+        return _clip.load_trainable(directory, name, dtype, device, has_projection=name == "text_encoder_2")
+
+    def encode_tokens(
+        self, encoders: Mapping[str, Any], texts: Mapping[str, "torch.Tensor | None"]
+    ) -> dict[str, "torch.Tensor | None"]:
+        """`embeds` and `pooled` from the token ids of both."""
+        models = (encoders["text_encoder"], encoders["text_encoder_2"])
+        embeds_BLD, pooled_BP = _encoded(models, (texts["input_ids"], texts["input_ids_2"]))
+        return {**texts, "embeds": embeds_BLD, "pooled": pooled_BP}
 
     def text_lengths(self, encoder: TextEncoders, captions: Sequence[str]) -> list[int]:
         """Always 77."""
-        return [sd.CLIP_TOKENS] * len(captions)
+        return [_clip.TOKENS] * len(captions)
 
     def text_memory(self, encoder: TextEncoders, tokens: int) -> int:
         """Of the second encoder, beside what the first has left: all hidden states of both."""
-        return sum(sd.clip_memory(model, tokens) for model in encoder.models)
+        return sum(_clip.memory(model, tokens) for model in encoder.models)
 
     def load_denoiser(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
         """UNet2DConditionModel, frozen."""
-        return sd.load_unet(directory, dtype, device)
+        return _unet.load(directory, dtype, device)
 
     def load_schedule(self, directory: Path) -> NoiseSchedule:
         """Epsilon or v, and the noise levels of training."""
-        return sd.load_schedule(directory)
+        return _unet.load_schedule(directory)
 
     def activations(self, denoiser: Any, image_tokens: int, text_tokens: int, dtype: "torch.dtype") -> Activations:
         """Counted in a forward pass without values."""
@@ -162,20 +173,16 @@ class StableDiffusionXL:
             "text_embeds": torch.empty(1, pooled_width, dtype=dtype, device="meta"),
             "time_ids": torch.empty(1, NUM_TIME_IDS, device="meta"),
         }
-        return sd.unet_activations(denoiser, image_tokens * self.geometry.patch**2, text_tokens, dtype, added)
+        return _unet.activations(denoiser, image_tokens * self.geometry.patch**2, text_tokens, dtype, added)
 
     def collate_texts(
         self, texts: Sequence[Mapping[str, "torch.Tensor"]], geometries: Sequence[SampleGeometry] = ()
     ) -> dict[str, "torch.Tensor | None"]:
-        """`embeds` [B,77,D], `pooled` [B,P], and of the geometries `time_ids` [B,6] fp32, else None."""
+        """`embeds` [B,77,D], `pooled` [B,P], token ids, and of the geometries `time_ids` [B,6] fp32, else None."""
         import torch
 
         time_ids = torch.tensor([size_and_crop(one) for one in geometries], dtype=torch.float32) if geometries else None
-        return {
-            "embeds": torch.stack([text["embeds"] for text in texts]),
-            "pooled": torch.stack([text["pooled"] for text in texts]),
-            "time_ids": time_ids,
-        }
+        return {name: torch.stack([text[name] for text in texts]) for name in texts[0]} | {"time_ids": time_ids}
 
     def predict(
         self,
@@ -196,7 +203,7 @@ class StableDiffusionXL:
             whole = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=noisy_BCHW.device)
             time_ids = whole.expand(len(noisy_BCHW), -1)
         added = {"text_embeds": texts["pooled"], "time_ids": time_ids}
-        return sd.unet_prediction(denoiser, noisy_BCHW, time_B, texts["embeds"], residuals, added)
+        return _unet.predict(denoiser, noisy_BCHW, time_B, texts["embeds"], residuals, added)
 
     def pipeline(self, directory: Path, dtype: "torch.dtype", device: "torch.device", **components: Any) -> Any:
         """diffusers' StableDiffusionXLPipeline without a watermark, its VAE in fp32 whatever the rest computes in."""
@@ -217,6 +224,10 @@ class StableDiffusionXL:
         """Classifier-free guidance; at 1 or less the pipeline leaves the negative prompt out."""
         return {"guidance_scale": guidance_scale}
 
+    def published_names(self, directory: Path) -> Mapping[str, str]:
+        """As sd-scripts write them."""
+        return {"modelspec.architecture": "stable-diffusion-xl-v1-base", "ss_base_model_version": "sdxl_base_v1-0"}
+
     def tiny(self, directory: Path) -> None:
         """About 1.3 MB on disk: two levels, epsilon, the real schedule and 77 tokens."""
         import torch
@@ -225,7 +236,7 @@ class StableDiffusionXL:
 
         hide_progress_bars()
         # As in the real model: the first encoder pads with the end of a text, the second with its first character.
-        tokenizers = sd.tiny_tokenizer("<|endoftext|>"), sd.tiny_tokenizer("!")
+        tokenizers = _clip.tiny_tokenizer("<|endoftext|>"), _clip.tiny_tokenizer("!")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             unet = UNet2DConditionModel(
@@ -236,12 +247,12 @@ class StableDiffusionXL:
                 addition_embed_type="text_time", addition_time_embed_dim=8,
                 projection_class_embeddings_input_dim=16 + NUM_TIME_IDS * 8,
             )  # fmt: skip
-            vae = sd.tiny_vae(0.13025)
-            first = CLIPTextModel(sd.tiny_text_config(tokenizers[0]))
-            second = CLIPTextModelWithProjection(sd.tiny_text_config(tokenizers[1], hidden_act="gelu"))
+            vae = _kl_vae.tiny(0.13025)
+            first = CLIPTextModel(_clip.tiny_text_config(tokenizers[0]))
+            second = CLIPTextModelWithProjection(_clip.tiny_text_config(tokenizers[1], hidden_act="gelu"))
         StableDiffusionXLPipeline(
             vae=vae, text_encoder=first, text_encoder_2=second, tokenizer=tokenizers[0], tokenizer_2=tokenizers[1],
-            unet=unet, scheduler=EulerDiscreteScheduler(timestep_spacing="leading", **sd.SCHEDULE), add_watermarker=False,
+            unet=unet, scheduler=EulerDiscreteScheduler(timestep_spacing="leading", **_unet.SCHEDULE), add_watermarker=False,
         ).save_pretrained(directory)  # fmt: skip
 
 
@@ -254,6 +265,14 @@ def size_and_crop(sample: SampleGeometry) -> tuple[int, int, int, int, int, int]
     """
     left = sample.resize_width - sample.bucket_width - sample.crop_x if sample.flipped else sample.crop_x
     return (sample.height, sample.width, sample.crop_y, left, sample.bucket_height, sample.bucket_width)
+
+
+def _encoded(models: Sequence[Any], ids: Sequence[Any]) -> "tuple[torch.Tensor, torch.Tensor]":
+    """[B,77,D] of the layers before the last, side by side, and [B,P] of the second model's projection."""
+    import torch
+
+    outputs = [model(ids_BL, output_hidden_states=True) for model, ids_BL in zip(models, ids, strict=True)]
+    return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds
 
 
 def _to_weights(module: Any, inputs: tuple["torch.Tensor"]) -> tuple["torch.Tensor"]:

@@ -4,7 +4,8 @@ Shape legend: B batch, C channels, H W latent cells, K sigma bands.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ import torch
 
 from ftk.configs.schema import TrainConfig
 from ftk.errors import Preempted
-from ftk.models.base import Family, NoiseSchedule
+from ftk.models.base import Family, NoiseSchedule, TrainsEncoders
 from ftk.train import flow
 from ftk.train.data import Batch, Step
 from ftk.train.optim import MasterOptimizer
@@ -61,6 +62,8 @@ class Trainer:
 
     family: Family
     denoiser: Any
+    encoders: Mapping[str, Any] = field(default_factory=dict)
+    """Text encoders that are trained with it, by name: captions then pass through them at every step."""
     predict: Callable[..., torch.Tensor]
     optimizer: MasterOptimizer
     schedule: Callable[[int], float]
@@ -127,7 +130,7 @@ class Trainer:
         noise = self.noise_schedule
         signal_B, sigma_B = noise.scales(batch.sigma_B, batch.latents_BCHW.dtype)
         noisy_BCHW = flow.interpolate(batch.latents_BCHW, batch.noise_BCHW, signal_B, sigma_B)
-        prediction_BCHW = self.predict(self.denoiser, noisy_BCHW, noise.time(batch.sigma_B), batch.texts)
+        prediction_BCHW = self.predict(self.denoiser, noisy_BCHW, noise.time(batch.sigma_B), self.encoded(batch.texts))
         return batch.weight_B * flow.loss_per_sample(
             prediction_BCHW,
             flow.target(noise.objective, batch.latents_BCHW, batch.noise_BCHW, signal_B, sigma_B),
@@ -135,6 +138,25 @@ class Trainer:
             cell_weight_BHW=batch.cell_weight_BHW,
             huber_delta=self.config.loss.huber_delta if self.config.loss.kind == "huber" else None,
         )
+
+    def encoded(self, texts: Mapping[str, torch.Tensor | None]) -> Mapping[str, torch.Tensor | None]:
+        """Collated texts as the text encoders that are trained encode them now; else as they are cached."""
+        if not self.encoders:
+            return texts
+        assert isinstance(self.family, TrainsEncoders)
+        return self.family.encode_tokens(self.encoders, texts)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without what is random in training, such as dropout."""
+        models = (self.denoiser, *self.encoders.values())
+        for model in models:
+            model.eval()
+        try:
+            yield
+        finally:
+            for model in models:
+                model.train()
 
     def _weights(self, signal_B: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
         """[B]: of the sigma that was applied, rounded to the working dtype as in the interpolation."""

@@ -366,7 +366,7 @@ def test_it_says_how_it_is_loaded(attached: Callable[..., Trained], tmp_path: Pa
     trained = attached({}).perturb()
     trained.export(tmp_path)
     pipeline = trained.pipeline()
-    lines = trained.method.usage(trained.family).replace("path/to/this/folder", str(tmp_path))
+    lines = trained.method.usage(trained.family, trained.config).replace("path/to/this/folder", str(tmp_path))
     exec(lines, {"pipeline": pipeline})
     loaded = trained.predict(getattr(pipeline, trained.family.denoiser_components[0]))
     torch.testing.assert_close(loaded, trained.predict(), atol=1e-5, rtol=1e-5)

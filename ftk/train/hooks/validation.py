@@ -71,6 +71,8 @@ class Validation:
         # The base model, before the first step, is never the best one: there is nothing of it to save.
         best = self._best_row()
         is_best = trainer.step > 0 and math.isfinite(loss) and (best is None or loss < best["loss"])
+        # Saving may take all processes: the main one's log decides, should theirs differ.
+        (is_best,) = trainer.ranks.agree(is_best and trainer.ranks.is_main)
         self._log.append({"step": trainer.step, "loss": loss, "band_losses": bands, "is_best": is_best})
         self._recorder.scalars(trainer.step, {"validation/loss": loss})
         if trainer.ranks.is_main:
@@ -83,18 +85,14 @@ class Validation:
         """[2,K]: losses and samples by sigma band, over all processes."""
         rank, size = trainer.ranks.rank, trainer.ranks.size
         totals = torch.zeros(2, NUM_BANDS, device=trainer.device)
-        trainer.denoiser.eval()
-        try:
-            with torch.no_grad(), trainer.optimizer.averaged():
-                for first in range(0, len(self._batches), size):
-                    samples, position = self._batches[min(first + rank, len(self._batches) - 1)]
-                    batch = self._builder.fixed(samples, position, trainer.config.validation.sigmas)
-                    # Where weights are split every process computes whenever one does.
-                    batch = replace(batch, share=1.0 if first + rank < len(self._batches) else 0.0)
-                    batch = batch.map(lambda tensor: tensor.to(trainer.device))
-                    totals += batch.share * band_totals(batch.sigma_B, trainer.losses(batch))
-        finally:
-            trainer.denoiser.train()
+        with torch.no_grad(), trainer.evaluating(), trainer.optimizer.averaged():
+            for first in range(0, len(self._batches), size):
+                samples, position = self._batches[min(first + rank, len(self._batches) - 1)]
+                batch = self._builder.fixed(samples, position, trainer.config.validation.sigmas)
+                # Where weights are split every process computes whenever one does.
+                batch = replace(batch, share=1.0 if first + rank < len(self._batches) else 0.0)
+                batch = batch.map(lambda tensor: tensor.to(trainer.device))
+                totals += batch.share * band_totals(batch.sigma_B, trainer.losses(batch))
         trainer.ranks.sum([totals])
         return totals
 
@@ -113,7 +111,9 @@ class Validation:
     def _mend_best(self, trainer: Trainer) -> None:
         """Let the log and the note of the best step agree: one may be damaged, or a kill may have come between them."""
         best, noted = self._best_row(), self._checkpoints.noted_best()
-        if best is not None and noted != (best["step"], best["loss"]):
+        is_unnoted = best is not None and noted != (best["step"], best["loss"])
+        (must_note,) = trainer.ranks.agree(is_unnoted and trainer.ranks.is_main)
+        if best is not None and must_note:
             LOGGER.info("the best step so far is %d, by the log of its measurements: noted again", best["step"])
             self._checkpoints.note_best(trainer, best["step"], best["loss"])
         elif best is None and noted is not None and noted[0] <= trainer.step:

@@ -1,0 +1,113 @@
+"""CLIP text encoders, as Stable Diffusion has one of and SDXL two: 77 tokens a text, padding included.
+
+Shape legend: B batch, L text tokens (77), D text width.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftk import storage
+from ftk.errors import ModelError
+from ftk.models.base import first_line, load_component
+
+if TYPE_CHECKING:
+    import torch
+
+TOKENS = 77
+ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+TARGETS: Mapping[str, Sequence[str]] = {"attention": ATTENTION, "attention+mlp": (*ATTENTION, "fc1", "fc2")}
+"""Groups of layers, of a text encoder that is trained."""
+
+
+def load_text_model(directory: Path, name: str, dtype: "torch.dtype", *, has_projection: bool = False) -> Any:
+    """CLIPTextModel, or CLIPTextModelWithProjection; frozen, on the CPU."""
+    return load_component(_text_model_class(has_projection), directory, name, dtype).requires_grad_(False).eval()
+
+
+def load_trainable(
+    directory: Path, name: str, dtype: "torch.dtype", device: "torch.device", *, has_projection: bool = False
+) -> Any:
+    """The same on the device, in training mode; on `meta` its shapes alone."""
+    import torch
+
+    if device.type != "meta":
+        return load_text_model(directory, name, dtype, has_projection=has_projection).train().to(device)
+    made = _text_model_class(has_projection)
+    try:
+        config = made.config_class.from_pretrained(directory / name)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory / name} cannot be loaded: {first_line(error)}") from error
+    with torch.device("meta"):
+        return made(config).to(dtype).requires_grad_(False)
+
+
+def _text_model_class(has_projection: bool) -> Any:
+    import transformers
+
+    return transformers.CLIPTextModelWithProjection if has_projection else transformers.CLIPTextModel
+
+
+def load_tokenizer(directory: Path, name: str) -> Any:
+    """CLIPTokenizer; one of another length than 77 would give texts that no model of this line was trained on."""
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(directory / name)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory / name} cannot be loaded: {first_line(error)}") from error
+    if tokenizer.model_max_length != TOKENS:
+        raise ModelError(
+            f"{directory / name}: its texts have {tokenizer.model_max_length} tokens instead of {TOKENS}. "
+            f"This is not the CLIP tokenizer of a Stable Diffusion model."
+        )
+    return tokenizer
+
+
+def tokenised(tokenizer: Any, captions: Sequence[str], device: "torch.device") -> Any:
+    """`input_ids` and `attention_mask`, each [B,77], cut and padded by the tokenizer's own rule, as the pipelines do."""
+    return tokenizer(
+        list(captions), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+    ).to(device)  # fmt: skip
+
+
+def flops(directory: Path) -> float:
+    """Two for each weight of the layers and token, of 77 tokens."""
+    try:
+        config = storage.read_json(directory / "config.json")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory / 'config.json'} cannot be read: {first_line(error)}") from error
+    width, inner, layers = (int(config[name]) for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    return 2.0 * TOKENS * layers * (4 * width**2 + 2 * width * inner)
+
+
+def memory(model: Any, tokens: int) -> int:
+    """The hidden states of all layers, the MLP or attention of one, and the causal mask."""
+    config, itemsize = model.config, model.dtype.itemsize
+    layer = max(3 * config.intermediate_size + 3 * config.hidden_size, 8 * config.hidden_size)
+    states = (config.num_hidden_layers + 1) * config.hidden_size
+    return int(itemsize * tokens * (layer + states) + tokens**2 * (1 + itemsize))
+
+
+def tiny_tokenizer(pad_token: str) -> Any:
+    """Every byte, within a word and at its end, and no merges; the end's id is the largest, as in CLIP."""
+    from tokenizers import pre_tokenizers
+    from transformers import CLIPTokenizer
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={word: number for number, word in enumerate(words)}, merges=[], pad_token=pad_token, model_max_length=TOKENS
+    )
+
+
+def tiny_text_config(tokenizer: Any, **settings: Any) -> Any:
+    """A CLIP text encoder of width 32."""
+    from transformers import CLIPTextConfig
+
+    plain = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "vocab_size": len(tokenizer), "max_position_embeddings": TOKENS, "projection_dim": 16,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    return CLIPTextConfig(**{**plain, **settings})

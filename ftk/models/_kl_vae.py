@@ -1,0 +1,102 @@
+"""The 4-channel VAE of Stable Diffusion and SDXL: diffusers' AutoencoderKL.
+
+Shape legend: B batch, C latent channels (4), H W latent cells.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftk.errors import ModelError
+from ftk.models.base import first_line, load_component
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load(directory: Path, dtype: "torch.dtype") -> Any:
+    """AutoencoderKL, frozen, on the CPU."""
+    from diffusers import AutoencoderKL
+
+    return load_component(AutoencoderKL, directory, "vae", dtype).requires_grad_(False).eval()
+
+
+def encode(vae: Any, pixels_BCHW: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Normalised posterior (mean, std) in fp32."""
+    import torch
+
+    with torch.inference_mode():
+        posterior = vae.encode(pixels_BCHW.to(vae.device, vae.dtype)).latent_dist
+        shift, scale = _affine(vae)
+        mean: torch.Tensor = (posterior.mean.float() - shift) * scale
+        std: torch.Tensor = posterior.std.float() * scale
+    return mean, std
+
+
+def decode(vae: Any, latents_BCHW: "torch.Tensor") -> "torch.Tensor":
+    """Pixels of normalised latents."""
+    import torch
+
+    with torch.inference_mode():
+        shift, scale = _affine(vae)
+        latents_BCHW = latents_BCHW.to(vae.device).float() / scale + shift
+        pixels: torch.Tensor = vae.decode(latents_BCHW.to(vae.dtype), return_dict=False)[0]
+    return pixels
+
+
+def normalisation(directory: Path) -> dict[str, Any]:
+    """Mean and std of each channel, from the VAE's configuration."""
+    shifts, scales = _constants(_vae_config(directory))
+    return {"latents_mean": shifts, "latents_std": [1.0 / scale for scale in scales]}
+
+
+def flops(directory: Path, height: int, width: int) -> float:
+    """4.5e12 at 1024 px with the usual widths, counted by torch's FlopCounterMode; by the square of the first width."""
+    first_width: int = _vae_config(directory).block_out_channels[0]
+    return 4.5e12 * (first_width / 128) ** 2 * height * width / 1024**2
+
+
+def memory(vae: Any, height: int, width: int) -> int:
+    """A residual block at full size holds most: five tensors of its width at once.
+
+    Those are the residual, what is normalised, the norm's result, its SiLU and a convolution's output. Attention is at an
+    eighth of the sides, and its kernels keep no matrix of scores.
+    """
+    widths = [channels / 4**stage for stage, channels in enumerate(vae.config.block_out_channels)]
+    return int(height * width * (5 * max(widths) + vae.config.in_channels) * vae.dtype.itemsize)
+
+
+def tiny(scaling_factor: float) -> Any:
+    """A VAE with the real factor of 8."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(4, 4, 8, 8), layers_per_block=1,
+        norm_num_groups=2, sample_size=64, scaling_factor=scaling_factor,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+
+
+def _vae_config(directory: Path) -> Any:
+    """The VAE's configuration with the defaults of its class."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    try:
+        with torch.device("meta"):
+            return AutoencoderKL.from_config(AutoencoderKL.load_config(directory / "vae")).config
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory / 'vae'} cannot be read as AutoencoderKL: {first_line(error)}") from error
+
+
+def _constants(config: Any) -> tuple[list[float], list[float]]:
+    """Shift and scale of each channel; a few VAEs of this line have statistics beside the factor, as SDXL's pipeline reads."""
+    channels = config.latent_channels
+    shifts, stds = config.latents_mean or [0.0] * channels, config.latents_std or [1.0] * channels
+    return list(shifts), [config.scaling_factor / std for std in stds]
+
+
+def _affine(vae: Any) -> tuple["torch.Tensor", "torch.Tensor"]:
+    import torch
+
+    shifts, scales = (torch.tensor(values, device=vae.device).view(1, -1, 1, 1) for values in _constants(vae.config))
+    return shifts, scales

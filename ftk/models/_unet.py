@@ -1,0 +1,208 @@
+"""The U-Net of Stable Diffusion and SDXL: its noise schedule, its prediction, and what training it keeps in memory.
+
+Shape legend: B batch, C latent channels (4), H W latent cells, L text tokens (77), D text width.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftk.errors import ModelError
+from ftk.models.base import Activations, LatentGeometry, NoiseSchedule, first_line, load_component, outline
+
+if TYPE_CHECKING:
+    import torch
+
+GEOMETRY = LatentGeometry(channels=4, factor=8, patch=8)
+"""Sides are multiples of 64 px: the U-Net of 1.x halves latents three times, and SDXL's buckets have such sides too."""
+BLOCK_CLASS = "BasicTransformerBlock"
+"""Holds all attention and most activations, and in SDXL 85% of the weights; between its copies lie convolutions."""
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+MLP = ("ff.net.0.proj", "ff.net.2")
+TEXT_KV = ("attn2.to_k", "attn2.to_v")
+TIME = ("linear_1", "linear_2", "time_emb_proj")
+SCHEDULE: Mapping[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+"""What schedulers of this line are configured with."""
+_BACKWARD_WIDTHS = 14
+"""Of a block's input: gradients on both sides of the gated MLP (4 and 8 widths), of its input and of the residual stream."""
+
+
+def load(directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
+    """UNet2DConditionModel, frozen, in training mode; on `meta` its shapes alone."""
+    from diffusers import UNet2DConditionModel
+
+    if device.type == "meta":
+        try:
+            config = UNet2DConditionModel.load_config(directory / "unet")
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{directory / 'unet'} cannot be loaded: {first_line(error)}") from error
+        return outline(UNet2DConditionModel, config, dtype)
+    unet = load_component(UNet2DConditionModel, directory, "unet", dtype)
+    return unet.requires_grad_(False).train().to(device)
+
+
+def load_schedule(directory: Path) -> NoiseSchedule:
+    """Of any scheduler of diffusers' that samples such models: with the same betas they have the same noise levels.
+
+    sigma = sqrt(1 - alpha_bar) of each step, signal = sqrt(alpha_bar), both as `DDPMScheduler.add_noise` computes them; from
+    the last step, noise, down to step 0.
+    """
+    import torch
+    from diffusers import DDPMScheduler
+
+    path = directory / "scheduler"
+    try:
+        config = DDPMScheduler.load_config(path)
+        if "beta_schedule" not in config and not config.get("trained_betas"):
+            raise ModelError(f"{path}: a {config.get('_class_name')} has no betas, which a diffusion model is trained with.")
+        scheduler = DDPMScheduler.from_config(config)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be loaded: {first_line(error)}") from error
+    prediction = scheduler.config.prediction_type
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ModelError(f"{path}: prediction_type is {prediction!r}; epsilon and v_prediction can be trained.")
+    signals = scheduler.alphas_cumprod.flip(0)
+    return NoiseSchedule(
+        objective="v" if prediction == "v_prediction" else "epsilon",
+        sigmas=(1 - signals) ** 0.5,
+        signals=signals**0.5,
+        times=torch.arange(len(signals), dtype=torch.float32).flip(0),
+    )
+
+
+def predict(
+    denoiser: Any,
+    noisy_BCHW: "torch.Tensor",
+    time_B: "torch.Tensor",
+    embeds_BLD: Any,
+    residuals: Sequence["torch.Tensor"] | None,
+    added: Mapping[str, Any] | None = None,
+) -> "torch.Tensor":
+    """The U-Net's output in fp32; `added` is what SDXL takes beside the text."""
+    control = {}
+    if residuals:
+        *skips, middle = residuals
+        control = {"down_block_additional_residuals": tuple(skips), "mid_block_additional_residual": middle}
+    output: torch.Tensor = denoiser(
+        noisy_BCHW, time_B, encoder_hidden_states=embeds_BLD, added_cond_kwargs=added, return_dict=False, **control
+    )[0]
+    return output.float()
+
+
+def activations(
+    denoiser: Any, cells: int, text_tokens: int, dtype: "torch.dtype", added: Mapping[str, Any] | None = None
+) -> Activations:
+    """What autograd keeps of a forward pass on the `meta` device, where nothing has values and nothing is computed.
+
+    Levels differ in size, and between the blocks lie convolutions, so there is no formula that is shorter than the model.
+    """
+    import torch
+
+    meta, side = torch.device("meta"), GEOMETRY.patch
+    kept = _Kept()
+    weights = {name: _on_meta(one, dtype) for name, one in (*denoiser.named_parameters(), *denoiser.named_buffers())}
+    noisy_BCHW = torch.empty(1, denoiser.config.in_channels, side, cells // side, dtype=dtype, device=meta)
+    embeds_BLD = torch.empty(1, text_tokens, denoiser.config.cross_attention_dim, dtype=dtype, device=meta)
+    arguments = {"encoder_hidden_states": embeds_BLD, "added_cond_kwargs": added, "return_dict": False}
+    with kept.counting(denoiser, weights.values()), _without_scores():
+        torch.func.functional_call(denoiser, weights, (noisy_BCHW, torch.empty(1, device=meta)), arguments)
+    count = len(kept.by_block)
+    mean = sum(kept.by_block) // count
+    # While one block is computed again it is the largest that must fit, not the mean.
+    highest = max(saved + _BACKWARD_WIDTHS * read for saved, read in zip(kept.by_block, kept.inputs, strict=True))
+    return Activations(
+        block_saved=mean,
+        block_input=sum(kept.inputs) // count,
+        block_working=highest - mean,
+        # Gradients of the largest tensor, of what it was made from, and their sum where a skip connection ends.
+        outside=kept.outside + 3 * kept.largest_outside,
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Kept:
+    """Bytes that autograd saves, weights left out, each storage once: in each block, where it was not saved before, and not."""
+
+    by_block: list[int] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
+    outside: int = 0
+    largest_outside: int = 0
+
+    @contextmanager
+    def counting(self, denoiser: Any, weights: "Iterable[torch.Tensor]") -> "Iterator[None]":
+        """Count what is saved within the context."""
+        import torch
+
+        # The tensors are held on to, so that no storage is freed and its number used again.
+        seen = {one.untyped_storage()._cdata: one for one in weights}
+        is_within = False
+
+        def enter(_block: Any, inputs: tuple["torch.Tensor", ...]) -> None:
+            nonlocal is_within
+            is_within = True
+            self.by_block.append(0)
+            self.inputs.append(inputs[0].nbytes)
+
+        def leave(*_: Any) -> None:
+            nonlocal is_within
+            is_within = False
+
+        def pack(tensor: "torch.Tensor") -> "torch.Tensor":
+            whole = tensor.untyped_storage()
+            if whole._cdata not in seen:
+                seen[whole._cdata] = tensor
+                if is_within:
+                    self.by_block[-1] += whole.nbytes()
+                else:
+                    self.outside += whole.nbytes()
+                    self.largest_outside = max(self.largest_outside, whole.nbytes())
+            return tensor
+
+        blocks = [module for module in denoiser.modules() if type(module).__name__ == BLOCK_CLASS]
+        handles = [block.register_forward_pre_hook(enter) for block in blocks]
+        handles += [block.register_forward_hook(leave) for block in blocks]
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _on_meta(tensor: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
+    """Its shape in the working precision. PEFT gives adapters the precision of their layer, but not on the meta device."""
+    import torch
+
+    keeps = not tensor.is_floating_point() or (tensor.requires_grad and not tensor.is_meta)
+    empty = torch.empty_like(tensor, device="meta", dtype=tensor.dtype if keeps else dtype)
+    return empty.requires_grad_(tensor.requires_grad)
+
+
+def _without_scores() -> AbstractContextManager[Any]:
+    """Attention as the kernels of a GPU do it: they keep queries, keys, values, output and one fp32 number a row.
+
+    On the meta device torch would take the one that keeps the matrix of scores.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Attention(torch.autograd.Function):  # type: ignore[misc]
+        @staticmethod
+        def forward(ctx: Any, *heads_BHLD: torch.Tensor) -> torch.Tensor:
+            output = torch.empty_like(heads_BHLD[0])
+            ctx.save_for_backward(*heads_BHLD, output, torch.empty(output.shape[:-1], device=output.device))
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+            raise NotImplementedError
+
+    class Mode(TorchFunctionMode):  # type: ignore[misc]
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.nn.functional.scaled_dot_product_attention:
+                return Attention.apply(*args[:3])
+            return function(*args, **(kwargs or {}))
+
+    return Mode()

@@ -1,0 +1,248 @@
+"""What methods promise of text encoders that they train with the denoiser, with every family that has some."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ftk.configs.schema import MethodConfig
+from ftk.errors import CheckpointError, ConfigError
+from ftk.methods import base as methods
+from ftk.methods.base import DENOISER
+from ftk.models import base as families
+from ftk.models.base import TrainsEncoders
+from ftk.train.build import load_components
+
+CPU = torch.device("cpu")
+CAPTIONS = ["a red cat", "two dogs on a long chair"]
+FAMILIES = [name for name in families.available() if isinstance(families.get(name), TrainsEncoders)]
+BOTH: dict[str, Any] = {"text_encoder": {"targets": "attention+mlp", "rate": 0.5}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 4, "alpha": 2.0, "rank_pattern": {"fc1": 2}},
+    "lora-dora": {"rank": 2, "dora": True, "initialisation": "default"},
+    "lora-pissa": {"rank": 3, "initialisation": "pissa"},
+    "oft": {"r": 8},
+    "boft": {},
+    "loha": {"rank": 4, "alpha": 2.0},
+    "lokr": {"rank": 2, "alpha": 1.0},
+    "peft": {"type": "HRA", "r": 4},
+    "full": {},
+}
+each_family = pytest.mark.parametrize("family_name", FAMILIES)
+each_method = pytest.mark.parametrize("case", SETTINGS)
+
+
+class Trained:
+    """A method attached to the denoiser and the text encoders of a tiny model."""
+
+    def __init__(self, family_name: str, model: Path, items: Any, case: str) -> None:
+        self.family: Any = families.get(family_name)
+        self.model = model
+        self.items = items
+        settings = {**SETTINGS[case], **BOTH}
+        self.method, self.config = methods.parse(MethodConfig(name=case.split("-")[0], **settings))
+        names = self.method.needs(self.family, self.config)
+        self.components = load_components(names, self.family, model, torch.float32, CPU)
+        self.base = self.predict()
+        self.parameters = self.method.attach(self.components, self.family, self.config, 3)
+        for module in self.components.values():
+            module.eval()
+
+    def predict(self, components: Any = None, grad: bool = False) -> torch.Tensor:
+        components = components or self.components
+        encoders = {name: module for name, module in components.items() if name != DENOISER}
+        noisy = torch.randn(2, self.family.geometry.channels, 8, 8, generator=torch.Generator().manual_seed(1))
+        with torch.set_grad_enabled(grad):
+            texts = self.family.encode_tokens(encoders, self.family.collate_texts(self.items))
+            prediction: torch.Tensor = self.family.predict(components[DENOISER], noisy, torch.tensor([0.3, 0.8]), texts)
+            return prediction
+
+    @torch.no_grad()
+    def perturb(self) -> "Trained":
+        draw = torch.Generator().manual_seed(2)
+        scale = 0.02 if self.method.name == "full" else 0.2
+        for _, parameter in sorted(self.parameters.items()):
+            parameter += scale * torch.randn(parameter.shape, generator=draw)
+        return self
+
+    def export(self, directory: Path, form: str | None = None) -> list[Path]:
+        form = form or self.method.FORMATS[0]
+        return self.method.export(self.components, self.family, self.config, directory, form, {"run": "test"})
+
+    def pipeline(self) -> Any:
+        return self.family.pipeline(self.model, torch.float32, CPU, vae=None)
+
+    def of_pipeline(self, pipeline: Any) -> torch.Tensor:
+        own = {name: getattr(pipeline, name) for name in self.family.trainable_encoders}
+        return self.predict({DENOISER: pipeline.unet, **own})
+
+
+@pytest.fixture(scope="module")
+def make(tiny_models: Callable[[str], Path]) -> Callable[[str, str], Trained]:
+    encoded: dict[str, Any] = {}
+
+    def made(family_name: str, case: str) -> Trained:
+        family, model = families.get(family_name), tiny_models(family_name)
+        if family_name not in encoded:
+            encoder = family.load_text_encoder(model, torch.float32, CPU)
+            encoded[family_name] = [
+                {name: tensor.clone() for name, tensor in item.items()} for item in family.encode_texts(encoder, CAPTIONS)
+            ]
+        return Trained(family_name, model, encoded[family_name], case)
+
+    return made
+
+
+@each_family
+def test_token_ids_give_what_the_cache_holds(make: Callable[..., Trained], family_name: str) -> None:
+    trained = make(family_name, "lora")
+    cached = trained.family.collate_texts(trained.items)
+    names = trained.family.trainable_encoders
+    encoders = load_components(names, trained.family, trained.model, torch.float32, CPU)
+    fresh = trained.family.encode_tokens(encoders, {name: tensor for name, tensor in cached.items() if "ids" in name})
+    for name in ("embeds", "pooled"):
+        assert (name in cached) == (name in fresh)
+        if name in cached:
+            torch.testing.assert_close(fresh[name], cached[name], atol=1e-6, rtol=0)
+
+
+@each_family
+@each_method
+def test_it_starts_at_the_base_and_trains_every_component(make: Callable[..., Trained], family_name: str, case: str) -> None:
+    trained = make(family_name, case)
+    torch.testing.assert_close(trained.predict(), trained.base, atol=1e-5, rtol=0)
+    wanting = {
+        id(parameter) for module in trained.components.values() for parameter in module.parameters() if parameter.requires_grad
+    }
+    assert wanting == {id(parameter) for parameter in trained.parameters.values()}
+    trained.perturb().predict(grad=True).square().mean().backward()
+    for component in trained.components:
+        own = methods.tensors_of(component, trained.components, trained.parameters)
+        assert own
+        with_gradient = [name for name, parameter in own.items() if parameter.grad is not None and parameter.grad.any()]
+        # SDXL reads the layer before the last: of two, one is trained.
+        assert len(with_gradient) >= len(own) / 2, component
+
+
+@each_family
+@each_method
+def test_state_and_shapes(make: Callable[..., Trained], family_name: str, case: str) -> None:
+    trained = make(family_name, case).perturb()
+    state = {name: tensor.detach().clone() for name, tensor in trained.method.state(trained.components).items()}
+    assert sum(tensor.numel() for tensor in state.values()) == sum(each.numel() for each in trained.parameters.values())
+    fresh = make(family_name, case)
+    fresh.method.load_state(fresh.components, state)
+    assert torch.equal(fresh.predict(), trained.predict())
+    names = trained.method.needs(trained.family, trained.config)
+    shapes = load_components(names, trained.family, trained.model, torch.float32, torch.device("meta"))
+    made = trained.method.attach(shapes, trained.family, trained.config, 0)
+    assert {name: each.shape for name, each in made.items()} == {name: each.shape for name, each in trained.parameters.items()}
+
+
+@each_family
+@each_method
+def test_a_fresh_pipeline_with_the_export_predicts_the_same_and_so_does_its_usage(
+    make: Callable[..., Trained], family_name: str, case: str, tmp_path: Path
+) -> None:
+    trained = make(family_name, case).perturb()
+    expected = trained.predict()
+    files = trained.export(tmp_path)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(files)
+    pipeline = trained.pipeline()
+    assert (trained.of_pipeline(pipeline) - expected).abs().max() > 1e-3
+    trained.method.load_into(pipeline, tmp_path)
+    torch.testing.assert_close(trained.of_pipeline(pipeline), expected, atol=1e-5, rtol=1e-5)
+    assert not any(getattr(pipeline, name).training for name in trained.family.trainable_encoders)
+
+    by_usage = trained.pipeline()
+    lines = trained.method.usage(trained.family, trained.config)
+    exec(lines.replace("path/to/this/folder", str(tmp_path)), {"pipeline": by_usage})
+    torch.testing.assert_close(trained.of_pipeline(by_usage), expected, atol=1e-5, rtol=1e-5)
+
+
+@each_family
+@each_method
+def test_merging_and_unloading(make: Callable[..., Trained], family_name: str, case: str) -> None:
+    trained = make(family_name, case).perturb()
+    expected = trained.predict()
+    trained.method.merge(trained.components)
+    torch.testing.assert_close(trained.predict(), expected, atol=1e-5, rtol=1e-5)
+    plain = load_components(list(trained.components), trained.family, trained.model, torch.float32, CPU)
+    for name, module in trained.components.items():
+        assert module.state_dict().keys() == plain[name].state_dict().keys()
+
+
+@each_family
+@pytest.mark.parametrize("case", ["lora", "loha", "lokr"])
+def test_kohya_and_comfyui_names_of_text_encoders(
+    make: Callable[..., Trained], family_name: str, case: str, tmp_path: Path
+) -> None:
+    trained = make(family_name, case)
+    stems = {"stable-diffusion": ["lora_te"], "sdxl": ["lora_te1", "lora_te2"]}[family_name]
+    layers = [f"self_attn_{part}_proj" for part in ("q", "k", "v", "out")] + ["mlp_fc1", "mlp_fc2"]
+    expected = {f"{stem}_text_model_encoder_layers_{number}_{layer}" for stem in stems for number in (0, 1) for layer in layers}
+    for form in ("kohya", "comfyui"):
+        (file,) = trained.export(tmp_path / form, form)
+        names = {name.partition(".")[0] for name in load_file(file)}
+        assert {name for name in names if name.startswith("lora_te")} == expected
+        assert all(name.startswith(("lora_unet_", "lora_te")) for name in names)
+
+
+@each_family
+def test_a_kohya_lora_loads_into_the_pipeline(make: Callable[..., Trained], family_name: str, tmp_path: Path) -> None:
+    trained = make(family_name, "lora").perturb()
+    (file,) = trained.export(tmp_path, "kohya")
+    pipeline = trained.pipeline()
+    pipeline.load_lora_weights(tmp_path, weight_name=file.name)
+    torch.testing.assert_close(trained.of_pipeline(pipeline), trained.predict(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["lora", "oft"])
+def test_text_encoders_that_the_pipeline_has_not_are_refused(make: Callable[..., Trained], case: str, tmp_path: Path) -> None:
+    two = make("sdxl", case)
+    two.export(tmp_path)
+    one = make("stable-diffusion", case)
+    with pytest.raises(CheckpointError, match=r"another base model|does not fit this model"):
+        one.method.load_into(one.pipeline(), tmp_path)
+
+
+def test_lycoris_names_are_refused(make: Callable[..., Trained], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"trained text encoders too. Write kohya"):
+        make("stable-diffusion", "loha").export(tmp_path, "lycoris")
+
+
+@each_method
+def test_a_family_that_cannot_train_its_text_encoder_says_so(case: str) -> None:
+    method, config = methods.parse(MethodConfig(name=case.split("-")[0], **SETTINGS[case], **BOTH))
+    with pytest.raises(ConfigError, match=r"method.text_encoder: .*qwen-image cannot be trained.* Leave it out"):
+        method.needs(families.get("qwen-image"), config)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("attn", r"method.text_encoder.targets: stable-diffusion's text_encoder has no group 'attn'. Did you mean 'attention'"),
+        (["q_prog"], r"method.text_encoder.targets: 'q_prog' is the name of no.*Did you mean .*q_proj"),
+        ({"regex": "fc1"}, r"method.text_encoder.targets: the expression 'fc1' matches no layer"),
+    ],
+)
+@pytest.mark.parametrize("case", ["lora"])
+def test_targets_of_a_text_encoder_that_do_not_exist(
+    make: Callable[..., Trained], case: str, targets: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BOTH, "text_encoder", {"targets": targets})
+    with pytest.raises(ConfigError, match=message):
+        make("stable-diffusion", case)
+
+
+def test_the_rates_of_text_encoders() -> None:
+    def rates(**settings: Any) -> list[tuple[str, float]]:
+        method, config = methods.parse(MethodConfig(name="lora", **settings))
+        return list(methods.parameter_groups(method, config))
+
+    assert rates() == rates(text_encoder={}) == []
+    assert [rate for _, rate in rates(text_encoder={"rate": 0.5})] == [0.5]
+    assert [rate for _, rate in rates(text_encoder={"rate": 0.5}, lora_plus=16)] == [8.0, 0.5, 16.0]
