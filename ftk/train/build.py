@@ -3,26 +3,29 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 import torch
 
-from ftk import storage
 from ftk.cache import fingerprint
 from ftk.cache.fetch import Download
 from ftk.cache.shards import KINDS
 from ftk.cache.store import CacheStore
-from ftk.configs.load import cache_location, prepared_path, redact, run_path
+from ftk.configs.load import cache_location, prepared_path, run_path
 from ftk.configs.schema import ParameterGroupConfig, RunConfig, TrainConfig
 from ftk.errors import CacheError, ConfigError
 from ftk.methods import base as methods
+from ftk.methods.base import DENOISER
 from ftk.models import base as models
-from ftk.models.base import Family, NoiseSchedule
+from ftk.models.base import Family, NoiseSchedule, TrainsEncoders
 from ftk.pipeline import dataset as prepared
-from ftk.train import card, checkpoint, memory, optim, placement
+from ftk.progress import track
+from ftk.train import checkpoint, memory, optim, optimizers, placement
 from ftk.train.data import Batch, BatchBuilder, Loader
+from ftk.train.deliveries import Deliveries
 from ftk.train.flow import SigmaDistribution
 from ftk.train.hooks import samples
 from ftk.train.hooks.checkpoints import Checkpoints
@@ -77,15 +80,17 @@ def open_inputs(config: RunConfig, device: torch.device, world_size: int = 1) ->
     _check_needs(method)
     optim.check(config.train)
     needed = family.latent_components if config.sample.every and config.sample.prompts else ()
-    model = models.locate(config.model, (*family.denoiser_components, *needed))
+    trained_components = method.needs(family, method_config)
+    encoders = [name for name in trained_components if name != DENOISER]
+    model = models.locate(config.model, (*family.denoiser_components, *encoders, *needed))
     schedule = family.load_schedule(model)
     sigmas = sigma_distribution(config.train, schedule, family)
     store = open_cache(config, family)
     samples.check(config, store)
     order = build_order(config, store)
-    shapes: Any = family.load_denoiser(model, torch.float32, torch.device("meta"))
-    trained = method.attach({"denoiser": shapes}, family, method_config, 0)
-    train = _with_whole_base(config.train) if methods.changes_base(method, method_config) else config.train
+    shapes = load_components(trained_components, family, model, torch.float32, torch.device("meta"))
+    trained = method.attach(shapes, family, method_config, 0)
+    train = settings_for_plan(config.train, method, method_config)
     workload = memory.cached_workload(store.table, family, config.train, world_size)
     return Inputs(
         family=family,
@@ -97,8 +102,17 @@ def open_inputs(config: RunConfig, device: torch.device, world_size: int = 1) ->
         schedule=schedule,
         sigmas=sigmas,
         workload=workload,
-        plan=memory.plan(family, shapes, train, workload, memory.inspect_device(device)),
-        num_frozen_parameters=sum(each.numel() for each in shapes.parameters() if not each.requires_grad),
+        plan=memory.plan(
+            family,
+            shapes[DENOISER],
+            train,
+            workload,
+            memory.inspect_device(device),
+            splits_trained=methods.trains_base(method, method_config),
+        ),
+        num_frozen_parameters=sum(
+            each.numel() for module in shapes.values() for each in module.parameters() if not each.requires_grad
+        ),
         num_trainable_parameters=sum(parameter.numel() for parameter in trained.values()),
     )
 
@@ -112,15 +126,19 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None, device: torch.d
     LOGGER.log(logging.INFO if inputs.plan.fits else logging.WARNING, "%s", memory.in_a_line(inputs.plan))
     dtype = getattr(torch, inputs.plan.dtype)
     components, parameters = _load(config, inputs, ranks, device)
-    optimizer = optim.MasterOptimizer(parameters, with_rates(config.train, inputs.method, inputs.method_config))
+    optimizer = optim.MasterOptimizer(parameters, with_rates(config.train, inputs.method, inputs.method_config), ranks)
+    if optimizer.is_split:
+        checkpoint.refuse_unshared(directory, ranks)
     settings = checkpoint.exact_settings(config.train, _identities(config, inputs))
     trackers = open_trackers(config, directory) if ranks.is_main else []
     recorder = Recorder(directory, config.train, trackers, writes=ranks.is_main)
-    checkpoints = Checkpoints(directory / "checkpoints", settings, recorder, _exporter(config, inputs, components, directory))
+    deliveries = Deliveries(config, inputs, components, ranks)
+    checkpoints = Checkpoints(directory / "checkpoints", settings, recorder, deliveries.export)
     builder = BatchBuilder(store=inputs.store, family=inputs.family, sigmas=inputs.sigmas, config=config.train, dtype=dtype)
     trainer = Trainer(
         family=inputs.family,
-        denoiser=components["denoiser"],
+        denoiser=components[DENOISER],
+        encoders={name: module for name, module in components.items() if name != DENOISER},
         predict=getattr(inputs.method, "predict", inputs.family.predict),
         optimizer=optimizer,
         schedule=optim.schedule(config.train.schedule, config.train.steps),
@@ -134,12 +152,14 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None, device: torch.d
     validation = _validation(config.train, inputs, builder, directory, recorder, checkpoints)
     drawn: list[Hook] = []
     if config.sample.every and config.sample.prompts:
-        drawn = [samples.Samples(directory / "samples", inputs.model, config, inputs.store, recorder, is_sharded=is_sharded)]
+        drawn = [samples.Samples(config, inputs.model, inputs.store, recorder, deliveries.renew_cards, is_sharded=is_sharded)]
     trainer.hooks = [recorder, *validation, checkpoints, *drawn]
-    _restore(trainer, directory / "checkpoints", settings, allow_change)
     loader = Loader(
         order=inputs.order, builder=builder, device=device, rank=ranks.rank, world_size=ranks.size, is_even=is_sharded
     )
+    is_begun = _restore(trainer, directory / "checkpoints", settings, allow_change)
+    if not is_begun and (count := methods.start_batches(inputs.method, inputs.method_config)):
+        _start_from_data(trainer, inputs, components, loader, count)
     if inputs.plan.compile:
         seconds = placement.warm_up(trainer.losses, _one_of_each_shape(inputs, loader), trainer.optimizer.parameters.values())
         LOGGER.info("compiled for every bucket in %.0f s", seconds)
@@ -152,25 +172,55 @@ def _load(
     """The denoiser on the device, with what is trained attached."""
     family, plan = inputs.family, inputs.plan
     first = torch.device("cpu") if plan.load_device == "cpu" else device
-    denoiser: Any = family.load_denoiser(inputs.model, getattr(torch, plan.dtype), first)
+    names = inputs.method.needs(family, inputs.method_config)
+    components = load_components(names, family, inputs.model, getattr(torch, plan.dtype), first)
+    denoiser = components[DENOISER]
     placement.before_method(denoiser, plan, family, device)
-    components = {"denoiser": denoiser}
     parameters = inputs.method.attach(components, family, inputs.method_config, keyed_seed(config.train.seed, "adapter"))
     placement.after_method(denoiser, plan, family, device)
+    for module in components.values():
+        if module is not denoiser:
+            module.to(device)
     if plan.sharding == "fsdp":
-        for parameter in parameters.values():
-            parameter.data = parameter.data.to(device)
-        ranks.shard(denoiser, family, list(parameters.values()), device)
+        whole = [] if methods.trains_base(inputs.method, inputs.method_config) else list(parameters.values())
+        now = ranks.shard(denoiser, family, whole, device, getattr(torch, plan.dtype))
+        parameters = {name: now.get(parameter, parameter) for name, parameter in parameters.items()}
     return components, parameters
 
 
-def _with_whole_base(config: TrainConfig) -> TrainConfig:
-    """The settings of a method that writes into the base: it must be there in full precision, and on every process whole."""
-    if config.memory.base == "int8" or config.sharding == "fsdp":
-        setting = "train.memory.base: int8" if config.memory.base == "int8" else "train.sharding: fsdp"
-        raise ConfigError(f"{setting} does not go with a method that changes the base weights. Leave it out.")
+def settings_for_plan(config: TrainConfig, method: methods.Method, settings: Any) -> TrainConfig:
+    """The settings that the memory plan may choose within: a base that changes is there in full precision.
+
+    It is split over processes only where it is what is trained, and only with an optimizer that updates part by part.
+
+    Raises:
+        ConfigError: the settings ask for what the method, or the optimizer, cannot do.
+    """
+    if not methods.changes_base(method, settings):
+        return config
+    if config.memory.base == "int8":
+        raise ConfigError("train.memory.base: int8 does not go with a method that changes the base weights. Leave it out.")
+    splits = methods.trains_base(method, settings) and optimizers.splits(config)
+    if config.sharding == "fsdp" and not splits:
+        raise ConfigError(_why_whole(config, method, settings))
     return config.model_copy(
-        update={"sharding": "none", "memory": config.memory.model_copy(update={"base": "full"})},
+        update={
+            "sharding": config.sharding if splits else "none",
+            "memory": config.memory.model_copy(update={"base": "full"}),
+        },
+    )
+
+
+def _why_whole(config: TrainConfig, method: methods.Method, settings: Any) -> str:
+    if methods.trains_base(method, settings):
+        return (
+            f"train.sharding: fsdp splits what method {method.name} trains, and optimizer {config.optimizer.name} is not known "
+            f"to treat a part of a tensor as within the whole. Those that do: {', '.join(optimizers.elementwise())}, and "
+            f"most of torch.optim. Or leave train.sharding out."
+        )
+    return (
+        f"train.sharding: fsdp does not go with a method that changes the base weights and trains something beside them "
+        f"({method.name} with these settings): what it delivers is computed from both. Leave it out."
     )
 
 
@@ -192,19 +242,14 @@ def _identities(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         "latents": inputs.store.manifest.latents_fingerprint,
         "texts": inputs.store.manifest.texts_fingerprint,
         "denoiser": fingerprint.weights_digest(inputs.model / inputs.family.denoiser_components[0]),
+        **{name: fingerprint.weights_digest(inputs.model / name) for name in _encoders(inputs)},
         "dtype": inputs.plan.dtype,
         "base": inputs.plan.base,
     }
 
 
-def _exporter(config: RunConfig, inputs: Inputs, components: Mapping[str, Any], directory: Path) -> Callable[[int, str], None]:
-    def export(step: int, folder: str) -> None:
-        method, metadata = inputs.method, card.metadata(config, step)
-        method.export(components, inputs.family, inputs.method_config, directory / folder, method.FORMATS[0], metadata)
-        text = card.model_card(config, step, method.usage(inputs.family))
-        storage.commit_bytes(directory / folder / "README.md", redact(text).encode())
-
-    return export
+def _encoders(inputs: Inputs) -> list[str]:
+    return [name for name in inputs.method.needs(inputs.family, inputs.method_config) if name != DENOISER]
 
 
 def _validation(
@@ -243,9 +288,33 @@ def _one_of_each_shape(inputs: Inputs, loader: Loader) -> Iterator[Batch]:
             yield loader.builder.build(micro_batch).map(lambda tensor: tensor.to(loader.device))
 
 
-def _restore(trainer: Trainer, directory: Path, settings: dict[str, Any], allow_change: bool) -> None:
-    """All processes: the main one's newest checkpoint, if it has one."""
+def _start_from_data(trainer: Trainer, inputs: Inputs, components: Mapping[str, Any], loader: Loader, num_batches: int) -> None:
+    """All processes: initial values from the first micro-batches; every process looks at all, and the main one's are used."""
+    assert isinstance(inputs.method, methods.HasDataStart)
+
+    def predictions() -> Iterator[Callable[[], torch.Tensor]]:
+        with track(inputs.method_config.initialisation, num_batches, "batch") as progress:
+            for index in range(num_batches):
+                batch = loader.builder.build(inputs.order.micro_batch(index)).map(lambda tensor: tensor.to(loader.device))
+                yield partial(trainer.losses, batch)
+                progress.advance()
+
+    LOGGER.info("initialisation %s: looking at %d micro-batches", inputs.method_config.initialisation, num_batches)
+    with trainer.evaluating():
+        inputs.method.start_from(components, predictions())
+    values = {name: parameter.detach().cpu() for name, parameter in trainer.optimizer.parameters.items()}
+    trainer.optimizer.begin_from(trainer.ranks.from_main(values)[0])
+
+
+def _restore(trainer: Trainer, directory: Path, settings: dict[str, Any], allow_change: bool) -> bool:
+    """All processes: the main one's newest checkpoint, if it has one; of what is split each reads its part.
+
+    Returns:
+        Whether there is one.
+    """
     ranks = trainer.ranks
+    if trainer.optimizer.is_split:
+        return _restore_part(trainer, checkpoint.latest(directory, ranks), settings, allow_change)
     found = checkpoint.latest(directory) if ranks.is_main else None
     weights: dict[str, torch.Tensor] = {}
     state: dict[str, torch.Tensor] = {}
@@ -260,13 +329,36 @@ def _restore(trainer: Trainer, directory: Path, settings: dict[str, Any], allow_
     if facts is not None:
         trainer.optimizer.restore(weights, state, facts["optimizer"])
         trainer.step, trainer.num_samples_seen = facts["step"], facts["num_samples_seen"]
+    return facts is not None
+
+
+def _restore_part(trainer: Trainer, found: checkpoint.Checkpoint | None, settings: dict[str, Any], allow_change: bool) -> bool:
+    if found is not None:
+        checkpoint.refuse_changed_settings(found, settings, allow_change)
+        trainer.optimizer.restore(*found.tensors(trainer.optimizer.rows), found.optimizer_facts)
+        trainer.step, trainer.num_samples_seen = found.step, found.num_samples_seen
+        LOGGER.info("resuming from %s", found.path)
+    return found is not None
 
 
 def _check_needs(method: methods.Method) -> None:
-    """What this stage can give a method: the denoiser in memory, and latents and texts from the cache."""
-    missing = [*(set(method.NEEDS) - {"denoiser"}), *method.EXTRA]
-    if missing:
-        raise ConfigError(f"method {method.name} needs {', '.join(sorted(missing))}, which this ftk cannot give it yet.")
+    """What this stage can give a method from the cache: latents and texts."""
+    if method.EXTRA:
+        raise ConfigError(f"method {method.name} needs {', '.join(sorted(method.EXTRA))}, which this ftk cannot give it yet.")
+
+
+def load_components(
+    names: Sequence[str], family: Family, model: Path, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """The denoiser and text encoders that a method needs, frozen, in training mode; on `meta` their shapes alone."""
+    components: dict[str, Any] = {}
+    for name in names:
+        if name == DENOISER:
+            components[name] = family.load_denoiser(model, dtype, device)
+        else:
+            assert isinstance(family, TrainsEncoders)
+            components[name] = family.load_encoder(model, name, dtype, device)
+    return components
 
 
 def open_cache(config: RunConfig, family: Family) -> CacheStore:
