@@ -1,4 +1,6 @@
-"""Full fine-tuning: the denoiser's own parameters, all or some of them. What is delivered is the whole denoiser.
+"""Full fine-tuning: the denoiser's own parameters, all or some of them, and those of its text encoders if they are asked for.
+
+What is delivered is whole components.
 
 Parameters in bf16 have fp32 masters in the optimizer, which are what a checkpoint holds; the delivery has the rounded ones.
 """
@@ -7,7 +9,7 @@ import contextlib
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ftk import storage
 from ftk.errors import CheckpointError, ConfigError
-from ftk.methods import _formats, _peft, _whole
+from ftk.methods import _formats, _peft, _whole, base
 from ftk.methods.base import (
     DENOISER,
     EVERYTHING,
@@ -23,8 +25,8 @@ from ftk.methods.base import (
     Part,
     TargetPattern,
     Targets,
+    TextEncoderConfig,
     check_format,
-    parts,
     target_modules,
 )
 from ftk.models.base import Family
@@ -33,9 +35,14 @@ if TYPE_CHECKING:
     import torch
 
 MAX_SHARD_SIZE = "5GB"
-_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
-_SINGLE = _PATTERN.format(suffix="")
-_INDEX = f"{_SINGLE}.index.json"
+_DENOISER_FILES = "diffusion_pytorch_model{suffix}.safetensors"
+_ENCODER_FILES = "model{suffix}.safetensors"
+
+
+class FullTextEncoderConfig(TextEncoderConfig):
+    """Settings under `method.text_encoder`."""
+
+    targets: Targets = Field(default=EVERYTHING, description="as of the denoiser")
 
 
 class FullConfig(BaseModel):
@@ -46,10 +53,11 @@ class FullConfig(BaseModel):
     targets: Targets = Field(
         default=EVERYTHING, description="`all`, a group of the family, names of modules or parameters, or {regex: ...}"
     )
+    text_encoder: FullTextEncoderConfig | None = Field(default=None, description="train the text encoders too; {} by defaults")
 
 
 class Full:
-    """The denoiser itself."""
+    """The model itself."""
 
     name = "full"
     Config: ClassVar[type[BaseModel]] = FullConfig
@@ -57,8 +65,12 @@ class Full:
     FORMATS = ("diffusers",)
 
     def needs(self, family: Family, config: FullConfig) -> tuple[str, ...]:
-        """The denoiser alone."""
-        return (DENOISER,)
+        """The denoiser, and by `text_encoder` the text encoders."""
+        return base.needs(family, config)
+
+    def parameter_groups(self, config: FullConfig) -> Sequence[tuple[str, float]]:
+        """The text encoders' own learning rate."""
+        return base.encoder_rates(config)
 
     def attach(self, components: Components, family: Family, config: FullConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
         """Thaw the chosen parameters.
@@ -66,14 +78,14 @@ class Full:
         Raises:
             ConfigError: a target that names nothing, or 8-bit weights, which can be neither trained nor delivered.
         """
-        denoiser: Any = components["denoiser"]
-        layers = [module for module in denoiser.modules() if _peft.is_layer(module)]
-        _peft.refuse_quantised(layers, "method full")
-        named = dict(denoiser.named_parameters())
-        (part,) = parts(components, family, config)
-        for name in _chosen(list(named), part):
-            named[name].requires_grad_(True)
-        return _peft.trained(denoiser)
+        parameters: dict[str, torch.nn.Parameter] = {}
+        for part in base.parts(components, family, config):
+            layers = [module for module in part.module.modules() if _peft.is_layer(module)]
+            _peft.refuse_quantised(layers, "method full")
+            named = dict(part.module.named_parameters())
+            for name in _chosen(list(named), part):
+                parameters[part.prefix + name] = named[name].requires_grad_(True)
+        return parameters
 
     def changes_base(self, config: FullConfig) -> bool:
         """It is the base that is trained."""
@@ -85,13 +97,13 @@ class Full:
 
     def state(self, components: Components) -> "dict[str, torch.Tensor]":
         """The trained parameters by name."""
-        return {name: parameter.detach() for name, parameter in _peft.trained(components["denoiser"]).items()}
+        return {name: parameter.detach() for name, parameter in _trained(components).items()}
 
     def load_state(self, components: Components, state: "Mapping[str, torch.Tensor]") -> None:
         """Inverse of `state`."""
         import torch
 
-        own = _peft.trained(components["denoiser"])
+        own = _trained(components)
         assert own.keys() == state.keys(), f"state of other parameters: {sorted(own.keys() ^ state.keys())[:3]}"
         with torch.no_grad():
             for name, parameter in own.items():
@@ -106,64 +118,43 @@ class Full:
         form: str,
         metadata: Mapping[str, str],
     ) -> list[Path]:
-        """The denoiser's folder in the Diffusers layout: `config.json` and safetensors, in shards where they are large.
+        """Each component's folder in the Diffusers layout: `config.json` and safetensors, in shards where they are large.
 
-        Where its weights are split over processes all must call, and one writes; the others return no files.
+        Where the denoiser's weights are split over processes all must call, and one writes; the others return no files.
         """
-        from huggingface_hub import split_torch_state_dict_into_shards
-
         reason = "what was trained is the model, not something added to it. Use the written folder in place of the model's own."
         check_format(self.name, self.FORMATS, form, dict.fromkeys(("peft", "comfyui", "kohya", "lycoris"), reason))
-        denoiser: Any = components["denoiser"]
-        tensors = denoiser.state_dict()
-        plan = split_torch_state_dict_into_shards(
-            _whole.outlines(tensors, denoiser.dtype), filename_pattern=_PATTERN, max_shard_size=MAX_SHARD_SIZE
-        )
-        folder, is_writer = directory / _formats.component(family), _whole.writes(tensors.values())
-        with storage.committing_directory(folder) if is_writer else contextlib.nullcontext(folder) as temporary:
-            for file, names in plan.filename_to_tensors.items():
-                whole = _whole.gather({name: tensors[name] for name in names}, denoiser.dtype, keep=is_writer)
-                if is_writer:
-                    _peft.commit_tensors(temporary / file, whole, metadata)
-            if is_writer:
-                storage.commit_json(temporary / "config.json", _settings(denoiser))
-            if is_writer and plan.is_sharded:
-                index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-                storage.commit_json(temporary / _INDEX, index)
-        return sorted(path for path in folder.iterdir() if path.is_file()) if is_writer else []
+        is_writer, files = _whole.writes(components[DENOISER].state_dict().values()), []
+        for name, model in components.items():
+            folder = directory / (_formats.component(family) if name == DENOISER else name)
+            _write(model, folder, name == DENOISER, metadata, is_writer)
+            files += [path for path in folder.iterdir() if path.is_file()] if is_writer else []
+        return sorted(files)
 
     def load_into(self, pipeline: Any, directory: Path) -> None:
-        """Copy the weights into the pipeline's denoiser, a shard at a time: two of a large one would not fit."""
-        import torch
-
+        """Copy the weights into the pipeline's components."""
         denoiser = _peft.denoiser_of(pipeline)
         folder = directory / ("transformer" if denoiser is getattr(pipeline, "transformer", None) else "unet")
-        own, missing = denoiser.state_dict(), set(denoiser.state_dict())
-        for path in _files(folder):
-            tensors = _peft.read_tensors(path)
-            for name, tensor in tensors.items():
-                if name not in own or own[name].shape != tensor.shape:
-                    raise CheckpointError(
-                        f"{path} is of another model: it holds {name} {tuple(tensor.shape)}, where this "
-                        f"{type(denoiser).__name__} has {tuple(own[name].shape) if name in own else 'nothing'}."
-                    )
-            with torch.no_grad():
-                for name, tensor in tensors.items():
-                    own[name].copy_(tensor)
-            missing -= tensors.keys()
-        if missing:
-            raise CheckpointError(
-                f"{folder} lacks {len(missing)} of the model's tensors, such as {min(missing)}. Export it again."
-            )
+        _read_into(denoiser, folder, _DENOISER_FILES)
+        for config in sorted(directory.glob("text_encoder*/config.json")):
+            _read_into(_peft.encoder_of(pipeline, config.parent.name, directory), config.parent, _ENCODER_FILES)
 
     def merge(self, components: Components) -> None:
         """Nothing: the weights are the trained ones."""
 
     def usage(self, family: Family, config: FullConfig) -> str:
-        """diffusers' loader of the component."""
-        name = _formats.component(family)
-        loader = f'type(pipeline.{name}).from_pretrained("path/to/this/folder", subfolder="{name}", dtype=pipeline.dtype)'
-        return f"pipeline.{name} = {loader}"
+        """The components' own loaders."""
+        names = [_formats.component(family) if name == DENOISER else name for name in self.needs(family, config)]
+        loader = 'type(pipeline.{0}).from_pretrained("path/to/this/folder", subfolder="{0}", dtype=pipeline.dtype)'
+        return "\n".join(f"pipeline.{name} = {loader.format(name)}" for name in names)
+
+
+def _trained(components: Components) -> "dict[str, torch.nn.Parameter]":
+    """What is trained of all components."""
+    found: dict[str, torch.nn.Parameter] = {}
+    for name, model in components.items():
+        found |= {base.prefix(name) + key: parameter for key, parameter in _peft.trained(model).items()}
+    return found
 
 
 def _chosen(names: list[str], part: Part) -> list[str]:
@@ -198,24 +189,78 @@ def _places(name: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
-def _settings(denoiser: Any) -> Any:
+def _write(model: Any, folder: Path, is_denoiser: bool, metadata: Mapping[str, str], is_writer: bool) -> None:
+    """A component's folder; all processes, where its weights are split."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    pattern = _DENOISER_FILES if is_denoiser else _ENCODER_FILES
+    tensors = {name if is_denoiser else _formats.clip_name(name): tensor for name, tensor in model.state_dict().items()}
+    plan = split_torch_state_dict_into_shards(
+        _whole.outlines(tensors, model.dtype), filename_pattern=pattern, max_shard_size=MAX_SHARD_SIZE
+    )
+    with storage.committing_directory(folder) if is_writer else contextlib.nullcontext(folder) as temporary:
+        for file, names in plan.filename_to_tensors.items():
+            whole = _whole.gather({name: tensors[name] for name in names}, model.dtype, keep=is_writer)
+            if is_writer:
+                _peft.commit_tensors(temporary / file, whole, metadata)
+        if is_writer:
+            storage.commit_json(temporary / "config.json", _settings(model, is_denoiser))
+        if is_writer and plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            storage.commit_json(temporary / _index(pattern), index)
+
+
+def _settings(model: Any, is_denoiser: bool) -> Any:
     """The component's configuration, without the folder that it was loaded from."""
-    settings = json.loads(denoiser.to_json_string())
-    return {name: value for name, value in settings.items() if name != "_name_or_path"}
+    text = model.to_json_string() if is_denoiser else model.config.to_json_string()
+    settings = {name: value for name, value in json.loads(text).items() if name != "_name_or_path"}
+    return settings if is_denoiser else {**settings, "architectures": [type(model).__name__]}
 
 
-def _files(folder: Path) -> list[Path]:
+def _read_into(model: Any, folder: Path, pattern: str) -> None:
+    """Copy the weights into a model, a shard at a time: two of a large one would not fit.
+
+    Raises:
+        CheckpointError: they are of another model, or not whole.
+    """
+    import torch
+
+    own, missing = model.state_dict(), set(model.state_dict())
+    for path in _files(folder, pattern):
+        tensors = {
+            name if name in own else _formats.here(model, name): tensor for name, tensor in _peft.read_tensors(path).items()
+        }
+        for name, tensor in tensors.items():
+            if name not in own or own[name].shape != tensor.shape:
+                raise CheckpointError(
+                    f"{path} is of another model: it holds {name} {tuple(tensor.shape)}, where this "
+                    f"{type(model).__name__} has {tuple(own[name].shape) if name in own else 'nothing'}."
+                )
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                own[name].copy_(tensor)
+        missing -= tensors.keys()
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} of the model's tensors, such as {min(missing)}. Export it again.")
+
+
+def _index(pattern: str) -> str:
+    return f"{pattern.format(suffix='')}.index.json"
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
     """The weights' files, by the index if there is one.
 
     Raises:
         CheckpointError: there are none, or the index cannot be read.
     """
-    if not (folder / _INDEX).exists():
-        return [folder / _SINGLE]
+    index = folder / _index(pattern)
+    if not index.exists():
+        return [folder / pattern.format(suffix="")]
     try:
-        return [folder / name for name in sorted(set(storage.read_json(folder / _INDEX)["weight_map"].values()))]
+        return [folder / name for name in sorted(set(storage.read_json(index)["weight_map"].values()))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / _INDEX} is damaged: {error}. Export it again.") from error
+        raise CheckpointError(f"{index} is damaged: {error}. Export it again.") from error
 
 
 METHOD = Full()

@@ -1,0 +1,109 @@
+"""Every method on every family: a checkpoint goes on to the bit, and what was attached can be taken away again."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ftk.configs.schema import MethodConfig, TrainConfig
+from ftk.methods import _peft
+from ftk.methods import base as methods
+from ftk.models import base as families
+from ftk.train import checkpoint
+from ftk.train.optim import MasterOptimizer
+
+CPU = torch.device("cpu")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 2},
+    "oft": {"block_size": 4},
+    "loha": {"rank": 4},
+    "lokr": {"rank": 2},
+    "peft": {"type": "HRA", "r": 4},
+}
+TRAIN = TrainConfig(learning_rate=1e-2, ema_decay=0.9, precision="bf16")
+each_family = pytest.mark.parametrize("family_name", families.available())
+each_method = pytest.mark.parametrize("method_name", methods.available())
+
+
+class Run:
+    """A method on a bf16 denoiser with the loop's own optimizer."""
+
+    def __init__(self, family_name: str, model: Path, texts: Any, method_name: str, seed: int) -> None:
+        self.family = families.get(family_name)
+        self.texts = texts
+        self.method, self.config = methods.parse(MethodConfig(name=method_name, **SETTINGS.get(method_name, {})))
+        self.denoiser: Any = self.family.load_denoiser(model, torch.bfloat16, CPU)
+        self.base = self.predict(0).detach()
+        self.components = {"denoiser": self.denoiser}
+        self.parameters = self.method.attach(self.components, self.family, self.config, seed)
+        self.optimizer = MasterOptimizer(self.parameters, TRAIN)
+
+    def predict(self, number: int) -> torch.Tensor:
+        draw = torch.Generator().manual_seed(number)
+        noisy = torch.randn(1, self.family.geometry.channels, 8, 8, generator=draw).bfloat16()
+        texts = {
+            name: tensor.bfloat16() if tensor is not None and tensor.is_floating_point() else tensor
+            for name, tensor in self.family.collate_texts(self.texts).items()
+        }
+        return self.family.predict(self.denoiser, noisy, torch.tensor([0.5]), texts)
+
+    def train(self, first: int, last: int) -> "Run":
+        for number in range(first, last):
+            loss = self.predict(number).square().mean()
+            loss.backward()
+            self.optimizer.accumulate()
+            self.optimizer.gradients()
+            self.optimizer.step(1.0, 1.0, loss.detach())
+        return self
+
+
+@pytest.fixture(scope="module")
+def start(tiny_models: Callable[[str], Path]) -> Callable[..., Run]:
+    encoded: dict[str, Any] = {}
+
+    def begin(family_name: str, method_name: str, seed: int = 1) -> Run:
+        model = tiny_models(family_name)
+        if family_name not in encoded:
+            family = families.get(family_name)
+            encoder = family.load_text_encoder(model, torch.float32, CPU)
+            encoded[family_name] = [
+                {name: tensor.clone() for name, tensor in item.items()} for item in family.encode_texts(encoder, ["a red cat"])
+            ]
+        return Run(family_name, model, encoded[family_name], method_name, seed)
+
+    return begin
+
+
+@each_family
+@each_method
+def test_two_steps_a_checkpoint_and_two_more_are_four_steps(
+    start: Callable[..., Run], family_name: str, method_name: str, tmp_path: Path
+) -> None:
+    whole = start(family_name, method_name).train(0, 2)
+    checkpoint.save_checkpoint(tmp_path, 2, 2, whole.optimizer, {})
+    whole.train(2, 4)
+
+    resumed = start(family_name, method_name, seed=2)
+    found = checkpoint.read(tmp_path / "00000002")
+    weights, state = found.tensors()
+    resumed.optimizer.restore(weights, state, found.optimizer_facts)
+    two = {name: tensor.clone() for name, tensor in resumed.optimizer.weights().items()}
+    resumed.train(2, 4)
+    for kind in ("weights", "delivered"):
+        one, other = getattr(whole.optimizer, kind)(), getattr(resumed.optimizer, kind)()
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one), kind
+    assert any(not torch.equal(two[name], tensor) for name, tensor in resumed.optimizer.weights().items())
+    assert torch.equal(whole.predict(0), resumed.predict(0))
+
+
+@each_family
+@pytest.mark.parametrize("method_name", [name for name in methods.available() if name != "full"])
+def test_without_the_adapter_the_base_is_what_it_was(start: Callable[..., Run], family_name: str, method_name: str) -> None:
+    run = start(family_name, method_name).train(0, 2)
+    assert not torch.equal(run.predict(0), run.base)
+    _peft.unload(run.denoiser)
+    assert torch.equal(run.predict(0), run.base)
+    assert not _peft.adapted(run.denoiser)
