@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ConfigError
-from ftk.models import _clip, _kl_vae, _unet
+from ftk.models import _clip, _kl_vae, _latent_diffusion, _unet
 from ftk.models.base import (
     Activations,
-    NoiseSchedule,
     SampleGeometry,
     check_pipeline,
     hide_progress_bars,
@@ -38,30 +37,23 @@ class TextEncoders:
     models: tuple[Any, Any]
 
 
-class StableDiffusionXL:
+class StableDiffusionXL(_latent_diffusion.LatentDiffusion):
     """Text to image with two CLIP encoders. Text item: `embeds` [77,D], both side by side, and `pooled` [P].
 
     And `input_ids`, `input_ids_2` [77], of either tokenizer.
     """
 
     name = "sdxl"
-    geometry = _unet.GEOMETRY
     encoder_version = 2
-    max_text_tokens = _clip.TOKENS
-    pads_texts = True
     text_token_bytes = 8192
-    latent_components = ("vae",)
     text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    denoiser_components = ("unet", "scheduler")
     target_groups: Mapping[str, Sequence[str]] = {
         "attention": _unet.ATTENTION,
         "attention+mlp": (*_unet.ATTENTION, *_unet.MLP),
         "text-kv": _unet.TEXT_KV,
         "all-linear": (*_unet.ATTENTION, *_unet.MLP, *_unet.TIME, "proj_in", "proj_out"),
     }
-    block_class = _unet.BLOCK_CLASS
     trainable_encoders = ("text_encoder", "text_encoder_2")
-    encoder_targets = _clip.TARGETS
 
     def check(self, directory: Path) -> None:
         """A Diffusers folder whose `model_index.json` names StableDiffusionXLPipeline."""
@@ -86,31 +78,11 @@ class StableDiffusionXL:
                 f"cache.vae_dtype: {str(dtype).removeprefix('torch.')}: the VAE of sdxl computes in float32 alone, its "
                 f"activations are too large for less. Set cache.vae_dtype to float32, or to tfloat32 for speed."
             )
-        return _kl_vae.load(directory, dtype).to(device)
-
-    def normalisation(self, directory: Path) -> dict[str, Any]:
-        """Per-channel mean and std: latents are (z - mean) / std, where std is 1 / `scaling_factor`."""
-        return _kl_vae.normalisation(directory)
-
-    def image_flops(self, directory: Path, height: int, width: int) -> float:
-        """Of the VAE's encoder."""
-        return _kl_vae.flops(directory, height, width)
+        return super().load_vae(directory, dtype, device)
 
     def text_flops(self, directory: Path, tokens: int) -> float:
         """Of 77 tokens in both encoders, whatever the text's own number."""
         return _clip.flops(directory / "text_encoder") + _clip.flops(directory / "text_encoder_2")
-
-    def encode_images(self, vae: Any, pixels_BCHW: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
-        """Posterior mean and std, times `scaling_factor`."""
-        return _kl_vae.encode(vae, pixels_BCHW)
-
-    def image_memory(self, vae: Any, height: int, width: int) -> int:
-        """Of the encoder's first stage."""
-        return _kl_vae.memory(vae, height, width)
-
-    def decode(self, vae: Any, latents_BCHW: "torch.Tensor") -> "torch.Tensor":
-        """Inverse of the normalisation, then the decoder."""
-        return _kl_vae.decode(vae, latents_BCHW)
 
     def load_text_encoder(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> TextEncoders:
         """CLIPTextModel and CLIPTextModelWithProjection."""
@@ -147,21 +119,9 @@ class StableDiffusionXL:
         embeds_BLD, pooled_BP = _encoded(models, (texts["input_ids"], texts["input_ids_2"]))
         return {**texts, "embeds": embeds_BLD, "pooled": pooled_BP}
 
-    def text_lengths(self, encoder: TextEncoders, captions: Sequence[str]) -> list[int]:
-        """Always 77."""
-        return [_clip.TOKENS] * len(captions)
-
     def text_memory(self, encoder: TextEncoders, tokens: int) -> int:
         """Of the second encoder, beside what the first has left: all hidden states of both."""
         return sum(_clip.memory(model, tokens) for model in encoder.models)
-
-    def load_denoiser(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
-        """UNet2DConditionModel, frozen."""
-        return _unet.load(directory, dtype, device)
-
-    def load_schedule(self, directory: Path) -> NoiseSchedule:
-        """Epsilon or v, and the noise levels of training."""
-        return _unet.load_schedule(directory)
 
     def activations(self, denoiser: Any, image_tokens: int, text_tokens: int, dtype: "torch.dtype") -> Activations:
         """Counted in a forward pass without values."""
@@ -219,10 +179,6 @@ class StableDiffusionXL:
     def pipeline_texts(self, texts: Mapping[str, "torch.Tensor"]) -> dict[str, Any]:
         """Embeddings and pooled embeddings of one prompt."""
         return {"prompt_embeds": texts["embeds"][None], "pooled_prompt_embeds": texts["pooled"][None]}
-
-    def generation(self, guidance_scale: float) -> dict[str, Any]:
-        """Classifier-free guidance; at 1 or less the pipeline leaves the negative prompt out."""
-        return {"guidance_scale": guidance_scale}
 
     def published_names(self, directory: Path) -> Mapping[str, str]:
         """As sd-scripts write them."""

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftk import storage
-from ftk.models import _clip, _kl_vae, _unet
+from ftk.models import _clip, _kl_vae, _latent_diffusion, _unet
 from ftk.models.base import (
     Activations,
-    NoiseSchedule,
     SampleGeometry,
     check_pipeline,
     hide_progress_bars,
@@ -37,30 +36,23 @@ class TextEncoder:
     model: Any
 
 
-class StableDiffusion:
+class StableDiffusion(_latent_diffusion.LatentDiffusion):
     """Text to image with one CLIP encoder. Text item: `embeds` [77,D], the normed last hidden state, and `input_ids` [77].
 
     Padding is included. Where the encoder's configuration says so it is masked, and the item holds `attention_mask` [77].
     """
 
     name = "stable-diffusion"
-    geometry = _unet.GEOMETRY
     encoder_version = 2
-    max_text_tokens = _clip.TOKENS
-    pads_texts = True
     text_token_bytes = 3072
-    latent_components = ("vae",)
     text_components = ("text_encoder", "tokenizer")
-    denoiser_components = ("unet", "scheduler")
     target_groups: Mapping[str, Sequence[str]] = {
         "attention": _unet.ATTENTION,
         "attention+mlp": (*_unet.ATTENTION, *_unet.MLP),
         "text-kv": _unet.TEXT_KV,
         "all-linear": (*_unet.ATTENTION, *_unet.MLP, *_unet.TIME),
     }
-    block_class = _unet.BLOCK_CLASS
     trainable_encoders = ("text_encoder",)
-    encoder_targets = _clip.TARGETS
 
     def check(self, directory: Path) -> None:
         """A Diffusers folder whose `model_index.json` names StableDiffusionPipeline."""
@@ -70,33 +62,9 @@ class StableDiffusion:
         """Which layer is read, and how texts are padded."""
         return {"layer": "last, normed", "padding": "max_length", "max_text_tokens": self.max_text_tokens}
 
-    def load_vae(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
-        """AutoencoderKL, frozen."""
-        return _kl_vae.load(directory, dtype).to(device)
-
-    def normalisation(self, directory: Path) -> dict[str, Any]:
-        """Per-channel mean and std: latents are (z - mean) / std, where std is 1 / `scaling_factor`."""
-        return _kl_vae.normalisation(directory)
-
-    def image_flops(self, directory: Path, height: int, width: int) -> float:
-        """Of the VAE's encoder."""
-        return _kl_vae.flops(directory, height, width)
-
     def text_flops(self, directory: Path, tokens: int) -> float:
         """Of 77 tokens, whatever the text's own number."""
         return _clip.flops(directory / "text_encoder")
-
-    def encode_images(self, vae: Any, pixels_BCHW: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
-        """Posterior mean and std, times `scaling_factor`."""
-        return _kl_vae.encode(vae, pixels_BCHW)
-
-    def image_memory(self, vae: Any, height: int, width: int) -> int:
-        """Of the encoder's first stage."""
-        return _kl_vae.memory(vae, height, width)
-
-    def decode(self, vae: Any, latents_BCHW: "torch.Tensor") -> "torch.Tensor":
-        """Inverse of the normalisation, then the decoder."""
-        return _kl_vae.decode(vae, latents_BCHW)
 
     def load_text_encoder(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> TextEncoder:
         """CLIPTextModel."""
@@ -129,21 +97,9 @@ class StableDiffusion:
         """`embeds` from `input_ids`."""
         return {**texts, "embeds": _embeds(encoders["text_encoder"], texts)}
 
-    def text_lengths(self, encoder: TextEncoder, captions: Sequence[str]) -> list[int]:
-        """Always 77."""
-        return [_clip.TOKENS] * len(captions)
-
     def text_memory(self, encoder: TextEncoder, tokens: int) -> int:
         """Of the widest part of a layer."""
         return _clip.memory(encoder.model, tokens)
-
-    def load_denoiser(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
-        """UNet2DConditionModel, frozen."""
-        return _unet.load(directory, dtype, device)
-
-    def load_schedule(self, directory: Path) -> NoiseSchedule:
-        """Epsilon or v, and the noise levels of training."""
-        return _unet.load_schedule(directory)
 
     def activations(self, denoiser: Any, image_tokens: int, text_tokens: int, dtype: "torch.dtype") -> Activations:
         """Counted in a forward pass without values."""
@@ -180,10 +136,6 @@ class StableDiffusion:
     def pipeline_texts(self, texts: Mapping[str, "torch.Tensor"]) -> dict[str, Any]:
         """Embeddings of one prompt."""
         return {"prompt_embeds": texts["embeds"][None]}
-
-    def generation(self, guidance_scale: float) -> dict[str, Any]:
-        """Classifier-free guidance; at 1 or less the pipeline leaves the negative prompt out."""
-        return {"guidance_scale": guidance_scale}
 
     def published_names(self, directory: Path) -> Mapping[str, str]:
         """As sd-scripts write them; `ss_v2` is how A1111 knows 2.x, whose texts are 1,024 wide."""
