@@ -85,10 +85,14 @@ def planned(config: "RunConfig", world_size: int = 1) -> "tuple[MemoryPlan, Work
     from ftk.methods import base as methods
     from ftk.models import base as models
     from ftk.train import memory, optim
+    from ftk.train.build import load_components, settings_for_plan
 
     optim.check(config.train)
     family = models.get(config.model.family)
-    model = models.local_components(config.model, family.denoiser_components)
+    method, settings = methods.parse(config.method)
+    names = method.needs(family, settings)
+    encoders = [name for name in names if name != methods.DENOISER]
+    model = models.local_components(config.model, (*family.denoiser_components, *encoders))
     if model is None:
         raise ModelError(
             f"model.path {config.model.path}: the denoiser is not on this machine, and its shapes are needed for a plan. "
@@ -97,10 +101,19 @@ def planned(config: "RunConfig", world_size: int = 1) -> "tuple[MemoryPlan, Work
     workload, source = _workload(config, family, world_size)
     device = memory.inspect_device(models.resolve_device(config.train.device))
     dtype, _ = memory.precision(config.train, device)
-    denoiser = family.load_denoiser(model, dtype, torch.device("meta"))
-    method, settings = methods.parse(config.method)
-    method.attach({"denoiser": denoiser}, family, settings, 0)
-    return memory.plan(family, denoiser, config.train, workload, device), workload, source
+    components = load_components(names, family, model, dtype, torch.device("meta"))
+    method.attach(components, family, settings, 0)
+    train, splits_trained = settings_for_plan(config.train, method, settings), methods.trains_base(method, settings)
+    plan = memory.plan(
+        family,
+        components[methods.DENOISER],
+        train,
+        workload,
+        device,
+        encoders=[components[name] for name in encoders],
+        splits_trained=splits_trained,
+    )
+    return plan, workload, source
 
 
 def _workload(config: "RunConfig", family: Any, world_size: int) -> "tuple[Workload, str]":

@@ -108,6 +108,7 @@ def open_inputs(config: RunConfig, device: torch.device, world_size: int = 1) ->
             train,
             workload,
             memory.inspect_device(device),
+            encoders=[module for name, module in shapes.items() if name != DENOISER],
             splits_trained=methods.trains_base(method, method_config),
         ),
         num_frozen_parameters=sum(

@@ -2,29 +2,39 @@
 
 checkpoints/00000250/   adapter.safetensors (fp32 masters)   optimizer.safetensors   trainer.json   COMPLETE (hashes)
 checkpoints/best.json   the step whose validation loss was the lowest; its checkpoint is kept
+
+Large ones, and those of processes that each hold a part of the weights, have numbered files in their place: part P of
+process R is adapter-RRRRR-PPP.safetensors. A tensor is what the files have of it, in their order, put together along the first
+dimension. So any number of processes reads what any other number wrote. COMPLETE names every file, and is written last.
 """
 
+import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 
 from ftk import storage
 from ftk.configs.schema import TrainConfig
 from ftk.contracts import RUN_SCHEMA
-from ftk.errors import CheckpointError
+from ftk.errors import CheckpointError, EnvironmentFault
 from ftk.train.optim import MasterOptimizer
+from ftk.train.ranks import Ranks, Rows
 
 LOGGER = logging.getLogger("ftk")
 RECEIPT = "COMPLETE"
 BEST = "best.json"
-_FILES = ("adapter.safetensors", "optimizer.safetensors", "trainer.json")
+_WEIGHTS, _OPTIMIZER, _TRAINER = "adapter", "optimizer", "trainer.json"
+_FILE_BYTES = 4 << 30
+"""About the largest file that is written: each is put together in host memory."""
 _FREE = {"checkpoint_every", "keep_last", "keep_every", "log_every", "trackers", "project", "device", "sharding",
          "timeout_seconds", "max_bad_steps"}  # fmt: skip
 # Which share is held out is part of the order; these only say what is done with it.
@@ -42,10 +52,27 @@ class Checkpoint:
     num_samples_seen: int
     optimizer_facts: Any
     settings: dict[str, Any]
+    files: tuple[str, ...]
 
-    def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """(fp32 masters, optimizer state), on the CPU."""
-        return load_file(self.path / "adapter.safetensors"), load_file(self.path / "optimizer.safetensors")
+    def tensors(self, rows: Mapping[str, Rows] | None = None) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """(fp32 masters, optimizer state), on the CPU.
+
+        Args:
+            rows: of the parameters that this process has a part of; the rest is read whole. Nothing else is read.
+
+        Raises:
+            CheckpointError: a parameter of `rows` has another size.
+        """
+        return self._read(_WEIGHTS, rows or {}), self._read(_OPTIMIZER, rows or {})
+
+    def _read(self, kind: str, rows: Mapping[str, Rows]) -> dict[str, torch.Tensor]:
+        with contextlib.ExitStack() as opened:
+            files = [opened.enter_context(safe_open(self.path / name, "pt")) for name in _files_of(kind, self.files)]
+            holders: dict[str, list[Any]] = {}
+            for file in files:
+                for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    holders.setdefault(key, []).append(file)
+            return {key: _joined(key, holding, rows.get(_parameter_of(key, rows))) for key, holding in holders.items()}
 
 
 def exact_settings(config: TrainConfig, others: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,8 +93,14 @@ def save_checkpoint(
     num_samples_seen: int,
     optimizer: MasterOptimizer,
     settings: Mapping[str, Any],
+    ranks: Ranks | None = None,
 ) -> Path:
-    """Commit a checkpoint; its final name appears only when every file is complete and on disk."""
+    """Commit a checkpoint; its final name appears only when every file is complete and on disk.
+
+    Args:
+        ranks: all of them must call where each has a part of what is trained, and each writes its own; else one does.
+    """
+    ranks = ranks or Ranks()
     path = directory / f"{step:08d}"
     tensors, facts = optimizer.state()
     trainer = {
@@ -77,25 +110,124 @@ def save_checkpoint(
         "optimizer": facts,
         "settings": dict(settings),
     }
-    files = {"adapter.safetensors": optimizer.weights(), "optimizer.safetensors": tensors}
-    with storage.committing_directory(path) as temporary:
-        for name, contents in files.items():
-            payload = save({key: tensor.detach().cpu().contiguous() for key, tensor in contents.items()})
-            storage.commit_bytes(temporary / name, payload)
-        storage.commit_json(temporary / "trainer.json", trainer)
-        storage.commit_json(temporary / RECEIPT, {name: storage.blake3_file(temporary / name) for name in _FILES})
+    with _committing_together(path, ranks) as temporary:
+        written = {}
+        for kind, contents in ((_WEIGHTS, optimizer.weights()), (_OPTIMIZER, tensors)):
+            written.update(_write(temporary, kind, _own(contents, optimizer.rows, ranks), ranks))
+        everyones = {name: hashed for one in ranks.gather(written) for name, hashed in one.items()}
+        if ranks.is_main:
+            storage.commit_json(temporary / _TRAINER, trainer)
+            storage.commit_json(temporary / RECEIPT, {**everyones, _TRAINER: storage.blake3_file(temporary / _TRAINER)})
     return path
 
 
-def latest(directory: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole; a damaged one is named in the log and passed over."""
-    paths = all_of(directory)
-    for path in reversed(paths):
-        problem = damage(path)
+def refuse_unshared(directory: Path, ranks: Ranks) -> None:
+    """All: before anything is trained, that every process sees the folder into which each will write.
+
+    Raises:
+        EnvironmentFault: one does not.
+    """
+    with contextlib.ExitStack() as kept:
+        name = ""
+        if ranks.is_main:
+            mark = kept.enter_context(tempfile.NamedTemporaryFile(prefix=storage.TEMPORARY_PREFIX, dir=directory))
+            name = Path(mark.name).name
+        _, name = ranks.from_main(None, name)
+        blind = [rank for rank, sees in enumerate(ranks.gather((directory / name).exists())) if not sees]
+    if blind:
+        raise EnvironmentFault(
+            f"{directory} of process 0 is not there for process {', '.join(map(str, blind))}: each writes its own part of a "
+            f"checkpoint when trained weights are split. Put the workspace on a file system that all machines share, or set "
+            f"train.sharding: none."
+        )
+
+
+@contextlib.contextmanager
+def _committing_together(path: Path, ranks: Ranks) -> Iterator[Path]:
+    """All: a temporary directory that becomes `path` once the main process is done with it, after all others."""
+    with storage.committing_directory(path) if ranks.is_main else contextlib.nullcontext(path) as made:
+        _, name = ranks.from_main(None, made.name)
+        yield path.parent / name
+    ranks.wait()
+
+
+def _own(tensors: Mapping[str, torch.Tensor], rows: Mapping[str, Rows], ranks: Ranks) -> dict[str, torch.Tensor]:
+    """What this process writes: its rows of what is split; the main one also what all have alike."""
+    own = {}
+    for key, tensor in tensors.items():
+        is_part = _parameter_of(key, rows) in rows and tensor.ndim > 0
+        if ranks.is_main or (is_part and len(tensor)):
+            own[key] = tensor
+    return own
+
+
+def _write(directory: Path, kind: str, tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, str]:
+    """Write one process's files, each put together in host memory; returns their hashes."""
+    groups, written = _grouped(tensors), {}
+    for number, group in enumerate(groups):
+        is_alone = ranks.size == len(groups) == 1
+        name = f"{kind}.safetensors" if is_alone else f"{kind}-{ranks.rank:05d}-{number:03d}.safetensors"
+        payload = save({key: tensors[key].detach().cpu().contiguous() for key in group})
+        storage.commit_bytes(directory / name, payload)
+        written[name] = storage.blake3_file(directory / name)
+    return written
+
+
+def _grouped(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Names in groups of about `_FILE_BYTES`; at least one group."""
+    groups: list[list[str]] = [[]]
+    num_bytes = 0
+    for key, tensor in tensors.items():
+        if num_bytes and num_bytes + tensor.nbytes > _FILE_BYTES:
+            groups.append([])
+            num_bytes = 0
+        groups[-1].append(key)
+        num_bytes += tensor.nbytes
+    return groups
+
+
+def _files_of(kind: str, files: Sequence[str]) -> list[str]:
+    return sorted(name for name in files if name == f"{kind}.safetensors" or name.startswith(f"{kind}-"))
+
+
+def _parameter_of(key: str, rows: Mapping[str, Rows]) -> str:
+    """The parameter that a tensor belongs to: itself, or the one whose state it is."""
+    return key if key in rows else key.rpartition("/")[0]
+
+
+def _joined(key: str, files: Sequence[Any], rows: Rows | None) -> torch.Tensor:
+    """A tensor, or some rows of it, from the files that have parts of it, in their order."""
+    slices = [file.get_slice(key) for file in files]
+    shapes = [one.get_shape() for one in slices]
+    if rows is None or not shapes[0]:
+        return torch.cat([file.get_tensor(key) for file in files]) if len(files) > 1 else files[0].get_tensor(key)
+    total = sum(shape[0] for shape in shapes)
+    if total != rows.total:
+        raise CheckpointError(f"The checkpoint's {key} has {total} rows, and this run's {rows.total}: it is of another model.")
+    found, start = [], 0
+    for one, shape in zip(slices, shapes, strict=True):
+        first, end = max(rows.first - start, 0), min(rows.end - start, shape[0])
+        if first < end:
+            found.append(one[first:end])
+        start += shape[0]
+    return torch.cat(found or [slices[0][0:0]])
+
+
+def latest(directory: Path, ranks: Ranks | None = None) -> Checkpoint | None:
+    """The newest checkpoint that is whole; a damaged one is named in the log and passed over.
+
+    Args:
+        ranks: all of them must call, and share the reading; without, this process does it alone.
+    """
+    ranks = ranks or Ranks()
+    _, names = ranks.from_main(None, [path.name for path in all_of(directory)] if ranks.is_main else None)
+    for name in reversed(names):
+        problem = damage(directory / name, ranks)
         if problem is None:
-            return _read(path)
-        LOGGER.warning("checkpoint %s is damaged (%s): the one before it is used", path, problem)
-    if paths:
+            return _read(directory / name)
+        if ranks.is_main:
+            LOGGER.warning("checkpoint %s is damaged (%s): the one before it is used", directory / name, problem)
+    if names and ranks.is_main:
         LOGGER.warning("%s: no checkpoint is whole, so the training begins again at its first step", directory)
     return None
 
@@ -109,7 +241,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def _read(path: Path) -> Checkpoint:
-    trainer = storage.read_json(path / "trainer.json")
+    trainer = storage.read_json(path / _TRAINER)
     if trainer.get("schema_version") != RUN_SCHEMA:
         raise CheckpointError(
             f"{path} has schema version {trainer.get('schema_version')}; this ftk reads {RUN_SCHEMA}. "
@@ -121,6 +253,7 @@ def _read(path: Path) -> Checkpoint:
         num_samples_seen=trainer["num_samples_seen"],
         optimizer_facts=trainer["optimizer"],
         settings=trainer["settings"],
+        files=tuple(storage.read_json(path / RECEIPT)),
     )
 
 
@@ -130,10 +263,16 @@ def all_of(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("[0-9]*") if path.name.isdecimal())
 
 
-def prune(directory: Path, keep_last: int, keep_every: int | None) -> None:
-    """Remove all but the newest, the best, and multiples of `keep_every`, once the newest is verified to be whole."""
-    paths = all_of(directory)
-    if not paths or damage(paths[-1]) is not None:
+def prune(directory: Path, keep_last: int, keep_every: int | None, ranks: Ranks | None = None) -> None:
+    """Remove all but the newest, the best, and multiples of `keep_every`, once the newest is verified to be whole.
+
+    Args:
+        ranks: as in `latest`.
+    """
+    ranks = ranks or Ranks()
+    paths = all_of(directory) if ranks.is_main else []
+    _, newest = ranks.from_main(None, paths[-1].name if paths else None)
+    if newest is None or damage(directory / newest, ranks) is not None:
         return
     best = best_step(directory)
     for path in paths[:-keep_last]:
@@ -185,12 +324,26 @@ def refuse_changed_settings(checkpoint: Checkpoint, settings: Mapping[str, Any],
     )
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None when it is whole."""
+def damage(path: Path, ranks: Ranks | None = None) -> str | None:
+    """What is wrong with a checkpoint; None when it is whole.
+
+    Args:
+        ranks: as in `latest`.
+    """
+    ranks = ranks or Ranks()
+    return next((problem for problem in ranks.gather(_damage(path, ranks)) if problem is not None), None)
+
+
+def _damage(path: Path, ranks: Ranks) -> str | None:
+    """What is wrong with this process's share of the files."""
     try:
         receipt = storage.read_json(path / RECEIPT)
-        wrong = [name for name in _FILES if storage.blake3_file(path / name) != receipt.get(name)]
-    except (OSError, ValueError, AttributeError) as error:
+        names = sorted({_TRAINER, *receipt})
+        lacking = [kind for kind in (_WEIGHTS, _OPTIMIZER) if not _files_of(kind, names)]
+        if lacking:
+            return f"its {RECEIPT} names no file of the {' and the '.join(lacking)}"
+        wrong = [name for name in names[ranks.rank :: ranks.size] if storage.blake3_file(path / name) != receipt.get(name)]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{', '.join(wrong)} does not have its checksum" if wrong else None
 

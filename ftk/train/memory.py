@@ -7,7 +7,7 @@ Estimates err: a plan that does not fit is a warning, not an error.
 """
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +30,8 @@ STREAMED_SLOTS = 2
 _GIB = 1 << 30
 _CUDA_RESERVE_BYTES = _GIB
 """Workspaces of cuBLAS and cuDNN, and kernels that are loaded on first use."""
+_ENCODER_WIDTHS = 20
+"""What autograd keeps of a token in a layer of a text encoder, in the layer's widths; counted with CLIP's."""
 _FRAGMENTATION = 0.04
 """Share that the caching allocator loses between blocks of memory."""
 
@@ -103,6 +105,8 @@ class _Sizes:
     """Bytes: frozen weights of one block by kind of base and of all else, the trained part, one sample's activations.
 
     Where blocks differ, `block` is their mean, and `largest_block` what must fit where one of them stands for all.
+    With `splits_trained`, `trained` is split where frozen weights are. `gathered` is then beside the parts of a process:
+    what is no block, two blocks, and the gradients of what is no block and of one.
     """
 
     num_blocks: int
@@ -110,6 +114,9 @@ class _Sizes:
     largest_block: Mapping[Base, int]
     outside: int
     trained: int
+    splits_trained: bool
+    trained_when_split: int
+    gathered: int
     largest_weight: int
     activations: Activations
 
@@ -180,22 +187,34 @@ def assumed_workload(config: RunConfig, family: Family, world_size: int = 1) -> 
     )
 
 
-def plan(family: Family, denoiser: Any, config: TrainConfig, workload: Workload, device: Device) -> MemoryPlan:
+def plan(
+    family: Family,
+    denoiser: Any,
+    config: TrainConfig,
+    workload: Workload,
+    device: Device,
+    *,
+    encoders: Sequence[Any] = (),
+    splits_trained: bool = False,
+) -> MemoryPlan:
     """Choose precision, checkpointing, sharding, base, offload and attention.
 
     Args:
+        encoders: text encoders that are trained with it, likewise; they are whole on every process.
         denoiser: with the method attached, on whatever device; `meta` will do. What requires a gradient is what is trained.
+        splits_trained: whether sharding splits that as well; else it stays whole on every process.
 
     Raises:
         ConfigError: settings that exclude each other, or an 8-bit base without torchao.
     """
     budget = device.budget_bytes if config.memory.device_gib is None else round(config.memory.device_gib * _GIB)
     dtype, precision_reason = precision(config, device)
-    sizes = _sizes(family, denoiser, config, workload, dtype)
+    sizes = _sizes(family, denoiser, config, workload, dtype, splits_trained)
+    fixed = {"text encoders": _encoder_bytes(encoders, config, workload, dtype)} if encoders else {}
     _check(config, sizes.num_blocks)
     # Without a known budget there is nothing to decide: the first of the measures that were asked for.
-    for measures in _candidates(config, sizes.num_blocks, workload.world_size, budget is not None):
-        parts = _parts(sizes, measures, workload, device)
+    for measures in _candidates(config, sizes, workload.world_size, budget is not None):
+        parts = _parts(sizes, measures, workload, device, fixed)
         fits = budget is None or sum(parts.values()) <= budget
         if fits:
             break
@@ -216,7 +235,7 @@ def plan(family: Family, denoiser: Any, config: TrainConfig, workload: Workload,
         host_bytes=measures.num_offloaded * sizes.block[measures.base],
         reasons=(
             precision_reason,
-            *_reasons(config, measures, workload, budget),
+            *_reasons(config, measures, sizes, workload, budget),
             attention_reason,
             *(() if fits else (_misfit(sum(parts.values()), budget or 0),)),
         ),
@@ -250,7 +269,7 @@ def in_a_line(plan: MemoryPlan) -> str:
         f"{plan.num_checkpointed} of {plan.num_blocks} blocks checkpointed",
         *([f"{plan.num_offloaded} in host memory"] if plan.num_offloaded else []),
         *(["8-bit base"] if plan.base == "int8" else []),
-        *(["base split over the processes"] if plan.sharding == "fsdp" else []),
+        *(["weights split over the processes"] if plan.sharding == "fsdp" else []),
         f"{plan.attention} attention",
         *(["compiled"] if plan.compile else []),
         *([] if plan.fits else [plan.reasons[-1]]),
@@ -296,24 +315,59 @@ def has_torchao() -> bool:
     return importlib.util.find_spec("torchao") is not None
 
 
-def _sizes(family: Family, denoiser: Any, config: TrainConfig, workload: Workload, dtype: "torch.dtype") -> _Sizes:
+def _sizes(
+    family: Family, denoiser: Any, config: TrainConfig, workload: Workload, dtype: "torch.dtype", splits_trained: bool
+) -> _Sizes:
     repeated = blocks(denoiser, family)
     frozen = sum(one.numel() for one in denoiser.parameters() if not one.requires_grad)
-    trained = sum(one.numel() for one in denoiser.parameters() if one.requires_grad)
+    trained = _num_trained(denoiser)
+    per_parameter = _bytes_a_trained_parameter(config, dtype)
     by_block = [_block_bytes(block, dtype.itemsize) for block in repeated]
     total: dict[Base, int] = {base: sum(one[base] for one in by_block) for base in _BASES}
     linears = [one for block in repeated for one in _frozen_linears(block)]
-    # The gradient as it comes and in fp32, two moments, and a master copy unless the parameter itself is fp32.
-    per_parameter = 16 if dtype.itemsize == 4 else 2 * dtype.itemsize + 16
+    # A part is fp32, and its own master.
+    per_part = _bytes_a_trained_parameter(config) / workload.world_size if splits_trained else per_parameter
+    outside = frozen * dtype.itemsize - total["full"]
+    # What is not a block is gathered for the whole step; of the blocks one computes and the next is on its way.
+    gathered = outside + 2 * max(one["full"] for one in by_block)
+    if splits_trained:
+        gathered += _gathered_trained([_num_trained(block) for block in repeated], trained, dtype.itemsize)
     return _Sizes(
         num_blocks=len(repeated),
         block={base: total[base] // len(repeated) for base in _BASES},
         largest_block={base: max(one[base] for one in by_block) for base in _BASES},
-        outside=frozen * dtype.itemsize - total["full"],
-        trained=trained * (per_parameter + (4 if config.ema_decay else 0)),
+        outside=outside,
+        trained=trained * per_parameter,
+        splits_trained=splits_trained,
+        trained_when_split=round(trained * per_part),
+        gathered=gathered,
         largest_weight=max((one.weight.numel() for one in linears), default=0) * dtype.itemsize,
         activations=family.activations(denoiser, workload.image_tokens(family), workload.text_tokens, dtype),
     )
+
+
+def _bytes_a_trained_parameter(config: TrainConfig, dtype: "torch.dtype | None" = None) -> int:
+    """The gradient as it comes and in fp32, two moments, and a master copy unless the parameter itself is fp32 (no dtype)."""
+    plain = 16 if dtype is None or dtype.itemsize == 4 else 2 * dtype.itemsize + 16
+    return plain + (4 if config.ema_decay else 0)
+
+
+def _encoder_bytes(encoders: Sequence[Any], config: TrainConfig, workload: Workload, dtype: "torch.dtype") -> int:
+    """Weights, what is trained of them, and a micro-batch's activations."""
+    total, trained = sum(one.numel() for each in encoders for one in each.parameters()), sum(map(_num_trained, encoders))
+    widths = sum(each.config.num_hidden_layers * each.config.hidden_size for each in encoders)
+    kept = workload.micro_batch_size * workload.text_tokens * widths * _ENCODER_WIDTHS
+    return int((total - trained + kept) * dtype.itemsize + trained * _bytes_a_trained_parameter(config, dtype))
+
+
+def _num_trained(module: Any) -> int:
+    return sum(one.numel() for one in module.parameters() if one.requires_grad)
+
+
+def _gathered_trained(by_block: list[int], trained: int, itemsize: int) -> int:
+    """Bytes of trained weights that are whole for a while, and of their gradients: as they come, and in fp32 to be summed."""
+    outside, largest = trained - sum(by_block), max(by_block)
+    return (outside + 2 * largest) * itemsize + (outside + largest) * (itemsize + 4)
 
 
 def _block_bytes(block: Any, itemsize: int) -> dict[Base, int]:
@@ -355,8 +409,9 @@ def _asked(setting: str | int, num_blocks: int) -> int | None:
     return {"none": 0, "all": num_blocks}.get(setting, 0) if isinstance(setting, str) else min(setting, num_blocks)
 
 
-def _candidates(config: TrainConfig, num_blocks: int, world_size: int, is_bounded: bool) -> Iterator[_Measures]:
+def _candidates(config: TrainConfig, sizes: _Sizes, world_size: int, is_bounded: bool) -> Iterator[_Measures]:
     """All measures that the settings allow, the cheapest first."""
+    num_blocks = sizes.num_blocks
     checkpointing, offload = _asked(config.memory.checkpointing, num_blocks), _asked(config.memory.offload, num_blocks)
     least = offload or 0
     if checkpointing is None:
@@ -367,7 +422,7 @@ def _candidates(config: TrainConfig, num_blocks: int, world_size: int, is_bounde
     for sharding, base in _weights(config, world_size, bool(offload)):
         for count in counts:
             yield _Measures(num_checkpointed=count, num_offloaded=least, base=base, sharding=sharding)
-    if offload is None and config.sharding != "fsdp" and is_bounded:
+    if offload is None and config.sharding != "fsdp" and is_bounded and sizes.block[base]:
         most = counts[-1]
         for count in range(1, most + 1):
             yield _Measures(num_checkpointed=most, num_offloaded=count, base=base, sharding="none")
@@ -386,12 +441,11 @@ def _weights(config: TrainConfig, world_size: int, is_offloaded: bool) -> Iterat
         yield "none", "int8"
 
 
-def _parts(sizes: _Sizes, measures: _Measures, workload: Workload, device: Device) -> dict[str, int]:
+def _parts(sizes: _Sizes, measures: _Measures, workload: Workload, device: Device, fixed: Mapping[str, int]) -> dict[str, int]:
     block, largest, count = sizes.block[measures.base], sizes.largest_block[measures.base], sizes.num_blocks
-    weights, working = sizes.outside + (count - measures.num_offloaded) * block, 0
+    weights, trained, working = sizes.outside + (count - measures.num_offloaded) * block, sizes.trained, 0
     if measures.sharding == "fsdp":
-        # What is not a block is gathered for the whole step; of the blocks one computes and the next is on its way.
-        weights, working = weights // workload.world_size, sizes.outside + 2 * largest
+        weights, trained, working = weights // workload.world_size, sizes.trained_when_split, sizes.gathered
     elif measures.num_offloaded:
         working = STREAMED_SLOTS * largest
     if measures.base == "int8":
@@ -401,9 +455,10 @@ def _parts(sizes: _Sizes, measures: _Measures, workload: Workload, device: Devic
     held = measures.num_checkpointed * saved.block_input + max(left, 1 if measures.num_checkpointed else 0) * saved.block_saved
     parts = {
         "frozen weights": weights,
-        "trained weights and optimizer": sizes.trained,
+        "trained weights and optimizer": trained,
         "activations": workload.micro_batch_size * (held + saved.outside),
         "working memory of a block": workload.micro_batch_size * saved.block_working + working,
+        **fixed,
     }
     reserve = _CUDA_RESERVE_BYTES + round(_FRAGMENTATION * sum(parts.values())) if device.kind == "cuda" else 0
     return {**parts, "reserve": reserve}
@@ -422,7 +477,7 @@ def _attention(config: TrainConfig, device: Device, dtype: "torch.dtype") -> tup
     return "flash", f"attention flash: {device.name} has compute capability {major}.{minor}; cuDNN's is faster on 9.x alone"
 
 
-def _reasons(config: TrainConfig, measures: _Measures, workload: Workload, budget: int | None) -> list[str]:
+def _reasons(config: TrainConfig, measures: _Measures, sizes: _Sizes, workload: Workload, budget: int | None) -> list[str]:
     memory, found = config.memory, []
     if budget is None:
         found.append(
@@ -440,7 +495,8 @@ def _reasons(config: TrainConfig, measures: _Measures, workload: Workload, budge
             found.append(f"blocks {what}: {count}, the fewest that fit")
     if measures.sharding == "fsdp":
         why = "train.sharding says so" if config.sharding == "fsdp" else "they do not fit one"
-        found.append(f"frozen weights are split over {workload.world_size} processes: {why}")
+        what = "weights, their gradients and the optimizer's state" if sizes.splits_trained else "frozen weights"
+        found.append(f"{what} are split over {workload.world_size} processes: {why}")
     elif config.sharding == "fsdp":
         found.append("train.sharding: fsdp has nothing to split over: there is one process")
     if measures.base == "int8":

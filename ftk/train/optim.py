@@ -11,6 +11,7 @@ from ftk.configs.schema import ScheduleConfig, TrainConfig
 from ftk.errors import CheckpointError
 from ftk.train import optimizers
 from ftk.train.optimizer_state import is_plain, names_in, pack, unpack
+from ftk.train.ranks import Ranks, Rows, part, rows
 
 LOGGER = logging.getLogger("ftk")
 _EMA = "ema"
@@ -88,15 +89,21 @@ class MasterOptimizer:
     A bf16 parameter gets an fp32 master that accumulates gradients and takes the update, and is rounded back into it: bf16
     keeps 8 bits, so an update below 1/256 of a weight would vanish. An fp32 parameter is its own master.
 
+    Of a parameter that is split over the processes (`Ranks.shard`) each has its rows, and all that belongs to them.
+
     Raises:
         ConfigError: see `optimizers.choose` and `optimizers.build`.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig) -> None:
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig, ranks: Ranks | None = None) -> None:
         self.parameters = dict(parameters)
+        self._ranks = ranks or Ranks()
+        found = {name: rows(parameter) for name, parameter in parameters.items()}
+        self.rows: dict[str, Rows] = {name: one for name, one in found.items() if one is not None}
+        """Of each parameter that is split."""
+        self._parts = {name: part(parameter) for name, parameter in parameters.items()}
         self.masters: dict[str, torch.Tensor] = {
-            name: parameter if parameter.dtype == torch.float32 else parameter.detach().float()
-            for name, parameter in parameters.items()
+            name: own if own.dtype == torch.float32 else own.detach().float() for name, own in self._parts.items()
         }
         choice = optimizers.choose(config)
         self._optimizers = optimizers.build(choice, config, self.masters)
@@ -121,19 +128,22 @@ class MasterOptimizer:
             master = self.masters[name]
             if master is parameter or parameter.grad is None:
                 continue
-            gradient = parameter.grad.float()
+            gradient = part(parameter.grad).float()
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             parameter.grad = None
 
     def gradients(self) -> list[torch.Tensor]:
-        """The masters' own gradients, to be summed over processes in place; zeros where there were none."""
+        """The gradients that are to be summed over processes in place; zeros where there were none.
+
+        Those of parameters that are split come summed.
+        """
         for master in self.masters.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
-        return [master.grad for master in self.masters.values()]
+        return [master.grad for name, master in self.masters.items() if name not in self.rows]
 
     def step(self, factor: float, max_grad_norm: float | None, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clip by the global norm, update, round back, clear the gradients.
+        """All: clip by the global norm, update, round back, clear the gradients.
 
         Args:
             factor: on every group's learning rate. Schedule-free optimizers warm up by themselves and do not take it.
@@ -144,7 +154,7 @@ class MasterOptimizer:
             The norm before clipping, and whether it or the loss was not finite, so that nothing has changed: fp32 and bool
             scalars on the device. Fused Adam learns of it there; for any other optimizer the device is waited for.
         """
-        norm = torch.nn.utils.get_total_norm(self.gradients())
+        norm = self._norm()
         is_bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         if max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), max_grad_norm, norm)
@@ -153,6 +163,25 @@ class MasterOptimizer:
         for master in self.masters.values():
             master.grad = None
         return norm, is_bad
+
+    def _norm(self) -> torch.Tensor:
+        """All: the norm of the whole gradient."""
+        whole = self.gradients()
+        if not self.rows:
+            return torch.nn.utils.get_total_norm(whole)
+        squared = torch.nn.utils.get_total_norm([self.masters[name].grad for name in self.rows]).square()
+        self._ranks.sum([squared])
+        return (squared + torch.nn.utils.get_total_norm(whole).to(squared.device).square()).sqrt()
+
+    @property
+    def is_split(self) -> bool:
+        """Whether no process has all of what is trained."""
+        return bool(self.rows)
+
+    def begin_from(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Start from other values of the parameters than they had, before the first step."""
+        for targets in (self.masters, self._parts, {} if self._average is None else self._average.weights):
+            _copy(values, targets)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The fp32 masters by parameter name."""
@@ -182,14 +211,13 @@ class MasterOptimizer:
             yield
             return
         before = {
-            name: parameter.detach().clone() if self.masters[name] is parameter else self.masters[name]
-            for name, parameter in self.parameters.items()
+            name: own.detach().clone() if self.masters[name] is own else self.masters[name] for name, own in self._parts.items()
         }
-        _copy(self.delivered(), self.parameters)
+        _copy(self.delivered(), self._parts)
         try:
             yield
         finally:
-            _copy(before, self.parameters)
+            _copy(before, self._parts)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """All that `restore` needs besides the weights, to go on to the bit.
@@ -226,7 +254,7 @@ class MasterOptimizer:
         """
         _refuse_others(weights, self.masters, "trained weights")
         _copy(weights, self.masters)
-        _copy(self.masters, self.parameters)
+        _copy(self.masters, self._parts)
         self._restore_average(tensors, facts)
         if facts["optimizer"] != self._identity:
             LOGGER.warning("the checkpoint is of another optimizer (%s): moments start anew", facts["optimizer"]["name"])
@@ -253,7 +281,7 @@ class MasterOptimizer:
                 optimizer.grad_scale, optimizer.found_inf = None, is_bad.float()
             with _without_compiler(optimizer):
                 optimizer.step()
-        _copy(self.masters, self.parameters)
+        _copy(self.masters, self._parts)
         if self._average is not None:
             self._average.update(self.masters, is_bad)
 

@@ -40,11 +40,15 @@ class Entry:
     """The learning rate is a mere factor on what it finds itself: one for all groups, or 0."""
     matrices_only: bool = False
     """It takes 2-D parameters alone; `adamw` takes the rest."""
+    is_elementwise: bool = False
+    """Each number's update hangs on that number's own history: a part of a tensor is updated as it is within the whole."""
 
 
 OPTIMIZERS: Mapping[str, Entry] = {
     # Loshchilov & Hutter 2017, arXiv 1711.05101
-    "adamw": Entry(path="torch.optim.AdamW", defaults={"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}),
+    "adamw": Entry(
+        path="torch.optim.AdamW", defaults={"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}, is_elementwise=True
+    ),
     # Dettmers et al. 2021, arXiv 2110.02861
     "adamw-8bit": Entry(
         path="torchao.optim.AdamW8bit",
@@ -58,7 +62,7 @@ OPTIMIZERS: Mapping[str, Entry] = {
     # Shazeer & Stern 2018, arXiv 1804.04235: the rate is relative to a parameter's own size
     "adafactor": Entry(path="torch.optim.Adafactor", customary_rate=1e-2),
     # Chen et al. 2023, arXiv 2302.06675
-    "lion": Entry(path="lion_pytorch.Lion", extra="optimizers"),
+    "lion": Entry(path="lion_pytorch.Lion", extra="optimizers", is_elementwise=True),
     # Mishchenko & Defazio 2023, arXiv 2306.06101; these two as diffusers' training scripts set them
     "prodigy": Entry(
         path="prodigyopt.Prodigy",
@@ -68,7 +72,7 @@ OPTIMIZERS: Mapping[str, Entry] = {
         finds_rate=True,
     ),
     # Defazio et al. 2024, arXiv 2405.15682
-    "schedule-free": Entry(path="schedulefree.AdamWScheduleFree", extra="optimizers"),
+    "schedule-free": Entry(path="schedulefree.AdamWScheduleFree", extra="optimizers", is_elementwise=True),
     # Jordan et al. 2024; scaled as in Liu et al. 2025, arXiv 2502.16982, so that AdamW's rate and decay serve for both
     "muon": Entry(
         path="torch.optim.Muon", defaults={"adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.01}, matrices_only=True
@@ -78,6 +82,10 @@ OPTIMIZERS: Mapping[str, Entry] = {
 FUSED = (torch.optim.Adam, torch.optim.AdamW)
 """Classes whose fused kernels leave everything as it is, step counts included, where a flag on the device says so."""
 
+_ELEMENTWISE = frozenset(
+    f"torch.optim.{name}"
+    for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "Adagrad", "RMSprop", "Rprop", "ASGD")
+)
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _REFUSED = {
     "lr": "the learning rate is `train.learning_rate`",
@@ -177,6 +185,16 @@ def hint(config: TrainConfig) -> str | None:
     )
 
 
+def splits(config: TrainConfig) -> bool:
+    """Whether the optimizer is known to update a part of a tensor as it would within the whole."""
+    return _entry(config.optimizer.name).is_elementwise
+
+
+def elementwise() -> list[str]:
+    """The names of those that do."""
+    return [name for name, entry in OPTIMIZERS.items() if entry.is_elementwise]
+
+
 def _entry(name: str) -> Entry:
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
@@ -185,7 +203,7 @@ def _entry(name: str) -> Entry:
             f"train.optimizer.name: there is no optimizer {name!r}.{_nearest(name, OPTIMIZERS)}, "
             f"or a dotted class such as torch.optim.SGD."
         )
-    return Entry(path=name)
+    return Entry(path=name, is_elementwise=name in _ELEMENTWISE)
 
 
 def _import_class(name: str, entry: Entry) -> type[torch.optim.Optimizer]:

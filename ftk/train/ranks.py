@@ -7,7 +7,7 @@ checkpoint, on as many processes as there are then.
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from ftk.errors import ConfigError, EnvironmentFault, Preempted
 from ftk.models import base as models
 from ftk.models.base import Family
+from ftk.train.memory import blocks
 
 LOGGER = logging.getLogger("ftk")
 
@@ -83,30 +85,96 @@ class Ranks:
             dist.broadcast(buffer, 0)
         return bytes(buffer.numpy())
 
+    def gather(self, facts: Any) -> list[Any]:
+        """All: each process's plain (JSON) facts, in the order of the processes."""
+        if self.size == 1:
+            return [facts]
+        data = json.dumps(facts).encode()
+        length = torch.tensor(len(data))
+        with _others_may_be_gone():
+            dist.all_reduce(length, dist.ReduceOp.MAX)
+            # Spaces after it change nothing in JSON.
+            own = torch.frombuffer(bytearray(data.ljust(int(length))), dtype=torch.uint8)
+            buffers = [torch.empty_like(own) for _ in range(self.size)]
+            dist.all_gather(buffers, own)
+        return [json.loads(bytes(buffer.numpy())) for buffer in buffers]
+
     def wait(self) -> None:
         """All: go on once every process is here."""
         if self.size > 1:
             with _others_may_be_gone():
                 dist.all_reduce(torch.zeros(()))
 
-    def shard(self, denoiser: Any, family: Family, replicated: Sequence[torch.nn.Parameter], device: torch.device) -> None:
-        """All: split the frozen weights over the processes, block by block (FSDP2); what is trained stays whole.
+    def shard(
+        self,
+        denoiser: Any,
+        family: Family,
+        whole: Sequence[torch.nn.Parameter],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> dict[torch.nn.Parameter, torch.nn.Parameter]:
+        """All: split the weights over the processes, block by block (FSDP2), all but those in `whole`.
 
-        Adapters are small: with them on every process, an update and its checkpoint are those of unsplit training.
+        Adapters are small: whole on every process, their update and their checkpoint are those of unsplit training. What is
+        trained and split becomes fp32, so that each part is its own master, and is gathered in `dtype`; gradients come back
+        in parts, summed over the processes in fp32. The loss of a micro-batch is divided by the step's samples already.
+
+        Returns:
+            What has become of each parameter.
 
         Source: Zhao et al. 2023 (arXiv 2304.11277); `torch.distributed.fsdp.fully_shard`.
         """
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = init_device_mesh(device.type, (self.size,))
-        kept = set(replicated)
-        for module in list(denoiser.modules()):
-            if type(module).__name__ == family.block_class:
-                fully_shard(module, mesh=mesh, ignored_params=kept)
-        # Weights outside the blocks go back to their parts after each pass, too: reading the adapter's state on one process
-        # alone would make them do so there, and the next gathering would wait for ever.
-        fully_shard(denoiser, mesh=mesh, ignored_params=kept, reshard_after_forward=True)
+        names, own_class = {parameter: name for name, parameter in denoiser.named_parameters()}, type(denoiser).__name__
+        # There is nothing to split in a single number, and what is kept in another precision is to stay in it.
+        kept = {*whole, *(parameter for parameter in names if not parameter.ndim or parameter.dtype != dtype)}
+        for parameter in kept:
+            parameter.data = parameter.data.to(device)
+        is_split = any(parameter.requires_grad for parameter in names if parameter not in kept)
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False) if is_split else MixedPrecisionPolicy()
+        for module in [*blocks(denoiser, family), denoiser]:
+            _to_fp32(parameter for parameter in module.parameters() if parameter in names and parameter not in kept)
+            # Weights outside the blocks go back to their parts after each pass, too: reading the adapter's state on one process
+            # alone would make them do so there, and the next gathering would wait for ever.
+            fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=kept, reshard_after_forward=True)
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        # What diffusers asks a model for: what it computes in is not the precision of its parts.
+        denoiser.__class__ = type(own_class, (type(denoiser),), {"dtype": dtype})
+        now = dict(denoiser.named_parameters())
+        return {parameter: now[name] for parameter, name in names.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """This process's part of a tensor that is split along its first dimension: rows `first` to `end` - 1 of `total`."""
+
+    first: int
+    end: int
+    total: int
+
+
+def rows(parameter: torch.nn.Parameter) -> Rows | None:
+    """Which rows of a parameter this process holds; None: all of them, as every other process does."""
+    if not isinstance(parameter, DTensor):
+        return None
+    total, each = len(parameter), -(-len(parameter) // parameter.device_mesh.size())  # as torch.chunk cuts
+    first = min(total, parameter.device_mesh.get_local_rank() * each)
+    return Rows(first=first, end=min(total, first + each), total=total)
+
+
+def part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a parameter or gradient, in the same memory: the rows that `rows` names, or all."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _to_fp32(parameters: Iterable[torch.nn.Parameter]) -> None:
+    for parameter in parameters:
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 @contextmanager
@@ -192,7 +260,17 @@ def _others_may_be_gone() -> Iterator[None]:
     except RuntimeError as error:  # also torch.distributed's own errors
         if models.is_out_of_memory(error):
             raise
-        raise Preempted(
-            f"Another process has ended or does not answer: {str(error).splitlines()[0][:200]}. "
-            f"The same command goes on from the last checkpoint."
-        ) from error
+        raise _gone(error) from error
+
+
+def others_gone(error: RuntimeError) -> Preempted | None:
+    """What to raise in place of an error from an exchange of torch's own, FSDP's; None for any other error."""
+    is_of_exchange = isinstance(error, dist.DistError) or "/gloo/" in str(error)
+    return _gone(error) if is_of_exchange and not models.is_out_of_memory(error) else None
+
+
+def _gone(error: RuntimeError) -> Preempted:
+    return Preempted(
+        f"Another process has ended or does not answer: {str(error).splitlines()[0][:200]}. "
+        f"The same command goes on from the last checkpoint."
+    )

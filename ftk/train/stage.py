@@ -26,7 +26,7 @@ from ftk.train.ranks import Ranks
 
 LOGGER = logging.getLogger("ftk")
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pyarrow")
-_FOLDERS = (".", "checkpoints", "adapter", "best", "samples")
+_FOLDERS = (".", "checkpoints", "adapter", "adapter/images", "best", "best/images", "samples")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +95,8 @@ def _fit(config: RunConfig, build: Build, directory: Path) -> None:
         with _stopping_on_signals(trainer.ranks):
             trainer.fit(build.loader.steps(trainer.step, config.train.steps))
     except RuntimeError as error:
+        if (gone := ranks.others_gone(error)) is not None:
+            raise gone from error
         if not models.is_out_of_memory(error):
             raise
         raise EnvironmentFault(

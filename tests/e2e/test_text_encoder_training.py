@@ -11,7 +11,7 @@ from ftk.configs.load import RECIPES, load
 from ftk.demo import draw_pictures
 from ftk.methods import _peft
 from ftk.models import base as models
-from ftk.train import build, deliver
+from ftk.train import build, deliver, memory
 
 RECIPE = RECIPES / "stable-diffusion-oft.yaml"
 METHOD_BY_FAMILY = {
@@ -185,3 +185,29 @@ def test_a_model_whose_text_encoder_cannot_be_trained_is_told_so(workspace, ftk)
     done = ftk("prepare", run_file)
     assert done.code == 2
     assert "method.text_encoder: the text encoder of qwen-image cannot be trained" in done.err
+
+
+def test_the_memory_plan_counts_the_text_encoder(scene, ftk):
+    overrides, _ = scene
+    config = load(RECIPE, overrides[1::2])
+    inputs = build.open_inputs(config, torch.device("cpu"))
+    parameters = [each.numel() for each in plain_encoder(config).parameters()]
+    # Of 4 texts, 77 tokens, 2 layers 32 wide.
+    activations = 4 * 4 * 77 * 2 * 32 * memory._ENCODER_WIDTHS
+    # In fp32; what is trained of it has a gradient and moments beside.
+    assert 4 * sum(parameters) < inputs.plan.parts["text encoders"] - activations < 12 * sum(parameters)
+    assert "text encoders" not in build.open_inputs(alone(config), torch.device("cpu")).plan.parts
+    done = ftk("doctor", RECIPE, *overrides)
+    assert done.code == 0, done.err
+    assert "text encoders" in done.out
+
+
+def plain_encoder(config):
+    family = models.get("stable-diffusion")
+    names = ("text_encoder",)
+    return build.load_components(names, family, Path(config.model.path), torch.float32, torch.device("cpu"))[names[0]]
+
+
+def alone(config):
+    """The same run without its text encoder."""
+    return config.model_copy(update={"method": config.method.model_copy(update={"text_encoder": None})})

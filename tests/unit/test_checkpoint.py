@@ -1,10 +1,14 @@
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from ftk import storage
 from ftk.configs.schema import TrainConfig
-from ftk.errors import CheckpointError
+from ftk.contracts import RUN_SCHEMA
+from ftk.errors import CheckpointError, EnvironmentFault
 from ftk.train import checkpoint
 from ftk.train.optim import MasterOptimizer
+from ftk.train.ranks import Ranks, Rows
 
 
 @pytest.fixture
@@ -111,3 +115,94 @@ def test_what_changes_the_course_of_a_run_is_part_of_it(change):
 def test_a_longer_curve_is_another_curve():
     short, long = (TrainConfig(schedule="cosine", steps=steps) for steps in (5, 6))
     assert checkpoint.exact_settings(short, {}) != checkpoint.exact_settings(long, {})
+
+
+WHOLE = {
+    "one": torch.randn(1, 4), "three": torch.randn(3), "seven": torch.randn(7, 2, 3), "number": torch.tensor(5.0),
+}  # fmt: skip
+STATE = {"seven/step": torch.tensor(2.0), "seven/exp_avg": torch.randn(7, 2, 3), "number/exp_avg": torch.tensor(1.0)}
+
+
+def rows_of(tensor, rank, size):
+    each = -(-len(tensor) // size)
+    return Rows(first=min(len(tensor), rank * each), end=min(len(tensor), (rank + 1) * each), total=len(tensor))
+
+
+def split_checkpoint(directory, size):
+    """As `size` processes write one: each its rows, the first what is no rows."""
+    path = directory / "00000005"
+    path.mkdir(parents=True)
+    for rank in range(size):
+        for kind, tensors in (("adapter", WHOLE), ("optimizer", STATE)):
+            own = {name: tensor for name, tensor in tensors.items() if not tensor.ndim and not rank}
+            for name, tensor in tensors.items():
+                rows = rows_of(tensor, rank, size) if tensor.ndim else None
+                if rows and rows.first < rows.end:
+                    own[name] = tensor[rows.first : rows.end].clone()
+            if own:
+                save_file(own, path / f"{kind}-{rank:05d}-000.safetensors")
+    trainer = {"schema_version": RUN_SCHEMA, "step": 5, "num_samples_seen": 20, "optimizer": {}, "settings": {}}
+    storage.commit_json(path / "trainer.json", trainer)
+    storage.commit_json(path / "COMPLETE", {each.name: storage.blake3_file(each) for each in path.iterdir()})
+    return path
+
+
+@pytest.mark.parametrize("written_by", [1, 2, 3, 5, 8])
+def test_any_number_of_processes_reads_what_any_other_wrote(tmp_path, written_by):
+    split_checkpoint(tmp_path, written_by)
+    found = checkpoint.latest(tmp_path)
+    for tensors, expected in zip(found.tensors(), (WHOLE, STATE), strict=True):
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    for size in (1, 2, 3, 4, 9):
+        for rank in range(size):
+            rows = {name: rows_of(tensor, rank, size) for name, tensor in WHOLE.items() if tensor.ndim}
+            weights, state = found.tensors(rows)
+            for name, one in rows.items():
+                assert torch.equal(weights[name], WHOLE[name][one.first : one.end])
+            assert torch.equal(weights["number"], WHOLE["number"])
+            seven = rows["seven"]
+            assert torch.equal(state["seven/exp_avg"], STATE["seven/exp_avg"][seven.first : seven.end])
+            assert torch.equal(state["seven/step"], STATE["seven/step"])
+
+
+def test_rows_of_another_model_are_refused(tmp_path):
+    split_checkpoint(tmp_path, 2)
+    with pytest.raises(CheckpointError, match="checkpoint's three has 3 rows, and this run's 4"):
+        checkpoint.latest(tmp_path).tensors({"three": Rows(first=0, end=2, total=4)})
+
+
+@pytest.mark.parametrize("change", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1] + b"X")])
+def test_each_file_of_a_split_checkpoint_is_verified(tmp_path, change):
+    for number, name in enumerate(("adapter-00000-000", "adapter-00001-000", "optimizer-00001-000")):
+        path = split_checkpoint(tmp_path / str(number), 2)
+        assert checkpoint.damage(path) is None
+        change(path / f"{name}.safetensors")
+        assert f"{name}.safetensors" in checkpoint.damage(path)
+
+
+def test_a_receipt_that_names_no_weights_is_damage(tmp_path):
+    path = split_checkpoint(tmp_path, 2)
+    receipt = storage.read_json(path / "COMPLETE")
+    kept = {name: hashed for name, hashed in receipt.items() if not name.startswith("adapter")}
+    storage.commit_json(path / "COMPLETE", kept)
+    assert "COMPLETE names no file of the adapter" in checkpoint.damage(path)
+
+
+def test_large_checkpoints_lie_in_several_files(tmp_path, monkeypatch):
+    parameters = {name: torch.nn.Parameter(torch.randn(5, 4)) for name in "abc"}
+    made = MasterOptimizer(parameters, TrainConfig())
+    monkeypatch.setattr(checkpoint, "_FILE_BYTES", 2 * parameters["a"].nbytes)
+    path = checkpoint.save_checkpoint(tmp_path, 5, 5, made, {})
+    assert [sorted(load_file(each)) for each in sorted(path.glob("adapter*"))] == [["a", "b"], ["c"]]
+    assert [each.name for each in path.glob("optimizer*")] == ["optimizer.safetensors"]
+    weights, _ = checkpoint.latest(tmp_path).tensors()
+    assert all(torch.equal(weights[name], parameter) for name, parameter in parameters.items())
+
+
+def test_a_folder_that_a_process_does_not_see_is_refused(tmp_path, monkeypatch):
+    checkpoint.refuse_unshared(tmp_path, Ranks())
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(Ranks, "gather", lambda *_: [True, False, True, False])
+    with pytest.raises(EnvironmentFault, match="not there for process 1, 3: each writes its own part"):
+        checkpoint.refuse_unshared(tmp_path, Ranks())

@@ -101,6 +101,35 @@ def test_weights_are_split_before_they_are_rounded(full_size: Any) -> None:
     assert planned(full_size, gpu(32), several, sharding="none").sharding == "none"
 
 
+def test_what_is_trained_is_split_with_the_weights_where_they_are_what_is_trained() -> None:
+    with torch.device("meta"):
+        denoiser = QwenImageTransformer2DModel(num_layers=60, guidance_embeds=False).to(torch.bfloat16)
+    numel = sum(one.numel() for one in denoiser.parameters())
+    block = sum(one.numel() for one in denoiser.transformer_blocks[0].parameters())
+    outside = numel - 60 * block
+
+    def plan(gib: float, world_size: int, **settings: Any) -> memory.MemoryPlan:
+        workload = Workload(height=128, width=128, text_tokens=200, micro_batch_size=1, world_size=world_size)
+        config = TrainConfig.model_validate(settings)
+        return memory.plan(FAMILY, denoiser, config, workload, gpu(gib), splits_trained=True)
+
+    whole, split = plan(1000, 8), plan(80, 8)
+    assert (whole.sharding, split.sharding) == ("none", "fsdp")
+    assert whole.parts["trained weights and optimizer"] == 20 * numel
+    assert split.parts["trained weights and optimizer"] == 16 * numel // 8
+    assert plan(80, 8, ema_decay=0.9).parts["trained weights and optimizer"] == 20 * numel // 8
+    # In bf16 what is no block and two blocks; their gradients as they come and in fp32, of one block at a time.
+    gathered = 2 * (outside + 2 * block) + 6 * (outside + block)
+    held = FAMILY.activations(denoiser, 4096, 200, torch.bfloat16)
+    assert split.parts["working memory of a block"] == gathered + held.block_working
+    assert any(
+        "gradients and the optimizer's state are split over 8 processes: they do not fit one" in one for one in split.reasons
+    )
+    alone = plan(80, 1)
+    assert not alone.fits
+    assert measures(alone) == (60, 0, "full", "none")
+
+
 @pytest.mark.usefixtures("torchao")
 @pytest.mark.parametrize(
     ("settings", "expected"),

@@ -13,7 +13,7 @@ from ftk.errors import CheckpointError, ConfigError
 from ftk.train import optim
 from ftk.train.memory import has_torchao
 from ftk.train.optim import MasterOptimizer
-from ftk.train.optimizers import OPTIMIZERS
+from ftk.train.optimizers import OPTIMIZERS, elementwise, splits
 
 RATES = {"adafactor": 0.3, "lion": 0.02, "prodigy": 1.0, "torch.optim.SGD": 0.05, "torch.optim.RMSprop": 0.02}
 needs_torchao = pytest.mark.skipif(not has_torchao(), reason="torchao is not installed: make test-int8")
@@ -522,3 +522,34 @@ def test_a_changed_setting_is_the_run_files_not_the_checkpoints():
     resumed.restore(*through_a_file(begun))
     (group,) = resumed._optimizers[0].param_groups
     assert (group["weight_decay"], group["initial_lr"]) == (0.0, 0.01)
+
+
+TORCH_OPTIMIZERS = [
+    f"torch.optim.{name}"
+    for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "Adagrad", "RMSprop", "Rprop", "ASGD")
+]
+
+
+@pytest.mark.parametrize("name", [*elementwise(), *TORCH_OPTIMIZERS])
+def test_optimizers_that_may_be_split_treat_a_part_as_they_do_within_the_whole(name):
+    config = config_of(name, learning_rate=0.01)
+    assert splits(config)
+    value, gradients = torch.randn(6, 4), [torch.randn(6, 4) for _ in range(4)]
+    updated = []
+    for cuts in ([6], [4, 2], [1, 0, 5]):
+        parts = {str(number): torch.nn.Parameter(part.clone()) for number, part in enumerate(value.split(cuts))}
+        optimizer = MasterOptimizer(parts, config)
+        for gradient in gradients:
+            for parameter, part in zip(parts.values(), gradient.split(cuts), strict=True):
+                parameter.grad = part.clone()
+            optimizer.step(1.0, None, torch.zeros(()))
+        updated.append(torch.cat(list(optimizer.delivered().values())))
+    for other in updated[1:]:
+        torch.testing.assert_close(other, updated[0], rtol=1e-6, atol=1e-7)
+    assert not torch.equal(updated[0], value)
+
+
+@pytest.mark.parametrize("name", ["adamw-8bit", "adafactor", "prodigy", "muon", "torch.optim.Muon", "some.package.Optimizer"])
+def test_optimizers_that_look_at_whole_tensors_may_not_be_split(name):
+    config = config_of(name, learning_rate=0.01)
+    assert not splits(config)

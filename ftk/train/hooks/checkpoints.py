@@ -8,10 +8,13 @@ from ftk.errors import TrainingError
 from ftk.train import checkpoint
 from ftk.train.hooks.recorder import Recorder
 from ftk.train.loop import StepResult, Trainer
+from ftk.train.ranks import Ranks
 
 
 class Checkpoints:
     """Comes after the recorder, whose rows must be fetched, and found finite, before anything is saved.
+
+    The main process saves; where what is trained is split over the processes, all of them do together.
 
     Args:
         directory: `checkpoints/` of the run.
@@ -34,7 +37,7 @@ class Checkpoints:
     def on_start(self, trainer: Trainer) -> None:
         """A resumed run has its first checkpoint already; what comes after its commit may have been cut off."""
         self._saved_step = trainer.step
-        if trainer.step and trainer.ranks.is_main:
+        if trainer.step and _takes_part(trainer):
             self._deliver(trainer)
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
@@ -66,12 +69,14 @@ class Checkpoints:
             return
         self._saved_step = trainer.step
         with self._recorder.paused(trainer):
-            if trainer.ranks.is_main:
+            if _takes_part(trainer):
                 self._commit(trainer)
 
     def _commit(self, trainer: Trainer) -> None:
         self._recorder.commit()
-        checkpoint.save_checkpoint(self._directory, trainer.step, trainer.num_samples_seen, trainer.optimizer, self._settings)
+        checkpoint.save_checkpoint(
+            self._directory, trainer.step, trainer.num_samples_seen, trainer.optimizer, self._settings, _together(trainer)
+        )
         self._deliver(trainer)
 
     def _deliver(self, trainer: Trainer) -> None:
@@ -80,7 +85,7 @@ class Checkpoints:
         self._prune(trainer)
 
     def _prune(self, trainer: Trainer) -> None:
-        checkpoint.prune(self._directory, trainer.config.keep_last, trainer.config.keep_every)
+        checkpoint.prune(self._directory, trainer.config.keep_last, trainer.config.keep_every, _together(trainer))
 
     def save_best(self, trainer: Trainer, loss: float) -> None:
         """Save this step as the one with the lowest validation loss so far, and its weights in `best/`."""
@@ -89,15 +94,25 @@ class Checkpoints:
 
     def note_best(self, trainer: Trainer, step: int, loss: float) -> None:
         """Note that a saved step is the best so far; the weights in `best/` are renewed if it is the one that is loaded."""
-        if not trainer.ranks.is_main:
+        if not _takes_part(trainer):
             return
         with self._recorder.paused(trainer), trainer.optimizer.averaged():
             if step == trainer.step:
                 self._export(step, "best")
         # After the weights: a note that is missing is made again, and they with it.
-        checkpoint.mark_best(self._directory, step, loss)
+        if trainer.ranks.is_main:
+            checkpoint.mark_best(self._directory, step, loss)
         self._prune(trainer)
 
     def noted_best(self) -> tuple[int, float] | None:
         """The best step so far and its loss, as they were noted."""
         return checkpoint.read_best(self._directory)
+
+
+def _takes_part(trainer: Trainer) -> bool:
+    return trainer.ranks.is_main or trainer.optimizer.is_split
+
+
+def _together(trainer: Trainer) -> Ranks:
+    """Those that save together: all where each has a part of what is trained, else this process alone."""
+    return trainer.ranks if trainer.optimizer.is_split else Ranks()

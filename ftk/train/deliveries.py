@@ -1,0 +1,51 @@
+"""What a run delivers while it trains: weights with their model card in `adapter/` and `best/`."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ftk import storage
+from ftk.configs.load import run_path
+from ftk.configs.schema import RunConfig
+from ftk.train import card, checkpoint, metadata
+from ftk.train.ranks import Ranks
+
+if TYPE_CHECKING:
+    from ftk.train.build import Inputs
+
+
+class Deliveries:
+    """Each file is written whole or not at all, and a run that goes on writes them again: equal states give equal bytes."""
+
+    def __init__(self, config: RunConfig, inputs: "Inputs", components: Mapping[str, Any], ranks: Ranks) -> None:
+        self._config = config
+        self._inputs = inputs
+        self._components = components
+        self._ranks = ranks
+        self._directory = run_path(config)
+        self._is_counted = False
+
+    def export(self, step: int, folder: str) -> None:
+        """The weights as they are in the model now, of a step; all processes that have a part of them."""
+        self._count()
+        inputs, subject = self._inputs, self._subject(step)
+        form, place = inputs.method.FORMATS[0], self._directory / folder
+        inputs.method.export(self._components, inputs.family, inputs.method_config, place, form, metadata.of(subject))
+        if self._ranks.is_main:
+            card.write(subject, place, card.loading(subject, form))
+
+    def renew_cards(self, step: int) -> None:
+        """Put the sample images of a step on the cards of its weights: they are drawn after those are written."""
+        checkpoints = self._directory / "checkpoints"
+        is_of_step = {"adapter": (checkpoints / f"{step:08d}").is_dir(), "best": checkpoint.best_step(checkpoints) == step}
+        subject = self._subject(step)
+        for folder in [name for name, is_it in is_of_step.items() if is_it]:
+            card.write(subject, self._directory / folder, card.loading(subject, self._inputs.method.FORMATS[0]))
+
+    def _subject(self, step: int) -> metadata.Subject:
+        return metadata.subject(self._config, step, self._inputs.model)
+
+    def _count(self) -> None:
+        if self._ranks.is_main and not self._is_counted:
+            counted = metadata.trained_on(self._inputs.store, len(self._inputs.order.held_out))
+            storage.commit_json(self._directory / metadata.TRAINED_ON, counted)
+            self._is_counted = True
