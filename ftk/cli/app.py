@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ftk.cli import cache, demo, doctor, export, gc, init, inspect, merge, prepare, run, sample, tiny, train, verify
+from ftk.cli import cache, demo, doctor, export, extract, gc, init, inspect, merge, prepare, run, sample, tiny, train, verify
 from ftk.errors import FtkError
 
 LOGGER = logging.getLogger("ftk")
@@ -28,6 +28,7 @@ app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.command("merge")(merge.merge)
 app.command("export")(export.export)
+app.command("extract")(extract.extract)
 app.command("run")(run.run)
 app.command("demo")(demo.demo)
 app.command("init")(init.init)

@@ -1,7 +1,8 @@
 """`ftk export`."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,17 +13,51 @@ Best = Annotated[bool, typer.Option("--best", help="The step with the lowest val
 
 def export(
     run_file: RunFile,
-    form: Annotated[str, typer.Option("--format", help="diffusers, peft, comfyui, kohya or lycoris.", show_default=False)],
+    form: Annotated[
+        str | None, typer.Option("--format", help="diffusers, peft, comfyui, kohya or lycoris; the method's own by default.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where the files go; exports/FORMAT of the run by default.")
     ] = None,
     best: Best = False,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="OWNER/NAME", help="Upload them to this repository of the Hub too.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository a private one.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the files and their sizes; keep and upload nothing.")
+    ] = False,
     overrides: Overrides = None,
     workspace: Workspace = None,
     json: Json = False,
 ) -> None:
-    """Write the trained weights in another format, as far as the method can become one."""
+    """Write the trained weights in another format, as far as the method can become one; with --push to the Hub too."""
     config = load_config(run_file, overrides, workspace)
-    from ftk.train import deliver
+    from ftk.errors import ConfigError
 
-    show("export", deliver.export(config, form, out, best), json)
+    if private and push is None:
+        raise ConfigError("--private is for --push: nothing else leaves this machine.")
+    report = _plan(config, form, best, push) if dry_run else _run(config, form, out, best, push, private)
+    show("export", report, json)
+
+
+def _run(config: Any, form: str | None, out: Path | None, best: bool, repository: str | None, private: bool) -> dict[str, Any]:
+    from ftk.train import deliver, push
+
+    if repository is None:
+        return asdict(deliver.export(config, form, out, best))
+    push.check(repository)
+    report = deliver.export(config, form, out, best, repository)
+    message = f"Step {report.step:,} of {config.run}, {report.format}"
+    url = push.upload(Path(report.directory), report.files, repository, private, message)
+    return {**asdict(report), "url": url}
+
+
+def _plan(config: Any, form: str | None, best: bool, repository: str | None) -> dict[str, Any]:
+    """What would be written, found out by writing it where it is thrown away."""
+    from ftk.train import deliver, push
+
+    if repository is not None:
+        push.check_name(repository)
+    planned = deliver.plan(config, form, best, repository)
+    return planned if repository is None else {**planned, "repository": repository, "logged_in": push.is_logged_in()}

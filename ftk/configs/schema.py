@@ -473,7 +473,8 @@ class TrainConfig(Section):
     memory: MemoryConfig = MemoryConfig()
     device: Device = "auto"
     sharding: Literal["auto", "none", "fsdp"] = Field(
-        default="auto", description="fsdp: frozen weights are split over the processes (FSDP2); auto: where they do not fit"
+        default="auto",
+        description="fsdp: frozen weights, and what `full` trains, split over processes (FSDP2); auto: where they do not fit",
     )
     timeout_seconds: float = Field(default=600.0, gt=0, description="after which a process that waits for another gives up")
     seed: int = Field(default=0, ge=0)

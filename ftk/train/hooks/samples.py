@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from ftk import storage
 from ftk.cache.store import CacheStore
+from ftk.configs.load import run_path
 from ftk.configs.schema import RunConfig
 from ftk.errors import CacheError
 from ftk.train import sample
@@ -40,25 +42,36 @@ class Samples:
     """Writes `samples/step-NNNNNNNN.png`, one image a prompt.
 
     Args:
+        renew_cards: shows the images of a step on the cards of the weights that are of this step.
         is_sharded: every process holds a part of the weights alone, so all must draw; else the main one does.
     """
 
     def __init__(
-        self, directory: Path, model: Path, config: RunConfig, store: CacheStore, recorder: Recorder, *, is_sharded: bool
+        self,
+        config: RunConfig,
+        model: Path,
+        store: CacheStore,
+        recorder: Recorder,
+        renew_cards: Callable[[int], None],
+        *,
+        is_sharded: bool,
     ) -> None:
-        self._directory = directory
+        self._directory = run_path(config) / "samples"
         self._model = model
         self._config = config
         self._store = store
         self._recorder = recorder
+        self._renew_cards = renew_cards
         self._is_sharded = is_sharded
 
     def on_start(self, trainer: Trainer) -> None:
-        """Draw what a kill between this step's checkpoint and its images left out."""
+        """Draw what a kill between this step's checkpoint and its images left out, or between those and the cards."""
         is_missing = trainer.ranks.is_main and self._is_due(trainer.step) and not self._sheet(trainer.step).exists()
         (is_missing,) = trainer.ranks.agree(is_missing)
         if is_missing:
             self._show(trainer)
+        elif trainer.ranks.is_main and self._is_due(trainer.step):
+            self._renew_cards(trainer.step)
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         """Draw at every `sample.every`-th step."""
@@ -86,23 +99,19 @@ class Samples:
             sheet = sample.grid([[image] for image in images], prompts, [f"step {trainer.step}"])
             storage.commit_bytes(self._sheet(trainer.step), sample.png_bytes(sheet))
             self._recorder.images(trainer.step, images, prompts)
+            self._renew_cards(trainer.step)
 
     def _draw(self, trainer: Trainer) -> list[Image.Image]:
         """One image a prompt from the denoiser as it is now."""
-        denoiser = trainer.denoiser
-        dtype = trainer.dtype
         family = trainer.family
-        components = {family.denoiser_components[0]: denoiser, **dict.fromkeys(family.text_components)}
-        pipeline = family.pipeline(self._model, dtype, trainer.device, **components)
+        components = {family.denoiser_components[0]: trainer.denoiser, **dict.fromkeys(family.text_components)}
+        pipeline = family.pipeline(self._model, trainer.dtype, trainer.device, **components)
         vae = weakref.ref(pipeline.vae)
-        denoiser.eval()
-        try:
+        with torch.no_grad(), trainer.evaluating():
             images = [
-                sample.generate(pipeline, family, self._config, self._texts(trainer, prompt, dtype), position)
+                sample.generate(pipeline, family, self._config, self._texts(trainer, prompt), position)
                 for position, prompt in enumerate(self._config.sample.prompts)
             ]
-        finally:
-            denoiser.train()
         del pipeline
         gc.collect()
         assert vae() is None, "something keeps the VAE in memory"
@@ -110,15 +119,18 @@ class Samples:
             torch.cuda.empty_cache()
         return images
 
-    def _texts(self, trainer: Trainer, prompt: str, dtype: torch.dtype) -> dict[str, Any]:
+    def _texts(self, trainer: Trainer, prompt: str) -> dict[str, Any]:
         """The pipeline's text arguments, the negative ones with their prefix."""
 
         def arguments(text: str) -> dict[str, Any]:
             item = {
-                name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                name: tensor.to(trainer.device, trainer.dtype if tensor.is_floating_point() else None)
                 for name, tensor in self._store.prompt(text).items()
             }
-            return {name: tensor.to(trainer.device) for name, tensor in trainer.family.pipeline_texts(item).items()}
+            if trainer.encoders:
+                batch = trainer.encoded(trainer.family.collate_texts([item]))
+                item = {name: tensor[0] for name, tensor in batch.items() if tensor is not None}
+            return trainer.family.pipeline_texts(item)
 
         positive = arguments(prompt)
         if self._config.sample.guidance_scale <= 1:
