@@ -214,7 +214,7 @@ def test_comfyuis_dora_computes_what_was_trained(lora: Callable[..., LoraCase], 
         ({"rank_pattern": {"to_q": 0}}, "above 0"),
         ({"alpha_pattern": {"to_q": -1.0}}, "above 0"),
         ({"lora_plus": 0.5}, "greater than or equal to 1"),
-        ({"initialisation": "eva"}, "gaussian"),
+        ({"initialisation": "evo"}, "gaussian"),
         ({"ranks": 3}, "Did you mean `rank`"),
     ],
 )
