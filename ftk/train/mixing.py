@@ -1,8 +1,8 @@
 """Adapters of several runs in one pipeline, each with a strength of its own.
 
 PEFT adds up what adapters of several types give a layer, each wrapped around the one before: exactly the sum of their changes
-to its weights, as long as those that come after the first only add to a layer's output (LoRA, LoHa, LoKr). Their strength is
-PEFT's scaling. Others rotate or rescale (OFT, DoRA, HRA and the rest): they load as they are, first and alone of their kind.
+to its weights, as long as they only add to a layer's output (LoRA, LoHa, LoKr). Their strength is PEFT's scaling. Others rotate
+or rescale (OFT, DoRA, HRA and the rest): the run's own of such a kind is folded into the weights before others are added.
 """
 
 import json
@@ -122,7 +122,7 @@ def add(pipeline: Any, own: Mapping[str, float], added: Sequence[Found]) -> None
     Raises:
         CheckpointError: a file is damaged, or was trained on another base model.
     """
-    strengths = dict(own)
+    strengths = {} if _fold_in(pipeline) else dict(own)
     for number, one in enumerate(added):
         name = f"added_{number}"
         if one.is_directory:
@@ -133,6 +133,16 @@ def add(pipeline: Any, own: Mapping[str, float], added: Sequence[Found]) -> None
             method.load_into(pipeline, one.folder, name)
         strengths[name] = one.strength
     set_strengths(pipeline, strengths)
+
+
+def _fold_in(pipeline: Any) -> bool:
+    """Fold the run's own adapter into the weights if it does more than add; returns whether it does."""
+    adapted = [one for one in pipeline.components.values() if isinstance(one, torch.nn.Module) and _peft.adapted(one)]
+    settings = [one.peft_config[OWN] for one in adapted]
+    only_adds = all(one.peft_type.value in ADDING and not getattr(one, "use_dora", False) for one in settings)
+    for component in () if only_adds else adapted:
+        _peft.merge(component)
+    return not only_adds
 
 
 def set_strengths(pipeline: Any, strengths: Mapping[str, float]) -> None:

@@ -149,6 +149,20 @@ def test_text_encoders_are_mixed_too(adapter: Callable[..., Adapter], pipeline: 
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("own", ["oft", "hra", "dora"])
+def test_others_lie_on_top_of_a_rotated_convolution(
+    adapter: Callable[..., Adapter], pipeline: Callable[..., Any], own: str
+) -> None:
+    name, targets = "stable-diffusion", {"targets": ("to_q", "proj_in") if own != "hra" else ("to_q",), "text_encoder": {}}
+    first = adapter(own, 1, family=name, **targets)
+    added = [
+        (adapter(kind, seed, family=name, targets=("to_q", "proj_in")), 0.5) for seed, kind in enumerate(("lora", "loha"), 2)
+    ]
+    expected = summed(name, pipeline(name), [(first, 1.0), *added])
+    found = drawn(name, mixed(pipeline(name), first, 1.0, added))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 def test_an_adapter_of_another_base_is_refused_before_anything_is_drawn(
     adapter: Callable[..., Adapter], pipeline: Callable[..., Any]
 ) -> None:
