@@ -85,7 +85,7 @@ def planned(config: "RunConfig", world_size: int = 1) -> "tuple[MemoryPlan, Work
     from ftk.methods import base as methods
     from ftk.models import base as models
     from ftk.train import memory, optim
-    from ftk.train.build import load_components, settings_for_plan
+    from ftk.train.inputs import load_components, settings_for_plan
 
     optim.check(config.train)
     family = models.get(config.model.family)

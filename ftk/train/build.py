@@ -1,4 +1,4 @@
-"""Puts a trainer together: cache, order, denoiser, method, optimizer, hooks, and the newest checkpoint."""
+"""Puts a trainer together: denoiser, method, optimizer, hooks, and the newest checkpoint."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,54 +7,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 
 from ftk.cache import fingerprint
-from ftk.cache.fetch import Download
-from ftk.cache.shards import KINDS
-from ftk.cache.store import CacheStore
-from ftk.configs.load import cache_location, prepared_path, run_path
-from ftk.configs.schema import ParameterGroupConfig, RunConfig, TrainConfig
-from ftk.errors import CacheError, ConfigError
+from ftk.configs.load import run_path
+from ftk.configs.schema import RunConfig, TrainConfig
 from ftk.methods import base as methods
 from ftk.methods.base import DENOISER
 from ftk.models import base as models
-from ftk.models.base import Family, NoiseSchedule, TrainsEncoders
-from ftk.pipeline import dataset as prepared
 from ftk.progress import track
-from ftk.train import checkpoint, memory, optim, optimizers, placement
+from ftk.train import checkpoint, memory, optim, placement
 from ftk.train.data import Batch, BatchBuilder, Loader
 from ftk.train.deliveries import Deliveries
-from ftk.train.flow import SigmaDistribution
 from ftk.train.hooks import samples
 from ftk.train.hooks.checkpoints import Checkpoints
 from ftk.train.hooks.recorder import Recorder, ValidationLog
 from ftk.train.hooks.trackers import open_trackers
 from ftk.train.hooks.validation import Validation
+from ftk.train.inputs import Inputs, load_components, open_inputs, with_rates
 from ftk.train.loop import Hook, Trainer
-from ftk.train.order import Order, keyed_seed
+from ftk.train.order import keyed_seed
 from ftk.train.ranks import Ranks
 
 LOGGER = logging.getLogger("ftk")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
-    """What a run trains on, without any weights in memory."""
-
-    family: Family
-    method: methods.Method
-    method_config: Any
-    store: CacheStore
-    order: Order
-    model: Path
-    schedule: NoiseSchedule
-    sigmas: SigmaDistribution
-    workload: memory.Workload
-    plan: memory.MemoryPlan
-    num_frozen_parameters: int
-    num_trainable_parameters: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,56 +41,6 @@ class Build:
     loader: Loader
     recorder: Recorder
     directory: Path
-
-
-def open_inputs(config: RunConfig, device: torch.device, world_size: int = 1) -> Inputs:
-    """Open the cache, order it, and plan the memory; the denoiser's shapes alone are read.
-
-    Raises:
-        CacheError: the cache is missing, damaged, or was made with something else than this run names.
-        ConfigError: a setting does not fit the family, the method or the samples.
-    """
-    family = models.get(config.model.family)
-    method, method_config = methods.parse(config.method)
-    _check_needs(method)
-    optim.check(config.train)
-    needed = family.latent_components if config.sample.every and config.sample.prompts else ()
-    trained_components = method.needs(family, method_config)
-    encoders = [name for name in trained_components if name != DENOISER]
-    model = models.locate(config.model, (*family.denoiser_components, *encoders, *needed))
-    schedule = family.load_schedule(model)
-    sigmas = sigma_distribution(config.train, schedule, family)
-    store = open_cache(config, family)
-    samples.check(config, store)
-    order = build_order(config, store)
-    shapes = load_components(trained_components, family, model, torch.float32, torch.device("meta"))
-    trained = method.attach(shapes, family, method_config, 0)
-    train = settings_for_plan(config.train, method, method_config)
-    workload = memory.cached_workload(store.table, family, config.train, world_size)
-    return Inputs(
-        family=family,
-        method=method,
-        method_config=method_config,
-        store=store,
-        order=order,
-        model=model,
-        schedule=schedule,
-        sigmas=sigmas,
-        workload=workload,
-        plan=memory.plan(
-            family,
-            shapes[DENOISER],
-            train,
-            workload,
-            memory.inspect_device(device),
-            encoders=[module for name, module in shapes.items() if name != DENOISER],
-            splits_trained=methods.trains_base(method, method_config),
-        ),
-        num_frozen_parameters=sum(
-            each.numel() for module in shapes.values() for each in module.parameters() if not each.requires_grad
-        ),
-        num_trainable_parameters=sum(parameter.numel() for parameter in trained.values()),
-    )
 
 
 def build_trainer(config: RunConfig, ranks: Ranks | None = None, device: torch.device | None = None, *,
@@ -187,52 +112,6 @@ def _load(
         now = ranks.shard(denoiser, family, whole, device, getattr(torch, plan.dtype))
         parameters = {name: now.get(parameter, parameter) for name, parameter in parameters.items()}
     return components, parameters
-
-
-def settings_for_plan(config: TrainConfig, method: methods.Method, settings: Any) -> TrainConfig:
-    """The settings that the memory plan may choose within: a base that changes is there in full precision.
-
-    It is split over processes only where it is what is trained, and only with an optimizer that updates part by part.
-
-    Raises:
-        ConfigError: the settings ask for what the method, or the optimizer, cannot do.
-    """
-    if not methods.changes_base(method, settings):
-        return config
-    if config.memory.base == "int8":
-        raise ConfigError("train.memory.base: int8 does not go with a method that changes the base weights. Leave it out.")
-    splits = methods.trains_base(method, settings) and optimizers.splits(config)
-    if config.sharding == "fsdp" and not splits:
-        raise ConfigError(_why_whole(config, method, settings))
-    return config.model_copy(
-        update={
-            "sharding": config.sharding if splits else "none",
-            "memory": config.memory.model_copy(update={"base": "full"}),
-        },
-    )
-
-
-def _why_whole(config: TrainConfig, method: methods.Method, settings: Any) -> str:
-    if methods.trains_base(method, settings):
-        return (
-            f"train.sharding: fsdp splits what method {method.name} trains, and optimizer {config.optimizer.name} is not known "
-            f"to treat a part of a tensor as within the whole. Those that do: {', '.join(optimizers.elementwise())}, and "
-            f"most of torch.optim. Or leave train.sharding out."
-        )
-    return (
-        f"train.sharding: fsdp does not go with a method that changes the base weights and trains something beside them "
-        f"({method.name} with these settings): what it delivers is computed from both. Leave it out."
-    )
-
-
-def with_rates(config: TrainConfig, method: methods.Method, settings: Any) -> TrainConfig:
-    """The settings with the learning rates that the method asks for, behind those of the run file."""
-    asked = tuple(
-        ParameterGroupConfig(match=match, learning_rate=config.learning_rate * factor)
-        for match, factor in methods.parameter_groups(method, settings)
-    )
-    groups = (*config.optimizer.groups, *asked)
-    return config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"groups": groups})})
 
 
 def _identities(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
@@ -340,107 +219,3 @@ def _restore_part(trainer: Trainer, found: checkpoint.Checkpoint | None, setting
         trainer.step, trainer.num_samples_seen = found.step, found.num_samples_seen
         LOGGER.info("resuming from %s", found.path)
     return found is not None
-
-
-def _check_needs(method: methods.Method) -> None:
-    """What this stage can give a method from the cache: latents and texts."""
-    if method.EXTRA:
-        raise ConfigError(f"method {method.name} needs {', '.join(sorted(method.EXTRA))}, which this ftk cannot give it yet.")
-
-
-def load_components(
-    names: Sequence[str], family: Family, model: Path, dtype: torch.dtype, device: torch.device
-) -> dict[str, Any]:
-    """The denoiser and text encoders that a method needs, frozen, in training mode; on `meta` their shapes alone."""
-    components: dict[str, Any] = {}
-    for name in names:
-        if name == DENOISER:
-            components[name] = family.load_denoiser(model, dtype, device)
-        else:
-            assert isinstance(family, TrainsEncoders)
-            components[name] = family.load_encoder(model, name, dtype, device)
-    return components
-
-
-def open_cache(config: RunConfig, family: Family) -> CacheStore:
-    """Open the cache and refuse one that is not what this run names, with a table of what differs.
-
-    Weights are compared where the VAE and text encoder are at hand; a training machine need not have them.
-    """
-    location = cache_location(config)
-    download = Download(directory=Path(config.cache.download_dir), max_bytes=round(config.cache.download_gib * 2**30))
-    store = CacheStore.open(location, download)
-    manifest = store.manifest
-    rows: list[tuple[str, str, str]] = []
-    for kind in KINDS:
-        components = family.latent_components if kind == "latents" else family.text_components
-        local = models.local_components(config.model, components)
-        found = manifest.encoders[kind]
-        expected = fingerprint.encoder_parts(kind, family, config.cache, local, full=fingerprint.is_full(found))
-        rows += [(f"{kind}.{part}", e, f) for part, e, f in fingerprint.differences(expected, found)]
-    there = prepared.read_manifest(prepared_path(config))
-    if there is not None and there.fingerprint != manifest.prepared_fingerprint:
-        rows.append(("prepared dataset", there.fingerprint, manifest.prepared_fingerprint))
-    recipe = fingerprint.differences(prepared.recipe(config), manifest.prepared_recipe)
-    rows += [(f"data.{part}", expected, found) for part, expected, found in recipe]
-    if rows:
-        raise CacheError(
-            f"{location} was not made from what this run names:\n{fingerprint.table(rows)}\n"
-            f"Run {'`ftk prepare RUN.yaml`, then ' if recipe else ''}`ftk cache RUN.yaml`: it encodes what changed and "
-            f"keeps the rest."
-        )
-    num_unused = pc.sum(pc.greater(pc.list_value_length(store.table["controls"]), 0)).as_py()
-    if num_unused:
-        LOGGER.warning("%d samples have control images: no method of this ftk uses them yet.", num_unused)
-    return store
-
-
-def build_order(config: RunConfig, store: CacheStore) -> Order:
-    """The sequence of micro-batches over the cache's samples."""
-    empty_length = store.length("texts", store.manifest.empty_text)
-    order = Order(store.table, config.train, empty_length=empty_length)
-    short = {"smaller": order.num_smaller, "dropped": order.num_dropped, "filled": order.num_filled}
-    for what, count in short.items():
-        if count:
-            unit = "incomplete micro-batches trained as they are" if what == "smaller" else f"samples {what}"
-            LOGGER.info("each epoch of %d samples: %d %s", order.samples_an_epoch, count, unit)
-    if len(order.held_out):
-        LOGGER.info("%d samples are held out for validation", len(order.held_out))
-    return order
-
-
-def sigma_distribution(config: TrainConfig, schedule: NoiseSchedule, family: Family) -> SigmaDistribution:
-    """How sigmas are drawn, on the family's own table.
-
-    Raises:
-        ConfigError: a setting that the model's objective, or its scheduler, does not know.
-    """
-    _check_sigma(config, schedule, family)
-    if config.sigma.shift == "resolution" and schedule.token_shift is None:
-        raise ConfigError(f"train.sigma.shift: resolution: the scheduler of this {family.name} has no shift by resolution.")
-    plain = config.sigma.model_dump(exclude={"stratified", "weighting", "min_snr_gamma", "shift"})
-    shift = schedule.token_shift if config.sigma.shift == "resolution" else config.sigma.shift
-    return SigmaDistribution(table=schedule.sigmas, shift=shift, **plain)
-
-
-def _check_sigma(config: TrainConfig, schedule: NoiseSchedule, family: Family) -> None:
-    """Weightings are made for one kind of objective; noise levels off the table for models that have no table."""
-    is_flow, weighting = schedule.objective == "flow", config.sigma.weighting
-    if is_flow == (weighting == "min_snr") and weighting != "none":
-        fitting = "sigma_sqrt, cosmap or none" if is_flow else "min_snr or none"
-        raise ConfigError(
-            f"train.sigma.weighting: {weighting} is not made for {family.name}, which predicts "
-            f"{'velocities' if is_flow else schedule.objective}. Set it to {fitting}."
-        )
-    if schedule.times is None:
-        return
-    plain = type(config.sigma)()
-    changed = [
-        name for name in ("shift", "minimum", "maximum", "continuous") if getattr(config.sigma, name) != getattr(plain, name)
-    ]
-    if changed:
-        raise ConfigError(
-            f"train.sigma.{changed[0]}: {family.name} was trained at {len(schedule.sigmas):,} noise levels, and is told the "
-            f"number of the level: it knows none between them. Leave it out; train.sigma.sampling (logit_normal, mode, beta) "
-            f"prefers a part of the levels."
-        )

@@ -22,8 +22,8 @@ from ftk.models import base as models
 from ftk.models.base import Family, TrainsEncoders
 from ftk.progress import human_bytes
 from ftk.train import card, checkpoint, metadata, optim
-from ftk.train.build import load_components, open_cache, with_rates
 from ftk.train.checkpoint import Checkpoint
+from ftk.train.inputs import load_components, open_cache, with_rates
 from ftk.train.order import keyed_seed
 
 LOGGER = logging.getLogger("ftk")

@@ -1,22 +1,20 @@
 """What a run delivers while it trains: weights with their model card in `adapter/` and `best/`."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ftk import storage
 from ftk.configs.load import run_path
 from ftk.configs.schema import RunConfig
 from ftk.train import card, checkpoint, metadata
+from ftk.train.inputs import Inputs
 from ftk.train.ranks import Ranks
-
-if TYPE_CHECKING:
-    from ftk.train.build import Inputs
 
 
 class Deliveries:
     """Each file is written whole or not at all, and a run that goes on writes them again: equal states give equal bytes."""
 
-    def __init__(self, config: RunConfig, inputs: "Inputs", components: Mapping[str, Any], ranks: Ranks) -> None:
+    def __init__(self, config: RunConfig, inputs: Inputs, components: Mapping[str, Any], ranks: Ranks) -> None:
         self._config = config
         self._inputs = inputs
         self._components = components

@@ -21,7 +21,8 @@ from ftk.configs.schema import RunConfig
 from ftk.errors import EnvironmentFault, Preempted
 from ftk.models import base as models
 from ftk.train import checkpoint, inspect, memory, ranks, sigma_plot
-from ftk.train.build import Build, Inputs, build_trainer, open_inputs
+from ftk.train.build import Build, build_trainer
+from ftk.train.inputs import Inputs, open_inputs
 from ftk.train.ranks import Ranks
 
 LOGGER = logging.getLogger("ftk")

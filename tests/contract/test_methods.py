@@ -1,5 +1,7 @@
 """What every method promises, with every family's tiny model."""
 
+import copy
+import functools
 import json
 import os
 import subprocess
@@ -93,6 +95,12 @@ for name, settings in json.loads(sys.argv[4]).items():
 """
 
 
+@functools.cache
+def _base(family_name: str, model: Path) -> Any:
+    """The denoiser of a tiny model, to be copied: that takes half as long as loading it."""
+    return families.get(family_name).load_denoiser(model, torch.float32, CPU).eval()
+
+
 class Trained:
     """A method attached to a fresh denoiser of a tiny model."""
 
@@ -103,9 +111,10 @@ class Trained:
         self.method: Method
         needed = NEEDED.get(name, {})
         self.method, self.config = methods.parse(MethodConfig(name=name, **{**needed, **settings}))
-        self.denoiser = family.load_denoiser(model, torch.float32, CPU).eval()
+        base = _base(family.name, model)
+        self.denoiser = copy.deepcopy(base)
         self.components = {"denoiser": self.denoiser}
-        self.base = self.predict()
+        self.base = self.predict(base)
         self.parameters = self.method.attach(self.components, family, self.config, seed)
         self.denoiser.eval()
 
@@ -172,6 +181,24 @@ def attached(
     """Makes a freshly attached method; takes its settings."""
     family, model = families.get(family_name), tiny_models(family_name)
     return lambda settings, seed=3: Trained(family, model, method_name, settings, texts_of(family_name), seed)
+
+
+@pytest.fixture(scope="module")
+def perturbed_of(tiny_models: Callable[[str], Path], texts_of: Callable[[str], Any]) -> Callable[[str, str], Trained]:
+    """A family's model after training with a method, by both names. Many tests read one, and none changes it."""
+
+    @functools.cache
+    def make(family_name: str, method_name: str) -> Trained:
+        family, model = families.get(family_name), tiny_models(family_name)
+        return Trained(family, model, method_name, {}, texts_of(family_name)).perturb()
+
+    return make
+
+
+@pytest.fixture
+def perturbed(family_name: str, method_name: str, perturbed_of: Callable[[str, str], Trained]) -> Trained:
+    """That of the test's own family and method."""
+    return perturbed_of(family_name, method_name)
 
 
 @each_case
@@ -261,8 +288,8 @@ def test_a_fresh_pipeline_with_the_export_predicts_the_same(
 
 @each_family
 @each_method
-def test_every_format_is_written_or_refused_with_a_way_that_works(attached: Callable[..., Trained], tmp_path: Path) -> None:
-    trained = attached({})
+def test_every_format_is_written_or_refused_with_a_way_that_works(perturbed: Trained, tmp_path: Path) -> None:
+    trained = perturbed
     for form in methods.FORMATS:
         directory = tmp_path / form
         refused = None
@@ -281,17 +308,17 @@ def test_every_format_is_written_or_refused_with_a_way_that_works(attached: Call
 
 @pytest.mark.parametrize("family_name", FAMILIES[:1])
 @each_method
-def test_a_format_that_does_not_exist_is_refused(attached: Callable[..., Trained], tmp_path: Path) -> None:
+def test_a_format_that_does_not_exist_is_refused(perturbed: Trained, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no delivery format 'gguf'"):
-        attached({}).export(tmp_path, "gguf")
+        perturbed.export(tmp_path, "gguf")
 
 
 @each_family
 @each_method
 def test_equal_weights_are_exported_to_equal_bytes_with_their_metadata(
-    attached: Callable[..., Trained], tmp_path: Path
+    attached: Callable[..., Trained], perturbed: Trained, tmp_path: Path
 ) -> None:
-    one, two = attached({}).perturb(), attached({}).perturb()
+    one, two = perturbed, attached({}).perturb()
     files = [trained.export(tmp_path / str(number)) for number, trained in enumerate((one, one, two))]
     for first, second, third in zip(*files, strict=True):
         assert first.read_bytes() == second.read_bytes() == third.read_bytes()
@@ -318,30 +345,23 @@ def test_another_process_exports_equal_bytes(
 
 @each_family
 @each_method
-def test_a_damaged_or_missing_export_is_named(attached: Callable[..., Trained], tmp_path: Path) -> None:
-    trained = attached({})
+def test_a_damaged_or_missing_export_is_named(perturbed: Trained, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
-        trained.method.load_into(trained.pipeline(), tmp_path)
-    (file,) = (path for path in trained.export(tmp_path) if path.suffix == ".safetensors")
+        perturbed.method.load_into(perturbed.pipeline(), tmp_path)
+    (file,) = (path for path in perturbed.export(tmp_path) if path.suffix == ".safetensors")
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match=f"{file.name} is damaged"):
-        trained.method.load_into(trained.pipeline(), tmp_path)
+        perturbed.method.load_into(perturbed.pipeline(), tmp_path)
 
 
 @each_family
 @each_method
 def test_an_export_of_another_model_is_refused(
-    attached: Callable[..., Trained],
-    family_name: str,
-    method_name: str,
-    tiny_models: Callable[[str], Path],
-    texts_of: Callable[[str], Any],
-    tmp_path: Path,
+    family_name: str, method_name: str, perturbed_of: Callable[[str, str], Trained], tmp_path: Path
 ) -> None:
     other = FAMILIES[(FAMILIES.index(family_name) + 1) % len(FAMILIES)]
-    elsewhere = Trained(families.get(other), tiny_models(other), method_name, {}, texts_of(other))
-    elsewhere.export(tmp_path)
-    trained = attached({})
+    perturbed_of(other, method_name).export(tmp_path)
+    trained = perturbed_of(family_name, method_name)
     with pytest.raises(CheckpointError, match=r"another (base )?model|does not fit this model|does not exist"):
         trained.method.load_into(trained.pipeline(), tmp_path)
 
@@ -362,8 +382,8 @@ def test_merging_predicts_what_the_adapter_predicts(attached: Callable[..., Trai
 
 @each_family
 @each_method
-def test_it_says_how_it_is_loaded(attached: Callable[..., Trained], tmp_path: Path) -> None:
-    trained = attached({}).perturb()
+def test_it_says_how_it_is_loaded(perturbed: Trained, tmp_path: Path) -> None:
+    trained = perturbed
     trained.export(tmp_path)
     pipeline = trained.pipeline()
     lines = trained.method.usage(trained.family, trained.config).replace("path/to/this/folder", str(tmp_path))

@@ -14,7 +14,7 @@ from ftk.methods import base as methods
 from ftk.methods.base import DENOISER
 from ftk.models import base as families
 from ftk.models.base import TrainsEncoders
-from ftk.train.build import load_components
+from ftk.train.inputs import load_components
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a red cat", "two dogs on a long chair"]

@@ -16,7 +16,8 @@ from ftk.configs.load import load
 from ftk.models import base as models
 from ftk.models import sdxl
 from ftk.models.base import SampleGeometry
-from ftk.train import build
+from ftk.train.data import BatchBuilder
+from ftk.train.inputs import open_inputs
 
 NEW_FAMILIES = ["stable-diffusion", "sdxl"]
 
@@ -70,9 +71,9 @@ def test_sdxl_is_told_of_each_samples_own_size_and_crop(run_file: Callable[..., 
     path = run_file("sdxl")
     for stage in ("prepare", "cache"):
         assert (result := ftk(stage, path)).code == 0, result.err
-    inputs = build.open_inputs(load(path), torch.device("cpu"))
+    inputs = open_inputs(load(path), torch.device("cpu"))
     store: CacheStore = inputs.store
-    builder = build.BatchBuilder(
+    builder = BatchBuilder(
         store=store, family=inputs.family, sigmas=inputs.sigmas, config=load(path).train, dtype=torch.float32
     )
     assert inputs.family is models.get("sdxl")

@@ -19,7 +19,7 @@ from sharded_worlds import STEPS, odd_rows
 from ftk.configs.load import load
 from ftk.methods import base as methods
 from ftk.models import base as models
-from ftk.train import build, checkpoint, deliver
+from ftk.train import checkpoint, deliver, inputs
 from ftk.train.hooks.recorder import read_metrics, validation_table
 from ftk.train.ranks import Ranks
 
@@ -201,4 +201,4 @@ def test_optimizers_that_need_whole_tensors_are_refused(runs, ftk, optimizer):
 def test_auto_splits_nothing_for_an_optimizer_that_needs_whole_tensors(runs):
     config = load(runs.parents[1] / "run.yaml", ["train.optimizer=muon"])
     method, settings = methods.parse(config.method)
-    assert build.settings_for_plan(config.train, method, settings).sharding == "none"
+    assert inputs.settings_for_plan(config.train, method, settings).sharding == "none"

@@ -11,7 +11,7 @@ from ftk.configs.load import RECIPES, load
 from ftk.demo import draw_pictures
 from ftk.methods import _peft
 from ftk.models import base as models
-from ftk.train import build, deliver, memory
+from ftk.train import deliver, inputs, memory
 
 RECIPE = RECIPES / "stable-diffusion-oft.yaml"
 METHOD_BY_FAMILY = {
@@ -56,7 +56,7 @@ def trained(scene):
     config = load(RECIPE, overrides[1::2])
     family = models.get("stable-diffusion")
     model = Path(config.model.path)
-    plain = build.load_components(("denoiser", "text_encoder"), family, model, torch.float32, torch.device("cpu"))
+    plain = inputs.load_components(("denoiser", "text_encoder"), family, model, torch.float32, torch.device("cpu"))
     found = deliver.find_checkpoint(config, best=False)
     with deliver.trained(config, family, model, found) as components:
         yield components, plain
@@ -95,8 +95,8 @@ def test_both_components_learned_rotations_that_keep_the_angles_of_neurons(train
 def test_the_text_encoder_learns_at_its_own_rate(scene, trained):
     overrides, _ = scene
     config = load(RECIPE, overrides[1::2])
-    inputs = build.open_inputs(config, torch.device("cpu"))
-    groups = build.with_rates(config.train, inputs.method, inputs.method_config).optimizer.groups
+    opened = inputs.open_inputs(config, torch.device("cpu"))
+    groups = inputs.with_rates(config.train, opened.method, opened.method_config).optimizer.groups
     assert [group.learning_rate for group in groups] == [0.01]
 
 
@@ -190,13 +190,13 @@ def test_a_model_whose_text_encoder_cannot_be_trained_is_told_so(workspace, ftk)
 def test_the_memory_plan_counts_the_text_encoder(scene, ftk):
     overrides, _ = scene
     config = load(RECIPE, overrides[1::2])
-    inputs = build.open_inputs(config, torch.device("cpu"))
+    opened = inputs.open_inputs(config, torch.device("cpu"))
     parameters = [each.numel() for each in plain_encoder(config).parameters()]
     # Of 4 texts, 77 tokens, 2 layers 32 wide.
     activations = 4 * 4 * 77 * 2 * 32 * memory._ENCODER_WIDTHS
     # In fp32; what is trained of it has a gradient and moments beside.
-    assert 4 * sum(parameters) < inputs.plan.parts["text encoders"] - activations < 12 * sum(parameters)
-    assert "text encoders" not in build.open_inputs(alone(config), torch.device("cpu")).plan.parts
+    assert 4 * sum(parameters) < opened.plan.parts["text encoders"] - activations < 12 * sum(parameters)
+    assert "text encoders" not in inputs.open_inputs(alone(config), torch.device("cpu")).plan.parts
     done = ftk("doctor", RECIPE, *overrides)
     assert done.code == 0, done.err
     assert "text encoders" in done.out
@@ -205,7 +205,7 @@ def test_the_memory_plan_counts_the_text_encoder(scene, ftk):
 def plain_encoder(config):
     family = models.get("stable-diffusion")
     names = ("text_encoder",)
-    return build.load_components(names, family, Path(config.model.path), torch.float32, torch.device("cpu"))[names[0]]
+    return inputs.load_components(names, family, Path(config.model.path), torch.float32, torch.device("cpu"))[names[0]]
 
 
 def alone(config):

@@ -13,7 +13,7 @@ from ftk.methods import base as methods
 from ftk.methods.base import DENOISER
 from ftk.models import base as families
 from ftk.train import mixing
-from ftk.train.build import load_components
+from ftk.train.inputs import load_components
 
 CPU = torch.device("cpu")
 KINDS: dict[str, dict[str, Any]] = {

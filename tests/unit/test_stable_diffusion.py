@@ -28,8 +28,8 @@ from ftk.models import base as models
 from ftk.models import sdxl
 from ftk.models.base import SampleGeometry
 from ftk.train import memory, optim, placement
-from ftk.train.build import sigma_distribution
 from ftk.train.data import Batch, Step
+from ftk.train.inputs import sigma_distribution
 from ftk.train.loop import Trainer
 from ftk.train.memory import Device, Workload
 from ftk.train.optim import MasterOptimizer
