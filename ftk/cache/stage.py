@@ -26,12 +26,14 @@ from ftk.models import base as models
 from ftk.models.base import Family
 from ftk.pipeline.dataset import PreparedDataset, recipe
 from ftk.pipeline.engine import WHOLE, Part, map_units
-from ftk.progress import Tracker, human_bytes, track
+from ftk.progress import Tracker, human_bytes, plain_text, track
 
 LOGGER = logging.getLogger("ftk")
 
 _NOUNS = {"latents": "image", "texts": "text"}
 _LISTED = 5
+_SHOWN_CHARS = 80
+_TOKENISED_AT_ONCE = 10_000
 # For the estimate: encoders reach about half the speed of plain matrix products, and each item has a cost of its own.
 _EFFICIENCY = 0.5
 _SECONDS_AN_ITEM = 1e-3
@@ -132,8 +134,8 @@ def run(config: RunConfig, part: Part = WHOLE) -> CacheReport:
         num_left = _look_again(work, part)
         if num_left:
             return _report_of_part(work, num_left)
-        manifest, tables = _seal(work)
-    return _report(work, manifest, tables)
+        tables = _seal(work)
+    return _report(work, tables)
 
 
 def dry_run(config: RunConfig, part: Part = WHOLE) -> dict[str, Any]:
@@ -325,7 +327,7 @@ def _look_again(work: _Work, part: Part) -> int:
     return num_left
 
 
-def _seal(work: _Work) -> tuple[CacheManifest, dict[str, pa.Table]]:
+def _seal(work: _Work) -> dict[str, pa.Table]:
     """Commit the view of everything that is there, for these samples."""
     tables = view.merged({(name, kind.fingerprint): kind.found for name, kind in work.kinds.items()})
     tables["samples"] = _samples(work, tables["texts"])
@@ -341,7 +343,8 @@ def _seal(work: _Work) -> tuple[CacheManifest, dict[str, pa.Table]]:
         "empty_text": plan.text_id(""),
         "prompts": {prompt: plan.text_id(prompt) for prompt in plan.prompts(work.config.sample)},
     }
-    return view.commit(work.directory, tables, facts), tables
+    view.commit(work.directory, tables, facts)
+    return tables
 
 
 def _samples(work: _Work, texts: pa.Table) -> pa.Table:
@@ -373,18 +376,40 @@ def _report_of_part(work: _Work, num_left: int) -> CacheReport:
     ))  # fmt: skip
 
 
-def _report(work: _Work, manifest: CacheManifest, tables: dict[str, pa.Table]) -> CacheReport:
-    needed = pc.is_in(tables["texts"]["id"], value_set=_all_texts(work, manifest, tables))
-    cut = pc.and_(needed, pc.greater_equal(tables["texts"]["length"], work.family.max_text_tokens))
-    # Where every text is padded to the longest, their lengths do not tell which were cut.
-    num_cut = 0 if work.family.pads_texts else int(pc.sum(cut).as_py() or 0)
+def _report(work: _Work, tables: dict[str, pa.Table]) -> CacheReport:
+    cut = _texts_cut(work, tables["texts"])
+    if cut:
+        _warn_of_texts_cut(work, cut)
     num_bytes = sum(int(pc.sum(tables[kind]["bytes"]).as_py() or 0) for kind in KINDS)
-    return _summary(work, num_shards_missing=0, num_texts_truncated=num_cut, num_bytes=num_bytes)
+    return _summary(work, num_shards_missing=0, num_texts_truncated=len(cut), num_bytes=num_bytes)
 
 
-def _all_texts(work: _Work, manifest: CacheManifest, tables: dict[str, pa.Table]) -> pa.Array:
-    others = pa.array([manifest.empty_text, *manifest.prompts.values()], pa.string())
-    return pa.concat_arrays([pc.unique(pc.list_flatten(tables["samples"]["texts"])), others])
+def _texts_cut(work: _Work, stored: pa.Table) -> list[tuple[str, int]]:
+    """Texts that are longer than the encoder reads, in the order of the samples, and by how many tokens."""
+    at_limit = stored.filter(pc.greater_equal(stored["length"], work.family.max_text_tokens))
+    suspects = set(at_limit["id"].to_pylist())
+    captions = [text.caption for text in plan.needed_texts(work.captions, work.config.sample) if text.id in suspects]
+    found: list[tuple[str, int]] = []
+    for start in range(0, len(captions), _TOKENISED_AT_ONCE):
+        some = captions[start : start + _TOKENISED_AT_ONCE]
+        found += [(caption, num) for caption, num in zip(some, work.family.tokens_cut(work.model, some), strict=True) if num]
+    return found
+
+
+def _warn_of_texts_cut(work: _Work, cut: Sequence[tuple[str, int]]) -> None:
+    LOGGER.warning(
+        "%d of %d texts are longer than the %d tokens that %s reads, and were cut. Shorten them, or put first what matters:",
+        len(cut), work.kinds["texts"].num_needed, work.family.max_text_tokens, work.family.name,
+    )  # fmt: skip
+    for caption, num in cut[:_LISTED]:
+        LOGGER.warning("  %s (tokens cut: %d)", _beginning(caption), num)
+    if len(cut) > _LISTED:
+        LOGGER.warning("  and %d more", len(cut) - _LISTED)
+
+
+def _beginning(caption: str) -> str:
+    line = plain_text(" ".join(caption.split()))
+    return line if len(line) <= _SHOWN_CHARS else f"{line[:_SHOWN_CHARS].rstrip()}..."
 
 
 def _summary(work: _Work, **counts: int) -> CacheReport:

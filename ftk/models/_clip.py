@@ -71,6 +71,11 @@ def tokenised(tokenizer: Any, captions: Sequence[str], device: "torch.device") -
     ).to(device)  # fmt: skip
 
 
+def tokens_cut(tokenizer: Any, captions: Sequence[str]) -> list[int]:
+    """How many tokens of each caption `tokenised` leaves out."""
+    return [max(0, len(ids) - TOKENS) for ids in tokenizer(list(captions), verbose=False)["input_ids"]]
+
+
 def flops(directory: Path) -> float:
     """Two for each weight of the layers and token, of 77 tokens."""
     try:

@@ -18,6 +18,7 @@ class LatentDiffusion:
     max_text_tokens = _clip.TOKENS
     pads_texts = True
     latent_components = ("vae",)
+    text_components: tuple[str, ...]
     denoiser_components = ("unet", "scheduler")
     block_class = _unet.BLOCK_CLASS
     encoder_targets = _clip.TARGETS
@@ -49,6 +50,12 @@ class LatentDiffusion:
     def text_lengths(self, encoder: Any, captions: Sequence[str]) -> list[int]:
         """Always 77."""
         return [_clip.TOKENS] * len(captions)
+
+    def tokens_cut(self, directory: Path, captions: Sequence[str]) -> list[int]:
+        """By the tokenizer that makes most of each."""
+        names = [name for name in self.text_components if name.startswith("tokenizer")]
+        counts = [_clip.tokens_cut(_clip.load_tokenizer(directory, name), captions) for name in names]
+        return [max(each) for each in zip(*counts, strict=True)]
 
     def load_denoiser(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
         """UNet2DConditionModel, frozen."""

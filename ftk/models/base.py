@@ -206,6 +206,9 @@ class Family(Protocol):
     def text_lengths(self, encoder: Any, captions: Sequence[str]) -> list[int]:
         """How many tokens `encode_texts` will keep of each caption, at most `max_text_tokens`; no model runs."""
 
+    def tokens_cut(self, directory: Path, captions: Sequence[str]) -> list[int]:
+        """How many tokens of each caption lie beyond `max_text_tokens`, where it is cut; the tokenizer alone is loaded."""
+
     def text_memory(self, encoder: Any, tokens: int) -> int:
         """About how many bytes `encode_texts` works in for each text of a batch padded to `tokens`, weights left out."""
 

@@ -161,12 +161,9 @@ class QwenImage:
     def load_text_encoder(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> TextEncoder:
         """Qwen2.5-VL. Its RoPE frequencies stay in fp32: a second `.to(dtype)` would round them to bf16."""
         import torch
-        from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+        from transformers import Qwen2_5_VLForConditionalGeneration
 
-        try:
-            tokenizer = Qwen2Tokenizer.from_pretrained(directory / "tokenizer")
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{directory / 'tokenizer'} cannot be loaded: {first_line(error)}") from error
+        tokenizer = self._tokenizer(directory)
         prefix_ids = tokenizer(TEMPLATE.split("{}")[0])["input_ids"]
         if len(prefix_ids) != PREFIX_TOKENS:
             raise ModelError(
@@ -208,6 +205,20 @@ class QwenImage:
     def text_lengths(self, encoder: TextEncoder, captions: Sequence[str]) -> list[int]:
         """Caption and the template's end, 5 tokens, after the cut."""
         return [len(row) for row in self._caption_ids(encoder, captions)]
+
+    def tokens_cut(self, directory: Path, captions: Sequence[str]) -> list[int]:
+        """The template's end is cut first."""
+        rows = self._tokenizer(directory)([TEMPLATE.format(caption) for caption in captions], verbose=False)["input_ids"]
+        return [max(0, len(row) - PREFIX_TOKENS - self.max_text_tokens) for row in rows]
+
+    @staticmethod
+    def _tokenizer(directory: Path) -> Any:
+        from transformers import Qwen2Tokenizer
+
+        try:
+            return Qwen2Tokenizer.from_pretrained(directory / "tokenizer")
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{directory / 'tokenizer'} cannot be loaded: {first_line(error)}") from error
 
     def text_memory(self, encoder: TextEncoder, tokens: int) -> int:
         """Keys and values of all layers, the widest part of one layer, and the mask, which is causal.

@@ -155,6 +155,15 @@ def test_text_lengths_are_those_of_the_encoded_texts(family: Family, model: Path
     assert family.text_lengths(encoder, ["word " * 3000]) == [family.max_text_tokens]
 
 
+def test_tokens_beyond_the_limit_are_counted(family: Family, model: Path) -> None:
+    """By captions of which each has one letter more than the one before, and letters are what the tiny tokenizers know."""
+    lengths = range(family.max_text_tokens - 20, family.max_text_tokens + 20)
+    counts = family.tokens_cut(model, ["a" * length for length in lengths])
+    num_whole = counts.index(1)
+    assert num_whole <= 20
+    assert counts == [0] * num_whole + list(range(1, len(lengths) - num_whole + 1))
+
+
 def test_memory_grows_with_the_text_and_with_the_image(family: Family, model: Path) -> None:
     encoder = family.load_text_encoder(model, torch.float32, CPU)
     assert 0 < family.text_memory(encoder, 10) < family.text_memory(encoder, 100)

@@ -1,18 +1,20 @@
 """A workspace with drawn pictures and a tiny model, and the command line as a user calls it."""
 
 import contextlib
+import functools
 import io
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
+from ftk.cache import encode
 from ftk.cli import app
 from ftk.demo import draw_pictures
 
@@ -22,6 +24,14 @@ class Result:
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _speed_measured_once() -> Iterator[None]:
+    """`ftk cache` measures the machine's speed for the time that it announces, which takes longer than a tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "speed", functools.cache(encode.speed))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +99,8 @@ def workspace(tmp_path, pictures, tiny_model) -> Callable[..., Path]:
                 "checkpoint_every": 3, "caption_dropout": 0.2, "seed": 5,
             },
             "sample": {"prompts": ["a red circle"], "num_inference_steps": 2, "guidance_scale": 1.0},
+            # Runs of other names deliver the same bytes then.
+            "card": {"title": "test"},
         }  # fmt: skip
         for name, section in sections.items():
             # Methods share no settings: another one's must not stay.
@@ -99,3 +111,29 @@ def workspace(tmp_path, pictures, tiny_model) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def _caches() -> dict[str, Path]:
+    """Workspaces whose cache is ready, by what they were made from."""
+    return {}
+
+
+@pytest.fixture
+def cached(ftk, workspace, tmp_path, tmp_path_factory, _caches) -> Callable[..., Path]:
+    """As `workspace`, with its cache ready, and nothing trained. Equal data and encoders are encoded once, and copied."""
+
+    def make(**sections) -> Path:
+        run_file = workspace(**sections)
+        tree = yaml.safe_load(run_file.read_text())
+        tree["sample"].pop("every", None)
+        made_from = [tree[section] for section in ("model", "data", "cache", "sample")]
+        name = repr(made_from).replace(str(tmp_path), "")
+        if name not in _caches:
+            assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
+            _caches[name] = tmp_path_factory.mktemp("cached") / "work"
+            shutil.copytree(tmp_path / "work", _caches[name])
+        shutil.copytree(_caches[name], tmp_path / "work", dirs_exist_ok=True)
+        return run_file
+
+    return make

@@ -1,10 +1,12 @@
-"""Runs an ftk command and stops it at the n-th touch of the disk: `killing.py COMMAND N ARGUMENTS`; 0 counts the touches.
+"""Runs ftk commands in forks of one process, and stops them at the n-th touch of the disk; at none, it counts the touches.
 
 A touch is the middle of a write, and both sides of an fsync, a rename and a removal. `killing.py serve` answers requests on
 its standard input, each in a fork of itself: what takes seconds to import is imported once.
 """
 
+import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -12,10 +14,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from ftk import storage
 from ftk.cli import app
@@ -26,7 +32,13 @@ SLOW_IMPORTS = (
     "ftk.cache.gc",
     "ftk.cache.verify",
     "ftk.pipeline.stage",
+    "ftk.train.stage",
+    "ftk.methods.lora",
+    "peft",
+    "diffusers.optimization",
     "diffusers.models.autoencoders.autoencoder_kl_qwenimage",
+    "diffusers.models.transformers.transformer_qwenimage",
+    "diffusers.pipelines.qwenimage.pipeline_qwenimage",
     "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
     "transformers.models.qwen2.tokenization_qwen2",
 )
@@ -89,6 +101,9 @@ def run(command, arguments):
     sys.argv = ["ftk", command, *arguments]
     try:
         app.main()
+    except Exception:
+        traceback.print_exc()
+        raise
     finally:
         print(touches)
 
@@ -106,18 +121,21 @@ def serve():
         print(json.dumps(answer), flush=True)
 
 
-def _start(command, arguments, at, by, output):
+def _start(command, arguments, at, by, output, environment, begin):
     global point, number
     child = os.fork()
     if child:
         return child
     point, number = at, by
+    os.environ |= environment
     code = 1
     try:
         for descriptor, path in enumerate((os.devnull, f"{output}.out", f"{output}.err")):
             opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             os.dup2(opened, descriptor)
             os.close(opened)
+        if begin:
+            importlib.import_module(begin).begin()
         run(command, arguments)
         code = 0
     except SystemExit as stop:
@@ -148,6 +166,11 @@ class Run:
     output: Path
     ask: Callable
     code: int | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not ended yet, or was stopped."""
+        return psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
 
     def wait(self, seconds: float = 120.0) -> int | None:
         """The exit code, negative when killed; None when it was stopped by `SIGSTOP`."""
@@ -190,13 +213,18 @@ class Server:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, command, *arguments, at: int = 0, by: int = signal.SIGKILL) -> Run:
-        """Start a command that gets the signal `by` at touch `at` of the disk; at none when 0."""
+    def start(
+        self, command, *arguments, at: int = 0, by: int = signal.SIGKILL, begin: str = "", environment: Mapping[str, str] = {}
+    ) -> Run:
+        """Start a command that gets the signal `by` at touch `at` of the disk; at none when 0.
+
+        `begin` names a module whose function of that name is called first, with `environment` set.
+        """
         self.count += 1
         output = self.folder / f"{self.count:04d}-{command}"
         given = [str(argument) for argument in arguments]
-        pid = self.ask(start={"command": command, "arguments": given, "at": at, "by": int(by), "output": str(output)})
-        return Run(pid, output, self.ask)
+        request = {"command": command, "arguments": given, "at": at, "by": int(by), "output": str(output)}
+        return Run(self.ask(start={**request, "begin": begin, "environment": dict(environment)}), output, self.ask)
 
     def run(self, command, *arguments, at: int = 0) -> Run:
         """Run a command to its end, or to its death at touch `at`."""
@@ -209,10 +237,17 @@ class Server:
         self.process.wait(timeout=30)
 
 
+@functools.cache
+def server() -> Server:
+    """The one that all tests of this process share."""
+    folder = tempfile.TemporaryDirectory(prefix="ftk-forks-")
+    one = Server(Path(folder.name))
+    atexit.register(folder.cleanup)
+    atexit.register(one.close)
+    return one
+
+
 # Workers import this file too, and are not to be killed.
 if __name__ == "__main__":
-    if sys.argv[1] == "serve":
-        serve()
-    else:
-        point = int(sys.argv[2])
-        run(sys.argv[1], sys.argv[3:])
+    assert sys.argv[1:] == ["serve"]
+    serve()

@@ -137,6 +137,32 @@ def test_a_model_with_a_cut_weight_file(ftk, workspace, tmp_path):
     assert f"{tmp_path / 'model/vae'} cannot be loaded" in result.err
 
 
+@pytest.mark.parametrize("family", models.available())
+def test_captions_that_the_text_encoder_cuts_are_counted_and_named(ftk, workspace, tiny_models, tmp_path, family):
+    limit = models.get(family).max_text_tokens
+    captions = sorted((tmp_path / "pictures").glob("*.txt"))
+    for number, path in enumerate(captions[:7]):
+        path.write_text(f"picture {number} \x1b[31m" + "of words " * limit)
+    run_file = workspace(model={"family": family, "path": str(tiny_models(family))})
+    assert ftk("prepare", run_file).code == 0
+    for _ in range(2):
+        result = ftk("cache", run_file, "--json")
+        assert result.code == 0
+        assert json.loads(result.out)["num_texts_truncated"] == 7
+        said = " ".join(result.err.split())
+        assert f"7 of 15 texts are longer than the {limit} tokens that {family} reads" in said
+        assert [f"picture {number} " in said for number in range(7)] == [True] * 5 + [False] * 2
+        assert "and 2 more" in said
+        assert "\x1b" not in said
+        assert all(len(line) < 120 for line in result.err.splitlines() if "picture" in line)
+    for path in captions[:7]:
+        path.write_text("few words")
+    assert ftk("prepare", run_file).code == 0
+    result = ftk("cache", run_file, "--json")
+    assert json.loads(result.out)["num_texts_truncated"] == 0
+    assert "longer than" not in result.err
+
+
 def test_stages_out_of_order_say_which_comes_first(ftk, workspace):
     run_file = workspace()
     for command, said in (("cache", "Run `ftk prepare"), ("train", "Run `ftk cache"), ("sample", "run `ftk train`")):
@@ -153,9 +179,9 @@ def change_vae(model: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-def test_a_cache_made_with_another_vae_is_refused_and_only_latents_are_encoded_again(ftk, workspace, tmp_path):
-    run_file = workspace()
-    assert ftk("run", run_file).code == 0
+def test_a_cache_made_with_another_vae_is_refused_and_only_latents_are_encoded_again(ftk, cached, tmp_path):
+    run_file = cached()
+    assert ftk("train", run_file).code == 0
     change_vae(tmp_path / "model")
     refused = ftk("train", run_file)
     assert refused.code == 2
@@ -169,17 +195,15 @@ def test_a_cache_made_with_another_vae_is_refused_and_only_latents_are_encoded_a
     ("setting", "part"),
     [("cache.latents_dtype=float16", "latents.stored"), ("cache.text_dtype=bfloat16", "texts.dtype")],
 )
-def test_a_cache_of_other_settings_is_refused_with_what_differs(ftk, workspace, setting, part):
-    run_file = workspace()
-    assert ftk("run", run_file).code == 0
+def test_a_cache_of_other_settings_is_refused_with_what_differs(ftk, cached, setting, part):
+    run_file = cached()
     refused = ftk("train", run_file, "--set", setting)
     assert refused.code == 2
     assert f"{part}: expected {setting.partition('=')[2]}, found float32" in refused.err
 
 
-def test_a_cache_older_than_the_prepared_dataset_is_refused(ftk, workspace, tmp_path):
-    run_file = workspace()
-    assert ftk("run", run_file).code == 0
+def test_a_cache_older_than_the_prepared_dataset_is_refused(ftk, cached, tmp_path):
+    run_file = cached()
     min((tmp_path / "pictures").glob("*.txt")).write_text("an edited caption")
     assert ftk("prepare", run_file).code == 0
     refused = ftk("train", run_file)
@@ -195,9 +219,8 @@ def test_a_cache_older_than_the_prepared_dataset_is_refused(ftk, workspace, tmp_
         ("data.sources.0.trigger=sks", "data.sources.pictures.trigger: expected sks, found nothing"),
     ],
 )
-def test_changed_data_settings_are_refused_until_prepare_has_run(ftk, workspace, setting, said):
-    run_file = workspace()
-    assert ftk("run", run_file).code == 0
+def test_changed_data_settings_are_refused_until_prepare_has_run(ftk, cached, setting, said):
+    run_file = cached()
     for command in ("cache", "train"):
         refused = ftk(command, run_file, "--set", setting)
         assert refused.code == 2
@@ -207,9 +230,8 @@ def test_changed_data_settings_are_refused_until_prepare_has_run(ftk, workspace,
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"schema_version": 1}', '{"schema_version": 99}', "null"])
-def test_a_damaged_manifest_is_named(ftk, workspace, tmp_path, content):
-    run_file = workspace()
-    assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
+def test_a_damaged_manifest_is_named(ftk, cached, tmp_path, content):
+    run_file = cached()
     for name, command in (("cache/cache.json", "train"), ("prepared/dataset.json", "cache")):
         path = tmp_path / "work" / name
         path.write_text(content)
@@ -219,9 +241,8 @@ def test_a_damaged_manifest_is_named(ftk, workspace, tmp_path, content):
 
 
 @pytest.mark.parametrize("kind", ["latents", "texts"])
-def test_a_cut_index_is_named_left_alone_by_a_dry_run_and_made_again(ftk, workspace, tmp_path, kind):
-    run_file = workspace()
-    assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
+def test_a_cut_index_is_named_left_alone_by_a_dry_run_and_made_again(ftk, cached, tmp_path, kind):
+    run_file = cached()
     index = next((tmp_path / "work/cache" / kind).rglob("*.parquet"))
     index.write_bytes(index.read_bytes()[: index.stat().st_size // 2])
     refused = ftk("train", run_file)
@@ -245,9 +266,9 @@ def test_a_cut_table_of_the_prepared_dataset_is_named_and_made_again(ftk, worksp
     assert ftk("run", run_file).code == 0
 
 
-def test_cut_metrics_are_said_and_do_not_stop_the_run(ftk, workspace, tmp_path):
-    run_file = workspace()
-    assert ftk("run", run_file).code == 0
+def test_cut_metrics_are_said_and_do_not_stop_the_run(ftk, cached, tmp_path):
+    run_file = cached()
+    assert ftk("train", run_file).code == 0
     metrics = tmp_path / "work/runs/test/metrics.parquet"
     metrics.write_bytes(metrics.read_bytes()[:100])
     again = ftk("train", run_file, "--set", "train.steps=8")
@@ -255,9 +276,8 @@ def test_cut_metrics_are_said_and_do_not_stop_the_run(ftk, workspace, tmp_path):
     assert f"{metrics} is damaged" in again.err
 
 
-def test_training_needs_neither_pictures_nor_encoders(ftk, workspace, tmp_path):
-    run_file = workspace()
-    assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
+def test_training_needs_neither_pictures_nor_encoders(ftk, cached, tmp_path):
+    run_file = cached()
     for name in ("pictures", "work/prepared", "model/vae", "model/text_encoder", "model/tokenizer"):
         shutil.rmtree(tmp_path / name)
     shutil.move(tmp_path / "work", tmp_path / "moved")
@@ -280,9 +300,8 @@ def test_a_cut_cache_shard_is_named_and_only_it_is_encoded_again(ftk, workspace,
     assert ftk("train", run_file).code == 0
 
 
-def test_a_flipped_bit_in_the_cache_never_reaches_the_model(ftk, workspace, tmp_path):
-    run_file = workspace()
-    assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
+def test_a_flipped_bit_in_the_cache_never_reaches_the_model(ftk, cached, tmp_path):
+    run_file = cached()
     shard = next((tmp_path / "work/cache/latents").rglob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     (header,) = struct.unpack("<Q", data[:8])
@@ -307,9 +326,9 @@ def test_a_cut_tar_shard_is_named_and_made_again(ftk, workspace, tmp_path):
     assert shard.read_bytes() == whole
 
 
-def test_a_loss_that_is_not_finite_stops_and_saves_nothing(ftk, workspace, tmp_path):
-    run_file = workspace(train={"steps": 6, "precision": "fp32", "learning_rate": 1e20, "max_grad_norm": None})
-    result = ftk("run", run_file)
+def test_a_loss_that_is_not_finite_stops_and_saves_nothing(ftk, cached, tmp_path):
+    run_file = cached(train={"steps": 6, "precision": "fp32", "learning_rate": 1e20, "max_grad_norm": None})
+    result = ftk("train", run_file)
     assert result.code == 2
     assert "train.learning_rate" in result.err
     assert not list((tmp_path / "work/runs/test/checkpoints").glob("0*"))

@@ -18,7 +18,6 @@ from test_cache_faults import (  # noqa: F401 - fixtures among them
     everything,
     files,
     flips_of_receipt,
-    hurry,
     report,
     scene,
     server,

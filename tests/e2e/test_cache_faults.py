@@ -1,9 +1,7 @@
 """`ftk cache` and `ftk gc` under faults: killed anywhere, a full disk, flipped bits, files cut short or gone. Same bytes."""
 
-import atexit
 import contextlib
 import functools
-import gc
 import hashlib
 import json
 import os
@@ -17,12 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import killing
 import pytest
 import yaml
 from killing import Server, torn
 
 from ftk import storage
-from ftk.cache import encode, shards, verify
+from ftk.cache import shards, verify
 from ftk.cache.store import CacheStore
 from ftk.demo import draw_pictures
 from ftk.errors import CacheError
@@ -86,29 +85,10 @@ def encoded(cached: dict) -> tuple[int, int]:
     return cached["num_latents_encoded"], cached["num_texts_encoded"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def hurry() -> Iterator[None]:
-    """Leave out what takes most of the time of a small run: searching torch for garbage, measuring the machine's speed."""
-    gc.collect()
-    gc.freeze()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "speed", lambda *_: 1e10)
-        yield
-    gc.unfreeze()
-
-
-@functools.cache
-def _server(folder: Path) -> Server:
-    folder.mkdir()
-    one = Server(folder)
-    atexit.register(one.close)
-    return one
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Server:
-    """Runs commands in forks; one for all files that import this."""
-    return _server(tmp_path_factory.getbasetemp() / "forks")
+def server() -> Server:
+    """Runs commands in forks."""
+    return killing.server()
 
 
 def write_run_file(place: Path, model: Path) -> Path:

@@ -1,7 +1,6 @@
 """docs/cache.md must be true: its commands and programs run, its tables are complete, its outputs and messages are real."""
 
 import contextlib
-import gc
 import importlib.metadata
 import itertools
 import json
@@ -116,14 +115,10 @@ def _run(ftk: Callable[..., Any], block: str) -> list[tuple[str, Any]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _hurry() -> Iterator[None]:
-    """Leave out what takes most of the time of a small run: processes, searching torch for garbage, measuring the speed."""
-    gc.collect()
-    gc.freeze()
+    """Leave out what takes most of the time of a small run: processes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "speed", lambda *_: 1e10)
         patch.setattr(prepare, "_pool", lambda *_: _InThisProcess())
         yield
-    gc.unfreeze()
 
 
 class _InThisProcess(contextlib.nullcontext):
@@ -419,7 +414,7 @@ SAID = {
     r"up to (\w+) times in all": {3: "three"}[fetch._TRIES],
     r"from at most (\d+) images": inspect._LATENTS_READ,
     r"the largest \(at most (\d+) MiB\)": garbage._MAX_SHARD_BYTES >> 20,
-    r"limit, ([\d,]+) tokens": f"{FAMILY.max_text_tokens:,}",
+    r"where they are cut: ([\d,]+) tokens": f"{FAMILY.max_text_tokens:,}",
     r"the (\d+) before the caption": FAMILY.text_options()["prefix_tokens"],
 }
 

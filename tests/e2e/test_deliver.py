@@ -19,11 +19,11 @@ METHODS = {
 
 
 @pytest.fixture(params=METHODS)
-def trained(ftk, workspace, request):
+def trained(ftk, cached, request):
     """A run file whose run is done, and the name of its method."""
     train = {"steps": 4, "learning_rate": 0.05, "precision": "fp32", "trackers": [], "global_batch_size": 2}
-    run_file = workspace(method=METHODS[request.param], train={**train, "ema_decay": 0.5})
-    assert ftk("run", run_file).code == 0
+    run_file = cached(method=METHODS[request.param], train={**train, "ema_decay": 0.5})
+    assert ftk("train", run_file).code == 0
     return run_file, request.param
 
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from killing import server
 from PIL import Image
 
 from ftk import locations, storage
@@ -59,11 +60,8 @@ def run_file_over(workspace, folder: Path, **data) -> Path:
 
 
 def killed_at(point: int, run_file: Path, *arguments: object) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "killing.py", "prepare", str(point), run_file, *map(str, arguments)],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    return done.returncode, done.stdout
+    done = server().run("prepare", run_file, *arguments, at=point)
+    return done.code, done.out
 
 
 def test_killed_at_touches_of_the_disk_a_second_run_completes_with_the_same_bytes(ftk, workspace, odd_pictures, tmp_path):
@@ -252,13 +250,12 @@ def test_parts_of_a_job_array_end_with_the_bytes_of_one_run(ftk, workspace, odd_
     assert again["num_shards_reused"] == again["num_shards"]
 
 
-def test_parts_that_run_at_once_are_sealed_by_the_last(start, ftk, workspace, odd_pictures, tmp_path):
+def test_parts_that_run_at_once_are_sealed_by_the_last(ftk, workspace, odd_pictures, tmp_path):
     run_file = run_file_over(workspace, odd_pictures)
     assert ftk("prepare", run_file, "--workspace", tmp_path / "alone").code == 0
-    parts = [start("prepare", run_file, "--part", f"{part}/2", "--json") for part in (1, 2)]
-    ends = [part.communicate(timeout=120) for part in parts]
-    assert [part.returncode for part in parts] == [0, 0], ends
-    assert min(json.loads(out)["num_shards_missing"] for out, _ in ends) == 0
+    parts = [server().start("prepare", run_file, "--part", f"{part}/2", "--json") for part in (1, 2)]
+    assert [part.wait() for part in parts] == [0, 0], [part.err for part in parts]
+    assert min(part.report["num_shards_missing"] for part in parts) == 0
     assert hashes(tmp_path / "work/prepared") == hashes(tmp_path / "alone/prepared")
 
 

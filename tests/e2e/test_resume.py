@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killing import server
 
 from ftk.configs.load import load
 from ftk.errors import Preempted
@@ -31,37 +32,34 @@ def adapter_hash(directory: Path) -> str:
     return hashlib.sha256((directory / "adapter/pytorch_lora_weights.safetensors").read_bytes()).hexdigest()
 
 
-def kill_once_it_trains(start, run_file, checkpoints: Path, delay: float) -> bool:
+def kill_once_it_trains(run_file, checkpoints: Path, delay: float) -> bool:
     """SIGKILL `delay` seconds after a new checkpoint appears; False if the run had ended by itself."""
     before = set(checkpoints.glob("0*")) if checkpoints.exists() else set()
-    process = start("train", run_file)
+    running = server().start("train", run_file)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and running.is_running:
         if set(checkpoints.glob("0*")) - before:
             time.sleep(delay)
-            process.kill()
+            os.kill(running.pid, signal.SIGKILL)
             break
         time.sleep(0.002)
-    process.communicate(timeout=60)
-    return process.returncode == -signal.SIGKILL
+    return running.wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_run_killed_three_times_ends_with_the_bytes_of_one_left_alone(ftk, start, workspace, tmp_path, dropout):
-    run_file = workspace(train=TRAIN, method={"name": "lora", "rank": 4, "dropout": dropout})
-    assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
+def test_a_run_killed_three_times_ends_with_the_bytes_of_one_left_alone(ftk, cached, tmp_path, dropout):
+    run_file = cached(train=TRAIN, method={"name": "lora", "rank": 4, "dropout": dropout})
     shutil.copytree(tmp_path / "work", tmp_path / "alone")
     assert ftk("train", run_file, "--workspace", tmp_path / "alone").code == 0
 
     run = tmp_path / "work/runs/test"
     rng = random.Random(dropout)
-    kills = sum(kill_once_it_trains(start, run_file, run / "checkpoints", rng.uniform(0, 0.12)) for _ in range(3))
+    kills = sum(kill_once_it_trains(run_file, run / "checkpoints", rng.uniform(0, 0.12)) for _ in range(3))
     assert kills == 3
-    process = start("train", run_file, "--json")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert json.loads(out)["step"] == STEPS
-    assert json.loads(out)["num_steps_now"] < STEPS
+    last = server().run("train", run_file, "--json")
+    assert last.code == 0, last.err
+    assert last.report["step"] == STEPS
+    assert last.report["num_steps_now"] < STEPS
     assert adapter_hash(run) == adapter_hash(tmp_path / "alone/runs/test")
     both = [read_metrics(place) for place in (run, tmp_path / "alone/runs/test")]
     assert [row["step"] for row in both[0]] == list(range(1, STEPS + 1))
@@ -70,25 +68,25 @@ def test_a_run_killed_three_times_ends_with_the_bytes_of_one_left_alone(ftk, sta
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resuming_in_every_step_is_exact(ftk, workspace, precision):
-    run_file = workspace(train={**TRAIN, "precision": precision, "checkpoint_every": 1})
-    assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
+def test_resuming_in_every_step_is_exact(cached, precision):
+    steps = 24
+    run_file = cached(train={**TRAIN, "precision": precision, "checkpoint_every": 1, "steps": steps})
     whole = build_trainer(load(run_file, ["run=whole"]))
-    whole.trainer.fit(whole.loader.steps(0, STEPS))
+    whole.trainer.fit(whole.loader.steps(0, steps))
     for step in range(6):
         part = build_trainer(load(run_file, ["run=part"]))
         assert part.trainer.step == step
         part.trainer.ranks.stop_requested = True
         with pytest.raises(Preempted):
-            part.trainer.fit(part.loader.steps(step, STEPS))
+            part.trainer.fit(part.loader.steps(step, steps))
     rest = build_trainer(load(run_file, ["run=part"]))
-    rest.trainer.fit(rest.loader.steps(6, STEPS))
+    rest.trainer.fit(rest.loader.steps(6, steps))
     for name, tensor in whole.trainer.optimizer.weights().items():
         assert torch.equal(tensor, rest.trainer.optimizer.weights()[name])
     assert adapter_hash(whole.directory) == adapter_hash(rest.directory)
 
 
-def test_prepare_and_cache_killed_at_any_moment_end_with_the_same_bytes(ftk, start, workspace, tmp_path):
+def test_prepare_and_cache_killed_at_any_moment_end_with_the_same_bytes(ftk, workspace, tmp_path):
     from test_path import hashes
 
     run_file = workspace(data={"sources": [{"path": str(tmp_path / "pictures")}], "resolutions": [64], "shard_samples": 3})
@@ -98,29 +96,28 @@ def test_prepare_and_cache_killed_at_any_moment_end_with_the_same_bytes(ftk, sta
     rng = random.Random(1)
     for stage, target in (("prepare", "work/prepared/shards"), ("cache", "work/cache")):
         for _ in range(3):
-            process = start(stage, run_file, *settings)
+            running = server().start(stage, run_file, *settings)
             began = time.monotonic()
-            while process.poll() is None and time.monotonic() - began < 60 and not list((tmp_path / target).rglob("0*")):
+            while running.is_running and time.monotonic() - began < 60 and not list((tmp_path / target).rglob("0*")):
                 time.sleep(0.001)
             time.sleep(rng.uniform(0, 0.05))
-            process.kill()
-            process.communicate()
+            os.kill(running.pid, signal.SIGKILL)
+            running.wait()
         assert ftk(stage, run_file, *settings).code == 0
     for part in ("prepared", "cache"):
         assert hashes(tmp_path / "work" / part) == hashes(tmp_path / "alone" / part)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_at_the_step_and_exits_75(ftk, start, workspace, tmp_path, number):
-    run_file = workspace(train={**TRAIN, "steps": 5000, "checkpoint_every": 1000, "log_every": 1000, "schedule": "constant"})
-    assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
-    process = start("train", run_file)
-    while not list((tmp_path / "work/runs/test").glob("logs/*")) and process.poll() is None:
+def test_a_signal_saves_at_the_step_and_exits_75(cached, tmp_path, number):
+    run_file = cached(train={**TRAIN, "steps": 5000, "checkpoint_every": 1000, "log_every": 1000, "schedule": "constant"})
+    running = server().start("train", run_file)
+    while not list((tmp_path / "work/runs/test").glob("logs/*")) and running.is_running:
         time.sleep(0.01)
     time.sleep(0.3)
-    os.kill(process.pid, number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75, err
+    os.kill(running.pid, number)
+    assert running.wait() == 75, running.err
+    err = running.err
     assert "Traceback" not in err
     (saved,) = (tmp_path / "work/runs/test/checkpoints").glob("0*")
     assert 0 < int(saved.name) < 5000

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import gc
 import hashlib
 import json
 import os
@@ -10,21 +9,19 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-import train_forks
 import yaml
-from killing import Server, torn
+from killing import Server, server, torn
 from test_cache_faults import FullDisk, small_disk
-from test_world import World
+from world import World
 
 from ftk import storage
 from ftk.demo import draw_pictures
@@ -36,16 +33,6 @@ STEPS, LONG = 6, 24
 TIMES = ("seconds", "data_seconds", "memory_bytes")
 OTHER = {".lock", "config.yaml", "environment.json", "report.json", METRICS}
 MORE_CHECKPOINTS = ("--set", "train.keep_last=3", "--set", "train.schedule=constant")
-
-
-class TrainServer(Server):
-    """Forks of a process that has imported what training needs."""
-
-    def __post_init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, train_forks.__file__, "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +69,7 @@ class Scene:
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory, tiny_model) -> Iterator[Scene]:
-    gc.collect()
-    gc.freeze()
+def scene(tmp_path_factory, tiny_model) -> Scene:
     place = tmp_path_factory.mktemp("train")
     draw_pictures(place / "pictures", 12)
     tree = {
@@ -100,15 +85,13 @@ def scene(tmp_path_factory, tiny_model) -> Iterator[Scene]:
             "validation": {"share": 0.2, "every": 3, "sigmas": 1, "samples": 2}, "trackers": [],
         },
         "sample": {"prompts": ["a red circle"], "every": 3, "num_inference_steps": 1, "guidance_scale": 1.0},
+        "card": {"title": "test"},
     }  # fmt: skip
     run_file = place / "run.yaml"
     run_file.write_text(yaml.safe_dump(tree))
-    server = TrainServer(tmp_path_factory.mktemp("forks"))
     for command in ("prepare", "cache"):
-        assert server.run(command, run_file).code == 0
-    yield Scene(run_file, place / "work/runs", server)
-    server.close()
-    gc.unfreeze()
+        assert server().run(command, run_file).code == 0
+    return Scene(run_file, place / "work/runs", server())
 
 
 def results(run: Path) -> dict[str, object]:
@@ -117,9 +100,7 @@ def results(run: Path) -> dict[str, object]:
     for path in run.rglob("*"):
         name = str(path.relative_to(run))
         if path.is_file() and name not in OTHER:
-            # A model card is headed by the run's name.
-            data = path.read_bytes().replace(f"# {run.name}\n".encode(), b"") if path.name == "README.md" else path.read_bytes()
-            found[name] = hashlib.sha256(data).hexdigest()
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     metrics = pq.read_table(run / METRICS)
     found[METRICS] = str(metrics.drop_columns(list(TIMES)).to_pylist())
     return found
@@ -256,7 +237,7 @@ def train_together(scene: Scene, folder: Path, name: str, victim: int | None = N
     killed = False
     if victim is not None:
         before = sum(path.stat().st_size for path in folder.glob("2-*.jsonl"))
-        while world.process.poll() is None and sum(path.stat().st_size for path in folder.glob("2-*.jsonl")) <= before:
+        while world.is_running and sum(path.stat().st_size for path in folder.glob("2-*.jsonl")) <= before:
             time.sleep(0.005)
         time.sleep(delay)
         with contextlib.suppress(ProcessLookupError):

@@ -28,18 +28,6 @@ TRAIN = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def cached(ftk, workspace):
-    """A run file whose cache is ready."""
-
-    def make(**sections) -> Path:
-        run_file = workspace(**{"train": TRAIN, **sections})
-        assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
-        return run_file
-
-    return make
-
-
 def fit(run_file: Path, *settings: str):
     build = build_trainer(load(run_file, settings))
     build.trainer.fit(build.loader.steps(build.trainer.step, build.trainer.config.steps))

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,36 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from world import World
 
 from ftk.configs.load import load
 from ftk.train.build import build_trainer
 from ftk.train.hooks.recorder import read_metrics
 
-WORLD = Path(__file__).parent / "world.py"
 TRAIN = {
     "steps": 24, "global_batch_size": 12, "micro_batch_size": 2, "learning_rate": 1e-3, "precision": "fp32",
     "checkpoint_every": 100, "caption_dropout": 0.2, "seed": 5, "log_every": 4, "trackers": [],
 }  # fmt: skip
-
-
-class World:
-    """Processes that train together."""
-
-    def __init__(self, size: int, folder: Path, *arguments: object, **environment: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, WORLD, str(size), folder, *map(str, arguments)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.pids = [int(self.process.stdout.readline()) for _ in range(size)]
-
-    def end(self, timeout: float = 120) -> tuple[list[int], str]:
-        """The exit codes, and what was said."""
-        out, err = self.process.communicate(timeout=timeout)
-        assert "Traceback" not in err, err
-        return json.loads(out.splitlines()[-1]), err
 
 
 def train(size: int, folder: Path, *arguments: object, **environment: str) -> None:
@@ -65,20 +43,8 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(run)]
 
 
-@pytest.fixture
-def cached(ftk, workspace):
-    """A run file whose cache is ready."""
-
-    def make(**sections) -> Path:
-        run_file = workspace(**{"train": TRAIN, **sections})
-        assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
-        return run_file
-
-    return make
-
-
 def test_a_run_resumed_on_1_2_4_and_3_processes_is_the_run_on_one(cached, tmp_path):
-    run_file = cached(method={"name": "lora", "rank": 4, "dropout": 0.1})
+    run_file = cached(train=TRAIN, method={"name": "lora", "rank": 4, "dropout": 0.1})
     train(1, tmp_path / "one", run_file, "--set", "run=one")
     for steps, size in zip((6, 12, 18, 24), (1, 2, 4, 3), strict=True):
         train(size, tmp_path / "many", run_file, "--set", "run=many", "--set", f"train.steps={steps}")
@@ -96,7 +62,7 @@ def test_a_run_resumed_on_1_2_4_and_3_processes_is_the_run_on_one(cached, tmp_pa
 
 def test_the_gradient_does_not_depend_on_how_a_step_is_split(cached, tmp_path):
     """Buckets of several shapes, accumulation, and processes with uneven shares, against one sample at a time."""
-    run_file = cached(method={"name": "lora", "rank": 4})
+    run_file = cached(train=TRAIN, method={"name": "lora", "rank": 4})
     for size in (1, 2, 4):
         train(size, tmp_path / f"{size}", run_file, "--set", "train.steps=1", "--set", f"run=r{size}", WORLD_GRADIENTS="1")
     gradients = [load_file(tmp_path / f"{size}/gradient.safetensors") for size in (1, 2, 4)]
@@ -122,7 +88,7 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_split(cached, tmp_path):
 
 
 def test_split_weights_give_the_losses_of_whole_ones(cached, tmp_path, ftk):
-    run_file = cached(sample={"every": 8, "prompts": ["a red circle"], "num_inference_steps": 2, "guidance_scale": 1.0})
+    run_file = cached(train=TRAIN, sample={"every": 8})
     settings = ["--set", "train.steps=10", "--set", "train.global_batch_size=6", "--set", "train.validation.share=0.1",
                 "--set", "train.validation.every=5", "--set", "train.validation.samples=3"]  # fmt: skip
     for sharding in ("none", "fsdp"):
@@ -141,7 +107,7 @@ def test_split_weights_give_the_losses_of_whole_ones(cached, tmp_path, ftk):
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step(cached, tmp_path):
-    run_file = cached()
+    run_file = cached(train=TRAIN)
     world = World(2, tmp_path / "trace", run_file, "--set", "train.steps=100000", "--set", "train.log_every=1000")
     wait_until_it_trains(tmp_path / "trace")
     os.kill(world.pids[1], signal.SIGTERM)
@@ -167,7 +133,7 @@ def test_when_one_process_dies_the_others_end_soon_and_can_go_on(cached, tmp_pat
 
 
 def test_a_mistake_is_told_by_every_process_and_none_hangs(cached, tmp_path):
-    run_file = cached()
+    run_file = cached(train=TRAIN)
     codes, err = World(2, tmp_path / "trace", run_file, "--set", "train.remainder=drop", "--set",
                        "train.micro_batch_size=12").end(60)  # fmt: skip
     assert codes == [2, 2]

@@ -1,25 +1,45 @@
-"""Runs `ftk train` on several processes of this machine, as a launcher would: python world.py SIZE TRACE [ARGUMENT ...]
+"""Runs `ftk train` on several processes of this machine, as a launcher would.
 
-Every process writes TRACE/SIZE-RANK.jsonl: step by step the draws of its micro-batches, as they were handed to the loop. With
-WORLD_GRADIENTS set, the main one saves the gradient of its first step there. Prints each process's number, then, when all
-have ended, the exit codes as a JSON list. The processes are forks: torch is imported once.
+Every process writes FOLDER/SIZE-RANK.jsonl: step by step the draws of its micro-batches, as they were handed to the loop. With
+WORLD_GRADIENTS set, the main one saves the gradient of its first step there.
 """
 
 import json
 import os
 import socket
-import sys
-import traceback
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
+import killing
 
-from ftk.cli import app
-from ftk.train import stage  # noqa: F401  (imported before the fork)
-from ftk.train.data import Loader, Step
-from ftk.train.optim import MasterOptimizer
-from ftk.train.order import share
+
+class World:
+    """Processes that train together: forks of a server that has imported what they need."""
+
+    def __init__(self, size: int, folder: Path, *arguments: object, **environment: str) -> None:
+        folder.mkdir(exist_ok=True, parents=True)
+        shared = {
+            "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_FOLDER": str(folder),
+            **environment,
+        }  # fmt: skip
+        self.runs = [
+            killing.server().start(
+                "train", *arguments, begin="world", environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            )
+            for rank in range(size)
+        ]
+        self.pids = [run.pid for run in self.runs]
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a process has not ended yet."""
+        return any(run.is_running for run in self.runs)
+
+    def end(self, timeout: float = 120) -> tuple[list[int], str]:
+        """The exit codes, and what was said."""
+        codes = [run.wait(timeout) for run in self.runs]
+        err = "".join(run.err for run in self.runs)
+        assert "Traceback" not in err, err
+        return codes, err
 
 
 def free_port() -> int:
@@ -28,8 +48,18 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def begin() -> None:
+    """In a process of a world: note what each step hands to the loop."""
+    size, rank, folder = os.environ["WORLD_SIZE"], os.environ["RANK"], Path(os.environ["WORLD_FOLDER"])
+    trace(folder / f"{size}-{rank}.jsonl")
+    if os.environ.get("WORLD_GRADIENTS") and rank == "0":
+        save_first_gradient(folder / "gradient.safetensors")
+
+
 def trace(path: Path) -> None:
-    """Note what each step hands to the loop."""
+    from ftk.train.data import Loader, Step
+    from ftk.train.order import share
+
     plain = Loader.step
 
     def step(self: Loader, index: int) -> Step:
@@ -52,6 +82,10 @@ def trace(path: Path) -> None:
 
 
 def save_first_gradient(path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from ftk.train.optim import MasterOptimizer
+
     plain = MasterOptimizer.step
 
     def step(self: MasterOptimizer, *arguments):
@@ -60,42 +94,3 @@ def save_first_gradient(path: Path) -> None:
         return plain(self, *arguments)
 
     MasterOptimizer.step = step
-
-
-def child(rank: int, size: int, port: int, folder: Path, arguments: list[str]) -> int:
-    os.environ |= {"WORLD_SIZE": str(size), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    trace(folder / f"{size}-{rank}.jsonl")
-    if os.environ.get("WORLD_GRADIENTS") and not rank:
-        save_first_gradient(folder / "gradient.safetensors")
-    sys.argv = ["ftk", "train", *arguments]
-    try:
-        app.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
-def main() -> None:
-    size, folder, arguments = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    folder.mkdir(exist_ok=True, parents=True)
-    port, children = free_port(), []
-    for rank in range(size):
-        if not (pid := os.fork()):
-            code = 70
-            try:
-                code = child(rank, size, port, folder, arguments)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(pid)
-        print(pid, flush=True)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]), flush=True)
-
-
-if __name__ == "__main__":
-    main()

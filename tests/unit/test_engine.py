@@ -346,8 +346,11 @@ def test_it_works_where_there_is_no_fork_server(monkeypatch: pytest.MonkeyPatch)
 
 
 PARENT = """
-import os, sys, time
+import os, signal, sys, time
 from ftk.pipeline.engine import WorkerPool
+
+# What a script starts in the background ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def work(number):
     with open(os.path.join(sys.argv[1], str(os.getpid())), "w"):

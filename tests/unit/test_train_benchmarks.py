@@ -14,6 +14,7 @@ from ftk.train.hooks.recorder import read_metrics
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
+import method_costs
 import train_matrix as matrix
 import train_resume as resume
 import train_setup as setup
@@ -100,3 +101,26 @@ def test_each_round_has_every_side_once_and_the_turns_change():
     rounds = ["".join(name for number, name in found if number == turn) for turn in range(4)]
     assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
     assert len(set(rounds)) == 4
+
+
+@pytest.mark.parametrize("kind", method_costs.MODELS)
+def test_every_method_is_measured_beside_lora_on_weights_that_they_share(kind, monkeypatch):
+    arguments = ["--model", kind, "--size", "tiny", "--rounds", "2", "--block", "1", "--repeats", "1"]
+    monkeypatch.setattr(method_costs, "in_a_process", lambda command: {"peak_bytes": 100 if "bare" in command else 150})
+    options = method_costs.parse_arguments(arguments)
+    report = method_costs.run(options)
+    found = report["results"][kind]["methods"]
+    assert list(found) == list(method_costs.METHODS)
+    assert found["full"]["num_parameters"] == report["results"][kind]["num_base_parameters"]
+    assert all(one["delivered_bytes"] >= 4 * one["num_parameters"] for one in found.values())
+    assert found[method_costs.REFERENCE]["ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert {one["bytes_above_bare"]["median"] for one in found.values()} == {50}
+    lines = method_costs.markdown(report["results"]).splitlines()
+    assert {line.count("|") for line in lines} == {6}
+    assert [line.split("|")[1].strip() for line in lines[2:]] == list(found)
+    assert report["command"].startswith(f"python benchmarks/method_costs.py --model {kind} --size tiny")
+
+
+def test_the_memory_of_a_method_is_that_of_a_process_of_its_own():
+    model = method_costs.MODELS["transformer"]["tiny"]
+    assert method_costs.memory_of(method_costs.REFERENCE, model, 1)["peak_bytes"] > 2**20
