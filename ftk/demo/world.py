@@ -1,0 +1,102 @@
+"""A small world of captioned pictures: endless, each known by (seed, index), and the same whenever it is drawn.
+
+Beside the world's own scenes there are a creature and a drawing style that the world lacks, in a dozen pictures each: what a
+model that was trained on the world can be taught.
+"""
+
+import io
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+
+from ftk import storage
+from ftk.demo import drawing, wording
+from ftk.demo.drawing import render
+from ftk.demo.scenes import CREATURE, SHAPES, Layout, Scene, arranged, generator, layout
+from ftk.demo.wording import STYLE
+
+__all__ = ["CREATURE", "STYLE", "concept_scene", "render", "scene", "write_concept", "write_style", "write_world"]
+
+TABLE = "metadata.jsonl"
+
+
+def scene(seed: int, index: int) -> Scene:
+    """One of the world's scenes."""
+    rng = generator("world", seed, index)
+    return _described(layout(rng), rng)
+
+
+def concept_scene(seed: int, index: int) -> Scene:
+    """The creature, in every third scene beside a thing of the world."""
+    rng = generator("concept", seed, index)
+    others = [rng.choice(SHAPES)] if index % 3 == 2 else []
+    return _described(arranged(rng, [CREATURE, *others]), rng)
+
+
+def write_world(directory: Path, count: int, seed: int) -> Path:
+    """Draw the scenes `(seed, 0)` to `(seed, count - 1)` as PNG, with their captions in `metadata.jsonl`.
+
+    Returns:
+        The table, which is what `data.sources` names; it is written last, so it names whole files only.
+    """
+    rows = []
+    for index in range(count):
+        found = scene(seed, index)
+        # Folders of a thousand: file browsers list those without a pause.
+        name = f"{index // 1000:03d}/{index:06d}.png"
+        storage.commit_bytes(directory / name, _png(render(found)))
+        rows.append({"file_name": name, "text": found.caption})
+    storage.commit_bytes(directory / TABLE, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+    return directory / TABLE
+
+
+def write_concept(directory: Path, count: int, seed: int) -> list[Path]:
+    """Draw the creature in varied scenes as PNG, each with its caption in a `.txt` file beside it.
+
+    Returns:
+        The pictures' paths, in the order of their names.
+    """
+    return _write_folder(directory, count, lambda index: _pictured(concept_scene(seed, index)))
+
+
+def write_style(directory: Path, count: int, seed: int) -> list[Path]:
+    """As `write_concept`, the world's things in the style: outlines in ink on ruled paper."""
+    return _write_folder(directory, count, lambda index: _sketched(seed, index))
+
+
+def _described(found: Layout, rng: random.Random) -> Scene:
+    caption, told = wording.describe(found, rng)
+    return Scene(
+        width=found.width, height=found.height, ground=found.ground, texture=found.texture, things=found.things,
+        caption=caption, told=told,
+    )  # fmt: skip
+
+
+def _pictured(found: Scene) -> tuple[Image.Image, str]:
+    return render(found), found.caption
+
+
+def _sketched(seed: int, index: int) -> tuple[Image.Image, str]:
+    rng = generator("style", seed, index)
+    found = layout(rng)
+    return drawing.render_sketch(found), wording.describe_sketch(found, rng)
+
+
+def _write_folder(directory: Path, count: int, draw: Callable[[int], tuple[Image.Image, str]]) -> list[Path]:
+    pictures = []
+    for index in range(count):
+        image, caption = draw(index)
+        path = directory / f"{index:03d}.png"
+        storage.commit_bytes(path, _png(image))
+        storage.commit_bytes(path.with_suffix(".txt"), f"{caption}\n".encode())
+        pictures.append(path)
+    return pictures
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

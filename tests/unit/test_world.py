@@ -1,0 +1,200 @@
+"""The small world: what its scenes, captions and pictures promise."""
+
+import hashlib
+import json
+from collections import Counter
+from itertools import combinations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ftk.configs.load import validate
+from ftk.configs.schema import RunConfig
+from ftk.demo import drawing, wording, world
+from ftk.demo.scenes import (
+    COLOURS,
+    CREATURE,
+    PLACES,
+    RADII,
+    SECOND_TONES,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Layout,
+    Thing,
+    generator,
+    holds,
+    place_of,
+    relation,
+)
+from ftk.pipeline import stage
+from ftk.pipeline.buckets import bucket_sizes
+
+NUM_SCENES = 400
+PLACE_WORDS = {"top": {"top", "upper"}, "bottom": {"bottom", "lower"}, "centre": {"centre", "middle"}}
+SYNONYMS = {"circle": ("circle", "disc"), "small": ("small", "little"), "large": ("large", "big")}
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [world.scene(11, index) for index in range(NUM_SCENES)]
+
+
+def test_a_scene_is_the_same_whenever_it_is_asked_for(scenes):
+    assert world.scene(11, 7) == scenes[7]
+    assert world.render(scenes[7]).tobytes() == world.render(world.scene(11, 7)).tobytes()
+    assert world.scene(12, 7) != scenes[7] != world.scene(11, 8)
+
+
+def test_the_world_is_the_one_that_models_were_trained_on():
+    captions = "\n".join(world.scene(1, index).caption for index in range(100))
+    concepts = "\n".join(world.concept_scene(1, index).caption for index in range(100))
+    assert world.scene(1, 0).caption == "a big black star on the left"
+    digests = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in (captions, concepts)]
+    assert digests == ["e36cac87d3f013b4", "9e59d56dbeb3b007"]
+
+
+def test_drawing_things_on_a_ground_leaves_the_ground_of_the_next_scene_alone(scenes):
+    before = drawing.render_ground(64, 64, "red", "dots").tobytes()
+    for scene in scenes[:60]:
+        world.render(scene)
+    assert drawing.render_ground(64, 64, "red", "dots").tobytes() == before
+
+
+def test_everything_that_can_be_in_a_scene_is_in_some(scenes):
+    things = [thing for scene in scenes for thing in scene.things]
+    assert {thing.shape for thing in things} == set(SHAPES)
+    assert {thing.colour for thing in things} == set(COLOURS) == set(SECOND_TONES)
+    assert {(thing.size, thing.place) for thing in things} == {(size, place) for size in RADII for place in PLACES}
+    assert {(scene.ground, scene.texture) for scene in scenes} == {(one, other) for one in COLOURS for other in TEXTURES}
+    assert {len(scene.things) for scene in scenes} == {1, 2}
+
+
+def test_the_sizes_are_the_buckets_of_64_px(scenes):
+    assert set(SIZES) == set(bucket_sizes(64, 16, 2.0)) == {(scene.width, scene.height) for scene in scenes}
+    assert all(world.render(scene).size == (scene.width, scene.height) for scene in scenes[:20])
+
+
+def test_things_lie_inside_apart_and_clearly_at_their_place(scenes):
+    for scene in scenes:
+        for thing in scene.things:
+            assert thing.radius + 2 <= min(thing.x, scene.width - thing.x), scene
+            assert thing.radius + 2 <= min(thing.y, scene.height - thing.y), scene
+            # As far as a reader may be wrong by two pixels.
+            for across, down in ((2, 2), (-2, -2), (0, 0)):
+                assert place_of(thing.x + across - scene.width / 2, thing.y + down - scene.height / 2) == thing.place, scene
+        for one, other in combinations(scene.things, 2):
+            assert np.hypot(one.x - other.x, one.y - other.y) >= one.radius + other.radius + 6, scene
+
+
+def test_things_stand_out_from_both_tones_of_their_ground(scenes):
+    for scene in scenes:
+        for thing in scene.things:
+            for tone in (COLOURS[scene.ground], SECOND_TONES[scene.ground]):
+                assert np.abs(np.subtract(COLOURS[thing.colour], tone)).sum() >= 90, scene
+
+
+def test_every_attribute_that_is_told_is_in_the_words(scenes):
+    for scene in scenes:
+        words = scene.caption.replace(",", " ").split()
+        for number, thing in enumerate(scene.things):
+            for name in ("shape", "colour", "size"):
+                value = getattr(thing, name)
+                wanted = SYNONYMS.get(value, (value,))
+                if f"things.{number}.{name}" in scene.told:
+                    assert set(wanted) & set(words), scene
+            if f"things.{number}.place" in scene.told:
+                assert all(PLACE_WORDS.get(side, {side}) & set(words) for side in thing.place.split()), scene
+        if "ground.colour" in scene.told:
+            assert scene.ground in words, scene
+        if "relation" in scene.told:
+            first, second = scene.things
+            found = relation((first.x, first.y), (second.x, second.y))
+            assert f"{found} a" in scene.caption, scene
+
+
+def test_a_colour_that_is_not_told_is_not_in_the_words(scenes):
+    for scene in scenes:
+        told = {thing.colour for thing in scene.things} | ({scene.ground} if "ground.colour" in scene.told else set())
+        assert set(scene.caption.replace(",", " ").split()) & set(COLOURS) == told, scene
+
+
+def test_captions_vary_and_leave_something_out_now_and_then(scenes):
+    told = Counter(name for scene in scenes for name in scene.told)
+    assert 0.8 < told["ground.colour"] / len(scenes) < 1
+    assert 0.4 < told["things.0.size"] / len(scenes) < 0.9
+    assert 0.4 < told["things.0.place"] / len(scenes) < 0.95
+    assert told["relation"] > 10
+    assert len({scene.caption for scene in scenes}) > 0.95 * len(scenes)
+    assert len({scene.caption.split()[0] for scene in scenes}) >= 8
+
+
+def test_one_scene_is_described_in_many_ways():
+    thing = Thing(shape="ring", colour="red", size="small", place="left", x=12, y=32, radius=9)
+    layout = Layout(width=64, height=64, ground="blue", texture="dots", things=(thing,))
+    captions = {wording.describe(layout, generator("ways", number))[0] for number in range(200)}
+    assert len(captions) > 60
+    assert "a small red ring on the left on a dotted blue background" in captions
+    assert all("red" in caption and "ring" in caption for caption in captions)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ((10, 30), (50, 33), "left of"),
+        ((50, 30), (10, 33), "right of"),
+        ((30, 10), (33, 50), "above"),
+        ((30, 50), (33, 10), "below"),
+    ],
+)
+def test_relations_are_seen_from_the_second_thing(first, second, expected):
+    assert relation(first, second) == expected
+    assert holds(expected, first, second)
+    assert not holds(expected, second, first)
+
+
+def test_every_shape_fills_its_circle_and_looks_different():
+    masks = {shape: np.asarray(drawing.shape_mask(shape, 40, 16), np.float32) / 255 for shape in SHAPES}
+    y, x = np.mgrid[:40, :40] + 0.5
+    outside = np.hypot(x - 20, y - 20) > 16 * 1.3
+    for shape, mask in masks.items():
+        assert mask[outside].sum() == 0, shape
+        assert np.ptp(np.nonzero(mask > 0.5)[0]) >= 26, shape
+    for one, other in combinations(SHAPES, 2):
+        overlap = np.minimum(masks[one], masks[other]).sum() / np.maximum(masks[one], masks[other]).sum()
+        assert overlap < 0.85, (one, other)
+
+
+def test_the_world_becomes_samples_as_it_is(tmp_path):
+    table = world.write_world(tmp_path / "pictures", 6, seed=4)
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    assert [row["text"] for row in rows] == [world.scene(4, index).caption for index in range(6)]
+    with Image.open(table.parent / rows[3]["file_name"]) as image:
+        assert image.tobytes() == world.render(world.scene(4, 3)).tobytes()
+    tree = {
+        "run": "world", "workspace": str(tmp_path), "model": {"family": "qwen-image", "path": "unused"},
+        "data": {"sources": [{"path": str(table)}], "resolutions": [64], "workers": 1},
+    }  # fmt: skip
+    report = stage.run(validate(RunConfig, tree, "the test"))
+    assert (report.num_samples, report.num_rejects, report.num_copied) == (6, 0, 6)
+
+
+def test_the_concept_is_a_folder_of_pictures_that_all_name_it(tmp_path):
+    pictures = world.write_concept(tmp_path, 12, seed=5)
+    assert [path.name for path in sorted(tmp_path.glob("*.png"))] == [path.name for path in pictures]
+    captions = [path.with_suffix(".txt").read_text().strip() for path in pictures]
+    assert all(CREATURE in caption for caption in captions)
+    assert len(set(captions)) >= 10
+    assert not any(CREATURE in world.scene(5, index).caption for index in range(100))
+
+
+def test_the_style_is_a_folder_of_sketches(tmp_path):
+    pictures = world.write_style(tmp_path, 6, seed=5)
+    for path in pictures:
+        caption = path.with_suffix(".txt").read_text()
+        assert caption.startswith(f"{world.STYLE}, a")
+        assert not set(caption.split()) & set(COLOURS)
+        with Image.open(path) as image:
+            light = np.asarray(image.convert("L")) > 180
+        assert 0.5 < light.mean() < 1
