@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ConfigError
-from ftk.methods import _formats, _peft
+from ftk.methods import _directory, _formats, _injection, _peft, _targets
 from ftk.methods.base import DENOISER, Components, Part, check_format
 from ftk.models.base import Family
 
@@ -34,9 +34,9 @@ class LycorisMethod(_peft.PeftMethod):
             rank_dropout=config.rank_dropout,
             module_dropout=config.module_dropout,
             use_effective_conv2d=config.effective_convolution,
-            target_modules=_peft.as_peft_targets(part, names),
-            rank_pattern=_peft.matching(config.rank_pattern, names),
-            alpha_pattern=_peft.matching({**by_rank, **config.alpha_pattern}, names),
+            target_modules=_targets.as_peft_targets(part, names),
+            rank_pattern=_targets.matching(config.rank_pattern, names),
+            alpha_pattern=_targets.matching({**by_rank, **config.alpha_pattern}, names),
             **config.own,
         )
 
@@ -56,7 +56,7 @@ class LycorisMethod(_peft.PeftMethod):
         files = []
         for name, module in components.items():
             write = _export_diffusers if form == "diffusers" and name == DENOISER else _export_peft
-            files += write(module, config, _peft.folder(directory, name), metadata)
+            files += write(module, config, _directory.folder(directory, name), metadata)
         return files
 
 
@@ -73,25 +73,25 @@ def _delivered(model: Any) -> "dict[str, torch.Tensor]":
 
     ComfyUI ignores alpha where both factors of a LoKr are whole.
     """
-    layers = _peft.adapted(model)
+    layers = _injection.adapted(model)
     tensors = {}
-    for name, tensor in _peft.state(model).items():
+    for name, tensor in _injection.state(model).items():
         module, _, kind = name.rpartition(".")
-        scale = layers[module].scaling[_peft.ADAPTER] if kind in _SCALED else 1.0
+        scale = layers[module].scaling[_injection.ADAPTER] if kind in _SCALED else 1.0
         tensors[name] = (tensor.detach().float() * scale).to(tensor.dtype)
     return tensors
 
 
 def _export_peft(model: Any, config: Any, directory: Path, metadata: Mapping[str, str]) -> list[Path]:
     """A PEFT directory."""
-    return _peft.export_directory(directory, _settings(model, config), _delivered(model), metadata)
+    return _directory.export_directory(directory, _settings(model, config), _delivered(model), metadata)
 
 
 def _export_diffusers(model: Any, config: Any, directory: Path, metadata: Mapping[str, str]) -> list[Path]:
     """One file with plain names, for `load_lora_adapter(DIR, prefix=None)`."""
-    settings = json.dumps(_peft.plain(_settings(model, config).to_dict()), sort_keys=True)
+    settings = json.dumps(_directory.plain(_settings(model, config).to_dict()), sort_keys=True)
     header = {"lora_adapter_metadata": settings, **metadata}
-    return [_peft.commit_tensors(directory / _formats.SINGLE_FILE, _delivered(model), header)]
+    return [_directory.commit_tensors(directory / _formats.SINGLE_FILE, _delivered(model), header)]
 
 
 def _export_named(
@@ -102,16 +102,16 @@ def _export_named(
 
     named: dict[str, torch.Tensor] = {}
     for component, model in components.items():
-        stem, layers = _formats.stem(form, family, component), _peft.adapted(model)
+        stem, layers = _formats.stem(form, family, component), _injection.adapted(model)
         for name, tensor in _delivered(model).items():
             module, _, kind = name.rpartition(".")
             named[f"{stem(module)}.{kind}"] = tensor
-            named[f"{stem(module)}.alpha"] = torch.tensor(float(layers[module].r[_peft.ADAPTER]))
-    return [_peft.commit_tensors(directory / _formats.NAMED_FILES[form], named, metadata)]
+            named[f"{stem(module)}.alpha"] = torch.tensor(float(layers[module].r[_injection.ADAPTER]))
+    return [_directory.commit_tensors(directory / _formats.NAMED_FILES[form], named, metadata)]
 
 
 def _settings(model: Any, config: Any) -> Any:
-    settings = _peft.for_delivery(model.peft_config[_peft.ADAPTER])
+    settings = _directory.for_delivery(model.peft_config[_injection.ADAPTER])
     settings.alpha = config.rank
     settings.alpha_pattern = dict(settings.rank_pattern)
     return settings

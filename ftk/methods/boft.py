@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from ftk.errors import ConfigError
-from ftk.methods import _peft
+from ftk.methods import _injection, _peft, _targets
 from ftk.methods.base import EVERYTHING, Part, TargetPattern
 from ftk.methods.oft import REASONS
 
@@ -59,7 +59,7 @@ class Boft(_peft.PeftMethod):
 
     def refusal(self, layer: "torch.nn.Module") -> str | None:
         """Larger kernels do not see channels one by one."""
-        return _peft.linear_or_pointwise(layer)
+        return _targets.linear_or_pointwise(layer)
 
     def peft_config(self, part: Part, names: Sequence[str], config: BoftConfig) -> Any:
         """PEFT's settings; numbers of blocks are the denoiser's."""
@@ -73,7 +73,7 @@ class Boft(_peft.PeftMethod):
             bias=config.bias,
             layers_to_transform=list(config.layers) if config.layers is not None and part.is_denoiser else None,
             layers_pattern=config.layers_pattern if part.is_denoiser else None,
-            target_modules=_peft.as_peft_targets(part, names),
+            target_modules=_targets.as_peft_targets(part, names),
         )
 
     def inject(self, part: Part, settings: Any, config: BoftConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
@@ -83,8 +83,8 @@ class Boft(_peft.PeftMethod):
             ConfigError: blocks do not divide a layer's inputs, or more factors than PEFT can compute here.
         """
         with _without_warnings():
-            parameters = _peft.inject(part.module, settings, seed)
-        made = next(layer.boft_R[_peft.ADAPTER].shape[0] for layer in _peft.adapted(part.module).values())
+            parameters = _injection.inject(part.module, settings, seed)
+        made = next(layer.boft_R[_injection.ADAPTER].shape[0] for layer in _injection.adapted(part.module).values())
         if made != config.butterfly_factors:
             raise ConfigError(
                 f"method.butterfly_factors: {config.butterfly_factors} need PEFT's CUDA extension, which could not be compiled "
@@ -92,7 +92,7 @@ class Boft(_peft.PeftMethod):
             )
         return parameters
 
-    def load_into(self, pipeline: Any, directory: Path, adapter: str = _peft.ADAPTER) -> None:
+    def load_into(self, pipeline: Any, directory: Path, adapter: str = _injection.ADAPTER) -> None:
         """PEFT's settings and tensors, injected."""
         with _without_warnings():
             super().load_into(pipeline, directory, adapter)

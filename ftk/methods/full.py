@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ftk import storage
 from ftk.errors import CheckpointError, ConfigError
-from ftk.methods import _formats, _peft, _whole, base
+from ftk.methods import _directory, _formats, _injection, _targets, _whole, base
 from ftk.methods.base import (
     DENOISER,
     EVERYTHING,
@@ -80,8 +80,8 @@ class Full:
         """
         parameters: dict[str, torch.nn.Parameter] = {}
         for part in base.parts(components, family, config):
-            layers = [module for module in part.module.modules() if _peft.is_layer(module)]
-            _peft.refuse_quantised(layers, "method full")
+            layers = [module for module in part.module.modules() if _targets.is_layer(module)]
+            _injection.refuse_quantised(layers, "method full")
             named = dict(part.module.named_parameters())
             for name in _chosen(list(named), part):
                 parameters[part.prefix + name] = named[name].requires_grad_(True)
@@ -133,11 +133,11 @@ class Full:
 
     def load_into(self, pipeline: Any, directory: Path) -> None:
         """Copy the weights into the pipeline's components."""
-        denoiser = _peft.denoiser_of(pipeline)
+        denoiser = _directory.denoiser_of(pipeline)
         folder = directory / ("transformer" if denoiser is getattr(pipeline, "transformer", None) else "unet")
         _read_into(denoiser, folder, _DENOISER_FILES)
         for config in sorted(directory.glob("text_encoder*/config.json")):
-            _read_into(_peft.encoder_of(pipeline, config.parent.name, directory), config.parent, _ENCODER_FILES)
+            _read_into(_directory.encoder_of(pipeline, config.parent.name, directory), config.parent, _ENCODER_FILES)
 
     def merge(self, components: Components) -> None:
         """Nothing: the weights are the trained ones."""
@@ -153,7 +153,7 @@ def _trained(components: Components) -> "dict[str, torch.nn.Parameter]":
     """What is trained of all components."""
     found: dict[str, torch.nn.Parameter] = {}
     for name, model in components.items():
-        found |= {base.prefix(name) + key: parameter for key, parameter in _peft.trained(model).items()}
+        found |= {base.prefix(name) + key: parameter for key, parameter in _injection.trained(model).items()}
     return found
 
 
@@ -202,7 +202,7 @@ def _write(model: Any, folder: Path, is_denoiser: bool, metadata: Mapping[str, s
         for file, names in plan.filename_to_tensors.items():
             whole = _whole.gather({name: tensors[name] for name in names}, model.dtype, keep=is_writer)
             if is_writer:
-                _peft.commit_tensors(temporary / file, whole, metadata)
+                _directory.commit_tensors(temporary / file, whole, metadata)
         if is_writer:
             storage.commit_json(temporary / "config.json", _settings(model, is_denoiser))
         if is_writer and plan.is_sharded:
@@ -228,7 +228,8 @@ def _read_into(model: Any, folder: Path, pattern: str) -> None:
     own, missing = model.state_dict(), set(model.state_dict())
     for path in _files(folder, pattern):
         tensors = {
-            name if name in own else _formats.here(model, name): tensor for name, tensor in _peft.read_tensors(path).items()
+            name if name in own else _formats.here(model, name): tensor
+            for name, tensor in _directory.read_tensors(path).items()
         }
         for name, tensor in tensors.items():
             if name not in own or own[name].shape != tensor.shape:

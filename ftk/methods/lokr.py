@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
-from ftk.methods import _formats, _lycoris, _peft
+from ftk.methods import _directory, _formats, _injection, _lycoris, _peft
 from ftk.models.base import Family
 
 
@@ -58,19 +58,19 @@ class Lokr(_lycoris.LycorisMethod):
     FORMATS = ("diffusers", "peft", "comfyui", "kohya", "lycoris")
     peft_class = "LoKrConfig"
 
-    def load_into(self, pipeline: Any, directory: Path, adapter: str = _peft.ADAPTER) -> None:
+    def load_into(self, pipeline: Any, directory: Path, adapter: str = _injection.ADAPTER) -> None:
         """diffusers' loader of one model: that of pipelines takes only names that contain `lora`. PEFT's of text encoders."""
-        path, denoiser = directory / _formats.SINGLE_FILE, _peft.denoiser_of(pipeline)
-        _peft.check_fits(denoiser, _peft.read_tensors(path), path)
-        with _peft.explaining(path):
+        path, denoiser = directory / _formats.SINGLE_FILE, _directory.denoiser_of(pipeline)
+        _directory.check_fits(denoiser, _directory.read_tensors(path), path)
+        with _directory.explaining(path):
             denoiser.load_lora_adapter(directory, prefix=None, use_safetensors=True, adapter_name=adapter)
-        _peft.load_encoders(pipeline, directory, adapter)
+        _directory.load_encoders(pipeline, directory, adapter)
 
     def usage(self, family: Family, config: LokrConfig) -> str:
         """diffusers' loader of the denoiser, PEFT's of text encoders."""
         arguments = '"path/to/this/folder", prefix=None, use_safetensors=True'
         line = f"pipeline.{_formats.component(family)}.load_lora_adapter({arguments})"
-        return "\n".join([line, *_peft.usage_of_encoders(self.needs(family, config))])
+        return "\n".join([line, *_directory.usage_of_encoders(self.needs(family, config))])
 
 
 METHOD = Lokr()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from ftk.errors import ConfigError
-from ftk.methods import _eva, _formats, _peft
+from ftk.methods import _directory, _eva, _formats, _injection, _peft, _targets
 from ftk.methods.base import DENOISER, Components, Part, check_format
 from ftk.models.base import Family
 
@@ -103,25 +103,25 @@ class Lora(_peft.PeftMethod):
 
         if self.changes_base(config):
             layers = dict(part.module.named_modules())
-            _peft.refuse_quantised((layers[name] for name in names), f"method.initialisation: {config.initialisation}")
+            _injection.refuse_quantised((layers[name] for name in names), f"method.initialisation: {config.initialisation}")
         return peft.LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha or config.rank,
             lora_dropout=config.dropout,
             # What takes factors out of W starts as `default` does, and is replaced.
             init_lora_weights="gaussian" if config.initialisation == "gaussian" else True,
-            target_modules=_peft.as_peft_targets(part, names),
-            rank_pattern=_peft.matching(config.rank_pattern, names),
-            alpha_pattern=_peft.matching(_alphas(config), names),
+            target_modules=_targets.as_peft_targets(part, names),
+            rank_pattern=_targets.matching(config.rank_pattern, names),
+            alpha_pattern=_targets.matching(_alphas(config), names),
             use_rslora=config.rslora,
             use_dora=config.dora,
         )
 
     def inject(self, part: Part, settings: Any, config: LoraConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
         """Inject the adapter, and move what it starts from out of the weights."""
-        parameters = _peft.inject(part.module, settings, seed)
+        parameters = _injection.inject(part.module, settings, seed)
         if self.changes_base(config):
-            for name, layer in _peft.adapted(part.module).items():
+            for name, layer in _injection.adapted(part.module).items():
                 _start_from_weight(name, layer, config.initialisation)
         return parameters
 
@@ -158,21 +158,21 @@ class Lora(_peft.PeftMethod):
         check_format(self.name, self.FORMATS, form, self.REASONS)
         return write({name: _adapter(each, config) for name, each in components.items()}, family, directory, form, metadata)
 
-    def load_into(self, pipeline: Any, directory: Path, adapter: str = _peft.ADAPTER) -> None:
+    def load_into(self, pipeline: Any, directory: Path, adapter: str = _injection.ADAPTER) -> None:
         """diffusers' own loader, once the file is known to be whole and of this model."""
-        path, denoiser = directory / WEIGHTS_FILE, _peft.denoiser_of(pipeline)
+        path, denoiser = directory / WEIGHTS_FILE, _directory.denoiser_of(pipeline)
         by_component: dict[str, dict[str, torch.Tensor]] = {}
-        tensors = _peft.read_tensors(path)
+        tensors = _directory.read_tensors(path)
         for name, tensor in tensors.items():
             component, _, key = name.partition(".")
             by_component.setdefault(component, {})[key] = tensor
         here = "transformer" if denoiser is getattr(pipeline, "transformer", None) else "unet"
         if here not in by_component:
-            _peft.check_fits(denoiser, tensors, path)
+            _directory.check_fits(denoiser, tensors, path)
         for component, own in by_component.items():
-            encoder = denoiser if component == here else _peft.encoder_of(pipeline, component, path)
-            _peft.check_fits(encoder, {_formats.here(encoder, name): tensor for name, tensor in own.items()}, path)
-        with _peft.explaining(path):
+            encoder = denoiser if component == here else _directory.encoder_of(pipeline, component, path)
+            _directory.check_fits(encoder, {_formats.here(encoder, name): tensor for name, tensor in own.items()}, path)
+        with _directory.explaining(path):
             pipeline.load_lora_weights(directory, weight_name=WEIGHTS_FILE, adapter_name=adapter)
 
     def usage(self, family: Family, config: LoraConfig) -> str:
@@ -198,12 +198,12 @@ def _start_from_weight(name: str, layer: Any, initialisation: str) -> None:
     import torch
 
     base = layer.get_base_layer()
-    A, B = layer.lora_A[_peft.ADAPTER].weight, layer.lora_B[_peft.ADAPTER].weight
+    A, B = layer.lora_A[_injection.ADAPTER].weight, layer.lora_B[_injection.ADAPTER].weight
     layer.register_buffer("initial_A", torch.empty_like(A), persistent=False)
     layer.register_buffer("initial_B", torch.empty_like(B), persistent=False)
     if base.weight.is_meta:
         return
-    rank, scale = A.shape[0], layer.scaling[_peft.ADAPTER]
+    rank, scale = A.shape[0], layer.scaling[_injection.ADAPTER]
     weight_OI = base.weight.detach().float().flatten(1)
     if rank > min(weight_OI.shape):
         raise ConfigError(
@@ -229,23 +229,23 @@ def _delivered(model: Any) -> dict[str, Factors]:
     """What each layer adds to the original weights, by the module's name; scale, and what was taken out, are in it."""
     import torch
 
-    layers, found = _peft.adapted(model), {}
-    for name, tensors in _formats.split(_peft.state(model), _KINDS).items():
+    layers, found = _injection.adapted(model), {}
+    for name, tensors in _formats.split(_injection.state(model), _KINDS).items():
         layer = layers[name]
         A, B = tensors["lora_A"].detach(), tensors["lora_B"].detach()
         if hasattr(layer, "initial_A"):
             A = torch.cat([A, layer.initial_A.to(A)], 0)
             B = torch.cat([B, -layer.initial_B.to(B)], 1)
-        scaled = (B.float() * layer.scaling[_peft.ADAPTER]).to(B.dtype)
+        scaled = (B.float() * layer.scaling[_injection.ADAPTER]).to(B.dtype)
         found[name] = Factors(A=A, B=scaled, magnitude=tensors.get("lora_magnitude_vector"))
     return found
 
 
 def _adapter(model: Any, config: LoraConfig) -> Adapter:
     """One component's, with what was taken out of the base and the strength in its factors."""
-    factors, layers = _delivered(model), _peft.adapted(model)
+    factors, layers = _delivered(model), _injection.adapted(model)
     double = 2 if METHOD.changes_base(config) else 1
-    settings = _peft.for_delivery(model.peft_config[_peft.ADAPTER])
+    settings = _directory.for_delivery(model.peft_config[_injection.ADAPTER])
     settings.r = settings.lora_alpha = double * config.rank
     settings.rank_pattern = {key: double * rank for key, rank in settings.rank_pattern.items()}
     settings.alpha_pattern = dict(settings.rank_pattern)
@@ -266,10 +266,10 @@ def write(
     """Write what each component's layers add, by the component's name, in a delivery format of `Lora.FORMATS`."""
     if form in ("comfyui", "kohya"):
         named = _renamed(adapters, form, family)
-        return [_peft.commit_tensors(directory / _formats.NAMED_FILES[form], named, metadata)]
+        return [_directory.commit_tensors(directory / _formats.NAMED_FILES[form], named, metadata)]
     if form == "peft":
         files = [
-            _peft.export_directory(_peft.folder(directory, name), one.settings, _named(one.factors), metadata)
+            _directory.export_directory(_directory.folder(directory, name), one.settings, _named(one.factors), metadata)
             for name, one in adapters.items()
         ]
         return [path for each in files for path in each]
@@ -277,11 +277,11 @@ def write(
     tensors: dict[str, torch.Tensor] = {}
     for name, one in adapters.items():
         component = _formats.component(family) if name == DENOISER else name
-        settings |= {f"{component}.{key}": value for key, value in _peft.plain(one.settings.to_dict()).items()}
+        settings |= {f"{component}.{key}": value for key, value in _directory.plain(one.settings.to_dict()).items()}
         for key, tensor in _named(one.factors).items():
             tensors[f"{component}.{key if name == DENOISER else _name_in_encoder(key)}"] = tensor
     header = {"lora_adapter_metadata": json.dumps(settings, sort_keys=True), **metadata}
-    return [_peft.commit_tensors(directory / WEIGHTS_FILE, tensors, header)]
+    return [_directory.commit_tensors(directory / WEIGHTS_FILE, tensors, header)]
 
 
 def _name_in_encoder(key: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from ftk.errors import ConfigError
-from ftk.methods import _peft
+from ftk.methods import _injection, _peft, _targets
 from ftk.methods.base import EVERYTHING, Part, TargetPattern
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Oft(_peft.PeftMethod):
 
     def refusal(self, layer: "torch.nn.Module") -> str | None:
         """Larger kernels do not see channels one by one."""
-        return _peft.linear_or_pointwise(layer)
+        return _targets.linear_or_pointwise(layer)
 
     def peft_config(self, part: Part, names: Sequence[str], config: OftConfig) -> Any:
         """PEFT's settings; numbers of blocks are the denoiser's."""
@@ -94,14 +94,14 @@ class Oft(_peft.PeftMethod):
             bias=config.bias,
             layers_to_transform=list(config.layers) if config.layers is not None and part.is_denoiser else None,
             layers_pattern=config.layers_pattern if part.is_denoiser else None,
-            target_modules=_peft.as_peft_targets(part, names),
+            target_modules=_targets.as_peft_targets(part, names),
         )
 
     def inject(self, part: Part, settings: Any, config: OftConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
         """With the dropout that PEFT leaves out."""
-        parameters = _peft.inject(part.module, settings, seed)
+        parameters = _injection.inject(part.module, settings, seed)
         if config.module_dropout:
-            for layer in _peft.adapted(part.module).values():
+            for layer in _injection.adapted(part.module).values():
                 _drop_blocks(layer, config.module_dropout)
         return parameters
 
@@ -130,7 +130,7 @@ def _drop_blocks(layer: Any, chance: float) -> None:
     """
     import torch
 
-    rotation, block_size = layer.oft_R[_peft.ADAPTER], layer.oft_block_size[_peft.ADAPTER]
+    rotation, block_size = layer.oft_R[_injection.ADAPTER], layer.oft_block_size[_injection.ADAPTER]
     axis = 1 if isinstance(layer.get_base_layer(), torch.nn.Conv2d) else -1
 
     def drop(module: Any, inputs: Any, rotated: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ftk.errors import ConfigError
-from ftk.methods import _peft
+from ftk.methods import _peft, _targets
 from ftk.methods.base import Part
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Peft(_peft.PeftMethod):
         # PEFT looks these up by the name of a language model.
         own: dict[str, Any] = {"feedforward_modules": []} if kind == "IA3" else {}
         try:
-            return CLASSES[kind](target_modules=_peft.as_peft_targets(part, names), **{**own, **config.settings})
+            return CLASSES[kind](target_modules=_targets.as_peft_targets(part, names), **{**own, **config.settings})
         except (TypeError, ValueError) as error:
             raise ConfigError(f"method: PEFT's {kind} refuses its settings: {error}") from error
 

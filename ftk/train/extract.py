@@ -19,7 +19,7 @@ from ftk.cache.fingerprint import weights_digest
 from ftk.configs import load
 from ftk.configs.schema import CardConfig, ModelConfig
 from ftk.errors import ConfigError, ModelError
-from ftk.methods import _peft, lora
+from ftk.methods import _targets, lora
 from ftk.methods import base as methods
 from ftk.methods.base import DENOISER, Part, TargetPattern, Targets
 from ftk.models import base as models
@@ -153,7 +153,7 @@ def run(config: ExtractConfig) -> ExtractReport:
     before, after = (_Weights(place / family.denoiser_components[0]) for place in places)
     _refuse_other_shapes(before, after)
     shapes: Any = family.load_denoiser(places[0], torch.float32, torch.device("meta"))
-    chosen = set(_peft.select(_part(shapes, family, _targets(config.targets)), _refusal))
+    chosen = set(_targets.select(_part(shapes, family, _parsed_targets(config.targets)), _refusal))
     extracted = _extract(config, before, after, chosen)
     left_out = [*_left_out(extracted.others, shapes), *_other_components(family, places)]
     if not extracted.factors:
@@ -241,7 +241,7 @@ def _part(denoiser: Any, family: Family, targets: Targets) -> Part:
     )
 
 
-def _targets(text: str) -> Targets:
+def _parsed_targets(text: str) -> Targets:
     """A group, or in YAML a list of names or {regex: EXPRESSION}.
 
     Raises:
@@ -255,7 +255,7 @@ def _refusal(layer: torch.nn.Module) -> str | None:
     """Why a LoRA cannot carry a layer."""
     if getattr(layer, "groups", 1) != 1:
         return "it is a grouped convolution"
-    return _peft.linear_or_convolution(layer)
+    return _targets.linear_or_convolution(layer)
 
 
 def _refuse_other_shapes(before: _Weights, after: _Weights) -> None:
@@ -298,7 +298,7 @@ def _write(config: ExtractConfig, family: Family, base: Path, denoiser: Any, ext
     settings = peft.LoraConfig(
         r=common,
         lora_alpha=common,
-        target_modules=_peft.as_peft_targets(every_layer, list(found)),
+        target_modules=_targets.as_peft_targets(every_layer, list(found)),
         rank_pattern=others,
         alpha_pattern=dict(others),
     )

@@ -21,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from ftk import locations
 from ftk.configs.schema import AdapterConfig
 from ftk.errors import ConfigError
-from ftk.methods import _formats, _peft
+from ftk.methods import _directory, _formats, _injection, _peft
 from ftk.methods import base as methods
 
-OWN = _peft.ADAPTER
+OWN = _injection.ADAPTER
 """The name under which a method loads its run's adapter."""
 ADDING = ("LORA", "LOHA", "LOKR")
 """PEFT's types that add to a layer's output, in proportion to their strength."""
@@ -58,7 +58,7 @@ def find(config: AdapterConfig, setting: str) -> Found:
         meant = f" Did you mean {inner}?" if inner.is_dir() and look(inner) is not None else ""
         raise ConfigError(
             f"{setting}.path {config.path} holds no adapter in diffusers' or PEFT's format (neither {_formats.SINGLE_FILE} nor "
-            f"{_peft.CONFIG_FILE}).{meant}"
+            f"{_directory.CONFIG_FILE}).{meant}"
         )
     if found.kind not in ADDING:
         raise ConfigError(
@@ -75,8 +75,8 @@ def look(folder: Path) -> Found | None:
         ConfigError: its files cannot be read.
     """
     try:
-        if (folder / _peft.CONFIG_FILE).exists():
-            settings = json.loads((folder / _peft.CONFIG_FILE).read_bytes())
+        if (folder / _directory.CONFIG_FILE).exists():
+            settings = json.loads((folder / _directory.CONFIG_FILE).read_bytes())
             kind = _DORA if settings.get("use_dora") else str(settings["peft_type"])
             return Found(folder=folder, kind=kind, is_directory=True)
         if (folder / _formats.SINGLE_FILE).exists():
@@ -110,10 +110,10 @@ def check_fits(pipeline: Any, added: Sequence[Found]) -> None:
         CheckpointError: a file is damaged, or was trained on another base model.
     """
     for one in added:
-        path = one.folder / (_peft.WEIGHTS_FILE if one.is_directory else _formats.SINGLE_FILE)
-        tensors = {_PREFIX.sub("", name): tensor for name, tensor in _peft.read_tensors(path).items()}
+        path = one.folder / (_directory.WEIGHTS_FILE if one.is_directory else _formats.SINGLE_FILE)
+        tensors = {_PREFIX.sub("", name): tensor for name, tensor in _directory.read_tensors(path).items()}
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith("text_encoder")}
-        _peft.check_fits(_peft.denoiser_of(pipeline), own, path)
+        _directory.check_fits(_directory.denoiser_of(pipeline), own, path)
 
 
 def add(pipeline: Any, own: Mapping[str, float], added: Sequence[Found]) -> None:
@@ -126,7 +126,7 @@ def add(pipeline: Any, own: Mapping[str, float], added: Sequence[Found]) -> None
     for number, one in enumerate(added):
         name = f"added_{number}"
         if one.is_directory:
-            _peft.load_directories(pipeline, one.folder, name)
+            _directory.load_directories(pipeline, one.folder, name)
         else:
             method = methods.get(one.kind.lower())
             assert isinstance(method, _peft.PeftMethod)
@@ -137,11 +137,11 @@ def add(pipeline: Any, own: Mapping[str, float], added: Sequence[Found]) -> None
 
 def _fold_in(pipeline: Any) -> bool:
     """Fold the run's own adapter into the weights if it does more than add; returns whether it does."""
-    adapted = [one for one in pipeline.components.values() if isinstance(one, torch.nn.Module) and _peft.adapted(one)]
+    adapted = [one for one in pipeline.components.values() if isinstance(one, torch.nn.Module) and _injection.adapted(one)]
     settings = [one.peft_config[OWN] for one in adapted]
     only_adds = all(one.peft_type.value in ADDING and not getattr(one, "use_dora", False) for one in settings)
     for component in () if only_adds else adapted:
-        _peft.merge(component)
+        _injection.merge(component)
     return not only_adds
 
 

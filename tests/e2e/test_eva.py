@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from ftk.configs.load import load
 from ftk.configs.schema import MethodConfig
 from ftk.errors import ConfigError
-from ftk.methods import _eva, _peft
+from ftk.methods import _eva, _injection
 from ftk.methods import base as methods
 from ftk.train import build
 
@@ -41,7 +41,7 @@ def model() -> Model:
     torch.manual_seed(0)
     made = Model()
     settings = peft.LoraConfig(r=RANK, target_modules=["first", "second", "kernel"], rank_pattern={"second": 2})
-    _peft.inject(made, settings, 1)
+    _injection.inject(made, settings, 1)
     return made
 
 

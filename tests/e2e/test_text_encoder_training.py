@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from ftk.configs.load import RECIPES, load
 from ftk.demo import draw_pictures
-from ftk.methods import _peft
+from ftk.methods import _injection
 from ftk.models import base as models
 from ftk.train import deliver, inputs, memory
 
@@ -70,7 +70,7 @@ def assert_equal_tensors(first, second):
 
 def rotations(module):
     """(name, W, W R) of each adapted layer, in fp64."""
-    for name, layer in _peft.adapted(module).items():
+    for name, layer in _injection.adapted(module).items():
         plain = layer.get_base_layer().weight.detach().double().flatten(1)
         delta = layer.oft_R["default"].get_weight().detach().double()
         yield name, plain, delta
@@ -87,7 +87,7 @@ def test_both_components_learned_rotations_that_keep_the_angles_of_neurons(train
             rotated = weight @ rotation
             cosines = [torch.nn.functional.normalize(rows) for rows in (weight, rotated)]
             torch.testing.assert_close(cosines[0] @ cosines[0].T, cosines[1] @ cosines[1].T, atol=1e-3, rtol=0)
-        counts[component] = len(_peft.adapted(module))
+        counts[component] = len(_injection.adapted(module))
     # Of 2 layers with 6 each; of 4 attention blocks with 2 attentions of 4, 2 of the MLP, and 2 around them.
     assert counts == {"text_encoder": 12, "denoiser": 48}
 
