@@ -228,7 +228,7 @@ def latest(directory: Path, ranks: Ranks | None = None) -> Checkpoint | None:
         if ranks.is_main:
             LOGGER.warning("checkpoint %s is damaged (%s): the one before it is used", directory / name, problem)
     if names and ranks.is_main:
-        LOGGER.warning("%s: no checkpoint is whole, so the training begins again at its first step", directory)
+        LOGGER.warning("%s: no checkpoint is whole; training begins again at its first step", directory)
     return None
 
 
