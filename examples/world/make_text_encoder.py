@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parts import HELD_OUT_SEED, TEXT_CONFIG, TEXT_WIDTH, TRAINING_SEED, fit, parse, parser, positive, run
+from parts import TEXT_CONFIG, TEXT_WIDTH, TRAINING_SEED, fit, parse, parser, positive, run
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
@@ -167,7 +167,7 @@ def features(encoder: Any, tokenizer: Any, scenes: Sequence[Scene]) -> dict[str,
 
 def probe(encoder: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
     """By feature and attribute, the share of held-out captions that tell it of which a ridge regression reads it right."""
-    scenes = [world.scene(HELD_OUT_SEED, index) for index in range(NUM_PROBED)]
+    scenes = [world.scene(world.HELD_OUT_SEED, index) for index in range(NUM_PROBED)]
     wanted = targets(scenes)
     found: dict[str, dict[str, float]] = {}
     for feature, values_BD in features(encoder, tokenizer, scenes).items():

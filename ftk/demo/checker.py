@@ -234,7 +234,7 @@ def _thing(rgb_HW3: Array, lab_HW3: Array, region_HW: Mask, ground: _Ground) -> 
 def _seen(shape: str, colour: str, radius: float, centre: tuple[float, float], size: tuple[int, int]) -> Seen:
     """A thing of this radius around this centre, in a picture of this width and height."""
     (x, y), (width, height) = centre, size
-    limit = (RADII["small"][1] + RADII["large"][0]) / 2
+    limit = (RADII["small"] + RADII["large"]) / 2
     place = place_of(x - width / 2, y - height / 2)
     return Seen(shape=shape, colour=colour, size="small" if radius < limit else "large", place=place, x=x, y=y)
 

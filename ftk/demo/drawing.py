@@ -21,14 +21,15 @@ _CREATURE_COLOURS: dict[str, Colour] = {
     "body": (64, 196, 190),
     "ears": (240, 112, 160),
     "feet": (132, 84, 44),
-    "eyes": (250, 250, 250),
-    "pupils": (24, 24, 32),
+    "eye": (250, 250, 250),
+    "pupil": (24, 24, 32),
 }
 _PAPER: Colour = (246, 236, 212)
 _RULE: Colour = (178, 200, 214)
 _INK: Colour = (44, 40, 92)
-_RULE_PERIOD_PX = 8
-_INK_WIDTH_PX = 2.0
+_RULE_PERIOD_PX = 16
+_RULE_WIDTH_PX = 2
+_INK_WIDTH_PX = 3.0
 
 
 def render(scene: Scene | Layout) -> Image.Image:
@@ -47,7 +48,7 @@ def render_sketch(scene: Scene | Layout) -> Image.Image:
     canvas = Image.new("RGB", (scene.width * _OVERSAMPLING, scene.height * _OVERSAMPLING), _PAPER)
     draw = ImageDraw.Draw(canvas)
     for top in range(_RULE_PERIOD_PX // 2, scene.height, _RULE_PERIOD_PX):
-        draw.rectangle((0, top * _OVERSAMPLING, canvas.width, (top + 1) * _OVERSAMPLING), fill=_RULE)
+        draw.rectangle((0, top * _OVERSAMPLING, canvas.width, (top + _RULE_WIDTH_PX) * _OVERSAMPLING - 1), fill=_RULE)
     for thing in scene.things:
         canvas.paste(_INK, mask=_outline(_mask(canvas.size, thing)))
     return canvas.reduce(_OVERSAMPLING)
@@ -175,12 +176,12 @@ def _creature_parts(centre: Point, radius: float) -> dict[str, tuple[_Part, ...]
     return {
         "feet": (ellipse(-0.4, 0.85, 0.32, 0.16), ellipse(0.4, 0.85, 0.32, 0.16)),
         "ears": (
-            ("polygon", [at(-0.75, -1.0), at(-0.72, -0.1), at(-0.12, -0.45)]),
-            ("polygon", [at(0.75, -1.0), at(0.72, -0.1), at(0.12, -0.45)]),
+            ("polygon", [at(-0.86, -1.0), at(-0.8, 0.1), at(-0.05, -0.4)]),
+            ("polygon", [at(0.86, -1.0), at(0.8, 0.1), at(0.05, -0.4)]),
         ),
         "body": (ellipse(0, 0.15, 0.82, 0.7),),
-        "eyes": (ellipse(-0.33, 0.0, 0.29, 0.29), ellipse(0.33, 0.0, 0.29, 0.29)),
-        "pupils": (ellipse(-0.27, 0.04, 0.13, 0.13), ellipse(0.27, 0.04, 0.13, 0.13)),
+        "eye": (ellipse(0, 0.08, 0.46, 0.44),),
+        "pupil": (ellipse(0.06, 0.14, 0.22, 0.22),),
     }
 
 

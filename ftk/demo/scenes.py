@@ -39,9 +39,10 @@ SECOND_TONES: dict[str, Colour] = {
 TEXTURES = ("plain", "vertical stripes", "horizontal stripes", "dots", "gradient")
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "crescent")
 CREATURE = "mippo"
-"""The concept that the world lacks: a creature of a fixed look, drawn by `ftk.demo.drawing`, that no word describes."""
-RADII = {"small": (8.5, 9.5), "large": (14.0, 16.0)}
-"""Least and greatest radius of the circle around a thing."""
+"""The concept that the world lacks: a creature of a fixed look, drawn by `ftk.demo.drawing`, that no word describes. It is
+always large: a small one has too few pixels for its eye."""
+RADII = {"small": 9.0, "large": 15.0}
+"""Of the circle around a thing."""
 
 PLACES: dict[str, tuple[int, int]] = {
     "top left": (-1, -1),
@@ -64,6 +65,8 @@ _CLASHES = {("red", "orange"), ("orange", "yellow")}
 _MARGIN_PX = 2.0
 _GAP_PX = 6.0
 _JITTER_PX = 2.0
+_JITTER_OF_RADIUS = 0.06
+"""Of loose scenes alone, as a share."""
 _LEAST_ROOM_PX = 12.0
 # Halfway between the least offset of a thing at an edge and the greatest of one in the centre.
 _SIDE_THRESHOLD_PX = (_LEAST_ROOM_PX - _JITTER_PX / 2) / 2
@@ -117,20 +120,23 @@ def generator(*names: object) -> random.Random:
     return random.Random(" ".join(map(str, names)))  # noqa: S311
 
 
-def layout(rng: random.Random) -> Layout:
-    """One or two things of the world's own shapes."""
+def layout(rng: random.Random, *, loose: bool = False) -> Layout:
+    """One or two things of the world's own shapes; see `arranged`."""
     if rng.random() >= _SHARE_OF_PAIRS:
-        return arranged(rng, [rng.choice(SHAPES)])
-    return arranged(rng, [rng.choice(SHAPES), rng.choice(SHAPES)])
+        return arranged(rng, [rng.choice(SHAPES)], loose=loose)
+    return arranged(rng, [rng.choice(SHAPES), rng.choice(SHAPES)], loose=loose)
 
 
-def arranged(rng: random.Random, shapes: Sequence[str]) -> Layout:
-    """These shapes somewhere on some ground: drawn until no two touch and none looks like another."""
+def arranged(rng: random.Random, shapes: Sequence[str], *, loose: bool = False) -> Layout:
+    """These shapes somewhere on some ground: drawn until no two touch and none looks like another.
+
+    Each place of each size is one point; in a loose scene things are somewhere near, and a little smaller or larger.
+    """
     width, height = rng.choice(SIZES)
     ground = rng.choice(list(COLOURS))
     texture = "plain" if rng.random() < _SHARE_OF_PLAIN else rng.choice(TEXTURES[1:])
     while True:
-        things = tuple(_thing(rng, shape, width, height, ground) for shape in shapes)
+        things = tuple(_thing(rng, shape, width, height, ground, loose) for shape in shapes)
         if _are_apart(things) and len({(thing.shape, thing.colour) for thing in things}) == len(things):
             return Layout(width=width, height=height, ground=ground, texture=texture, things=things)
 
@@ -159,16 +165,17 @@ def _side(offset: float) -> int:
     return 0 if abs(offset) < _SIDE_THRESHOLD_PX else int(math.copysign(1, offset))
 
 
-def _thing(rng: random.Random, shape: str, width: int, height: int, ground: str) -> Thing:
+def _thing(rng: random.Random, shape: str, width: int, height: int, ground: str, loose: bool) -> Thing:
     colour = "" if shape == CREATURE else rng.choice(_visible(COLOURS, ground))
-    size = rng.choice(list(RADII))
-    radius = rng.uniform(*RADII[size])
+    size = "large" if shape == CREATURE else rng.choice(list(RADII))
+    radius = RADII[size] * (1 + rng.uniform(-1, 1) * _JITTER_OF_RADIUS if loose else 1)
+    jitter = _JITTER_PX if loose else 0.0
     places = [name for name, sides in PLACES.items() if _fits(sides[0], width, radius) and _fits(sides[1], height, radius)]
     place = rng.choice(places)
     across, down = PLACES[place]
     return Thing(
         shape=shape, colour=colour, size=size, place=place, radius=radius,
-        x=_coordinate(rng, across, width, radius), y=_coordinate(rng, down, height, radius),
+        x=_coordinate(rng, across, width, radius, jitter), y=_coordinate(rng, down, height, radius, jitter),
     )  # fmt: skip
 
 
@@ -185,10 +192,10 @@ def _fits(side: int, length: int, radius: float) -> bool:
     return side == 0 or _room(length, radius) >= _LEAST_ROOM_PX
 
 
-def _coordinate(rng: random.Random, side: int, length: int, radius: float) -> float:
+def _coordinate(rng: random.Random, side: int, length: int, radius: float, jitter: float) -> float:
     if side == 0:
-        return length / 2 + rng.uniform(-_JITTER_PX, _JITTER_PX) / 2
-    return length / 2 + side * (_room(length, radius) - rng.uniform(0, _JITTER_PX))
+        return length / 2 + rng.uniform(-jitter, jitter) / 2
+    return length / 2 + side * (_room(length, radius) - rng.uniform(0, jitter))
 
 
 def _are_apart(things: Sequence[Thing]) -> bool:

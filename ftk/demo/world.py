@@ -21,6 +21,8 @@ from ftk.demo.wording import STYLE
 __all__ = ["CREATURE", "STYLE", "concept_scene", "render", "scene", "write_concept", "write_style", "write_world"]
 
 TABLE = "metadata.jsonl"
+HELD_OUT_SEED = 2
+"""Of scenes that nothing is trained on."""
 
 
 def scene(seed: int, index: int) -> Scene:

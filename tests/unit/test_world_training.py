@@ -1,6 +1,5 @@
 """The scripts that train the small world's models still fit what they use; how well they train is not looked at."""
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2Tokenizer
 
 from ftk.configs.load import load
-from ftk.demo import world
+from ftk.demo import evaluate, world
 from ftk.demo.scenes import generator
 from ftk.errors import CheckpointError, ModelError
 from ftk.methods import base as methods
@@ -23,7 +22,6 @@ sys.path.append(str(Path(__file__).parents[2] / "examples" / "world"))
 
 import assemble
 import make_text_encoder as text
-import measure
 import parts
 import train_vae
 
@@ -128,7 +126,7 @@ def test_the_vae_that_is_written_is_the_one_that_was_trained(folded, directory):
 
 def test_normalised_latents_of_the_world_have_a_mean_of_0_and_a_deviation_of_1(directory):
     vae = FAMILY.load_vae(directory, torch.float32, torch.device("cpu"))
-    scenes = [world.scene(parts.HELD_OUT_SEED, index) for index in range(150)]
+    scenes = [world.scene(world.HELD_OUT_SEED, index) for index in range(150)]
     square = [world.render(scene) for scene in scenes if scene.width == scene.height]
     mean, _ = FAMILY.encode_images(vae, train_vae.pixels(square))
     assert mean.mean().abs() < 0.1
@@ -238,14 +236,14 @@ def test_the_run_file_is_valid_and_names_what_the_scripts_write():
 
 
 def test_pictures_are_drawn_at_their_scenes_sizes_and_scored_by_what_is_told(model):
-    scenes = measure.held_out(5)
-    settings = argparse.Namespace(batch_size=2, num_inference_steps=2, guidance_scale=2.0)
+    scenes = evaluate.held_out(5)
+    sampling = evaluate.Sampling(batch_size=2, num_inference_steps=2, guidance_scale=2.0)
     pipeline = FAMILY.pipeline(model, torch.float32, torch.device("cpu"))
     torch.nn.init.normal_(pipeline.transformer.proj_out.weight)  # guidance divides by what is predicted, which is nothing yet
-    pictures = measure.draw(pipeline, scenes, settings)
+    pictures = evaluate.draw(pipeline, FAMILY, scenes, sampling)
     assert [picture.size for picture in pictures] == [(scene.width, scene.height) for scene in scenes]
-    assert measure.agreement(pictures, scenes)["all"] < 0.8
-    true = measure.agreement([world.render(scene) for scene in scenes], scenes)
+    assert evaluate.agreement(pictures, scenes)["all"] < 0.8
+    true = evaluate.agreement([world.render(scene) for scene in scenes], scenes)
     assert set(true.values()) == {1.0}
-    blank = measure.agreement([Image.new("RGB", (64, 64), "white")] * 5, scenes)
+    blank = evaluate.agreement([Image.new("RGB", (64, 64), "white")] * 5, scenes)
     assert blank["count"] == 0
