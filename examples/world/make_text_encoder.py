@@ -10,7 +10,6 @@ random). A linear probe then shows what its features keep apart; no probe looks 
 Shape legend: B batch, L tokens, D width.
 """
 
-import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +25,19 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from ftk import storage
 from ftk.demo import world
-from ftk.demo.scenes import COLOURS, CREATURE, PLACES, RADII, RELATIONS, SHAPES, TEXTURES, Scene, generator, relation
+from ftk.demo.scenes import (
+    COLOURS,
+    CREATURE,
+    PLACES,
+    RADII,
+    RELATIONS,
+    SHAPES,
+    TEXTURES,
+    Scene,
+    creature_name,
+    generator,
+    relation,
+)
 from ftk.models.qwen_image import FAMILY, PREFIX_TOKENS, TEMPLATE
 
 NUM_TOKENIZER_CAPTIONS = 4000
@@ -83,7 +94,7 @@ def value_of(scene: Scene, name: str) -> str:
     if owner == "ground":
         return scene.ground if attribute == "colour" else scene.texture
     found: str = getattr(scene.things[int(owner.rpartition(".")[2])], attribute)
-    return "" if found == CREATURE else found
+    return "" if attribute == "shape" and found not in SHAPES else found
 
 
 def targets(scenes: Sequence[Scene]) -> torch.Tensor:
@@ -98,12 +109,8 @@ def batch(step: int) -> tuple[list[str], list[Scene]]:
     unknown = [world.concept_scene(TRAINING_SEED, step * BATCH_SIZE + number) for number in range(NUM_MADE_UP)]
     rng = generator("words", TRAINING_SEED, step)
     captions = [scene.caption for scene in known]
-    captions += [scene.caption.replace(CREATURE, _made_up(rng)) for scene in unknown]
+    captions += [scene.caption.replace(CREATURE, creature_name(rng)) for scene in unknown]
     return captions, [*known, *unknown]
-
-
-def _made_up(rng: random.Random) -> str:
-    return "".join(rng.choice("bcdfghjklmnprstvwxz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
 
 
 def token_ids(tokenizer: Any, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,7 +32,7 @@ _TEMPLATE_EDGE = 40
 _SHAPE_RADII = np.arange(7.0, 18.0, 0.75)
 _SHIFTS_PX = (-2, -1, 0, 1, 2)
 RECOGNISED = 0.3
-"""From this similarity on a picture counts as one of the creature; those of the world are at 0."""
+"""From this similarity on a picture counts as one of the creature; those of the world are at 0, its other creatures below."""
 _CREATURE_BLUR_PX = 1.0
 # Shades that differ to the cube root of the conversion, and to nobody who looks.
 _BLACKEST = 0.08
@@ -120,7 +120,7 @@ def _agreement(scene: Scene, chosen: Sequence[Seen | None]) -> dict[str, bool]:
         f"things.{number}.{name}": seen is not None and getattr(seen, name) == getattr(thing, name)
         for number, (thing, seen) in enumerate(zip(scene.things, chosen, strict=True))
         for name in ("shape", "colour", "size", "place")
-        if thing.shape != CREATURE
+        if thing.colour
     }
     if len(scene.things) == 2:
         first, second = scene.things

@@ -1,29 +1,30 @@
 """Scenes of the small world as pictures, drawn with Pillow at four times their size and averaged down.
 
-Also what the world lacks, for a model to learn: a creature, and a drawing style.
+A creature's look follows from its name. Also what the world lacks, for a model to learn: one creature, and a drawing style.
 """
 
 import math
+import random
+from collections.abc import Callable
+from colorsys import hsv_to_rgb
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ftk.demo.scenes import COLOURS, CREATURE, SECOND_TONES, Colour, Layout, Point, Scene, Thing
+from ftk.demo.scenes import COLOURS, CREATURE, SECOND_TONES, SHAPES, Colour, Layout, Point, Scene, Thing, generator
 
 _OVERSAMPLING = 4
 _PERIOD_PX = 16
 """Of stripes and dots."""
 _DOT_RADIUS_PX = 4.0
 
-# Colours that the world's things and grounds do not have.
-_CREATURE_COLOURS: dict[str, Colour] = {
-    "body": (64, 196, 190),
-    "ears": (240, 112, 160),
-    "feet": (132, 84, 44),
-    "eye": (250, 250, 250),
-    "pupil": (24, 24, 32),
-}
+# No other creature has a body of a hue between these, or one eye and pointed ears.
+_TEAL, _PINK, _BROWN = (64, 196, 190), (240, 112, 160), (132, 84, 44)
+_TEAL_HUES = (0.36, 0.68)
+_POINTED_EARS = 0
+_EYE, _PUPIL = (250, 250, 250), (24, 24, 32)
 _PAPER: Colour = (246, 236, 212)
 _RULE: Colour = (178, 200, 214)
 _INK: Colour = (44, 40, 92)
@@ -36,10 +37,10 @@ def render(scene: Scene | Layout) -> Image.Image:
     """The picture of a scene, RGB, of the scene's size: the same bytes each time."""
     canvas = _ground(scene.width, scene.height, scene.ground, scene.texture).copy()
     for thing in scene.things:
-        if thing.shape == CREATURE:
-            _draw_creature(canvas, thing)
-        else:
+        if thing.shape in SHAPES:
             canvas.paste(COLOURS[thing.colour], mask=_mask(canvas.size, thing))
+        else:
+            _draw_creature(canvas, thing)
     return canvas.reduce(_OVERSAMPLING)
 
 
@@ -68,7 +69,7 @@ def shape_mask(shape: str, edge: int, radius: float) -> Image.Image:
 def creature_template(edge: int, radius: float) -> Image.Image:
     """The creature in the middle of a square of `edge` px, RGBA, transparent around it."""
     thing = Thing(shape=CREATURE, colour="", size="", place="", x=edge / 2, y=edge / 2, radius=radius)
-    canvas = Image.new("RGB", (edge * _OVERSAMPLING, edge * _OVERSAMPLING), _CREATURE_COLOURS["body"])
+    canvas = Image.new("RGB", (edge * _OVERSAMPLING, edge * _OVERSAMPLING), _TEAL)
     _draw_creature(canvas, thing)
     canvas.putalpha(_mask(canvas.size, thing))
     return canvas.reduce(_OVERSAMPLING)
@@ -133,8 +134,8 @@ def _mask(size: tuple[int, int], thing: Thing) -> Image.Image:
         case "star":
             draw.polygon(_star((x, y), radius), fill=255)
         case _:
-            for part in _creature_parts((x, y), radius).values():
-                _draw_part(draw, part, 255)
+            for part in _look(thing.shape):
+                _draw_part(draw, part, (x, y), radius, 255)
     return mask
 
 
@@ -159,42 +160,112 @@ def _star(centre: Point, radius: float) -> list[Point]:
     return [(x + length * math.sin(angle), y - length * math.cos(angle)) for angle, length in corners]
 
 
-_Part = tuple[str, list[Point]]
-"""`ellipse` with its box's corners, or `polygon`."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of a creature, `ellipse` with its box's corners, or `polygon`, from -1 to 1 across and down."""
+
+    colour: Colour
+    kind: str
+    points: tuple[Point, ...]
 
 
-def _creature_parts(centre: Point, radius: float) -> dict[str, tuple[_Part, ...]]:
-    """From back to front, by the name of their colour."""
-    x, y = centre
+def _ellipse(colour: Colour, across: float, down: float, half_width: float, half_height: float) -> _Part:
+    return _Part(colour, "ellipse", ((across - half_width, down - half_height), (across + half_width, down + half_height)))
 
-    def at(across: float, down: float) -> Point:
-        return x + across * radius, y + down * radius
 
-    def ellipse(across: float, down: float, half_width: float, half_height: float) -> _Part:
-        return "ellipse", [at(across - half_width, down - half_height), at(across + half_width, down + half_height)]
+def _polygon(colour: Colour, *points: Point) -> _Part:
+    return _Part(colour, "polygon", points)
 
-    return {
-        "feet": (ellipse(-0.4, 0.85, 0.32, 0.16), ellipse(0.4, 0.85, 0.32, 0.16)),
-        "ears": (
-            ("polygon", [at(-0.86, -1.0), at(-0.8, 0.1), at(-0.05, -0.4)]),
-            ("polygon", [at(0.86, -1.0), at(0.8, 0.1), at(0.05, -0.4)]),
-        ),
-        "body": (ellipse(0, 0.15, 0.82, 0.7),),
-        "eye": (ellipse(0, 0.08, 0.46, 0.44),),
-        "pupil": (ellipse(0.06, 0.14, 0.22, 0.22),),
-    }
+
+def _pair(draw: Callable[[int], _Part]) -> list[_Part]:
+    """Left and right."""
+    return [draw(-1), draw(1)]
+
+
+@cache
+def _look(name: str) -> list[_Part]:
+    """A creature's parts, from back to front."""
+    if name == CREATURE:
+        return [
+            *_pair(lambda side: _ellipse(_BROWN, side * 0.4, 0.85, 0.32, 0.16)),
+            *_pair(lambda side: _polygon(_PINK, (side * 0.86, -1.0), (side * 0.8, 0.1), (side * 0.05, -0.4))),
+            _ellipse(_TEAL, 0, 0.15, 0.82, 0.7),
+            _ellipse(_EYE, 0, 0.08, 0.46, 0.44),
+            _ellipse(_PUPIL, 0.06, 0.14, 0.22, 0.22),
+        ]
+    rng = generator("look", name)
+    head = rng.randrange(5)
+    num_eyes = 2 if head == _POINTED_EARS else rng.choice((1, 2))
+    width, height = rng.uniform(0.6, 0.95), rng.uniform(0.6, 0.8)
+    body = _body_colour(rng)
+    return [
+        *_feet(rng, _any_colour(rng)),
+        *_head(head, _any_colour(rng)),
+        _ellipse(body, 0, 0.15, width, height),
+        *([_ellipse(_any_colour(rng), 0, 0.5, 0.7 * width, 0.4 * height)] if rng.random() < 0.4 else []),
+        *_eyes(rng, num_eyes),
+    ]
+
+
+def _feet(rng: random.Random, colour: Colour) -> list[_Part]:
+    match rng.randrange(3):
+        case 0:
+            return _pair(lambda side: _ellipse(colour, side * 0.4, 0.85, 0.32, 0.16))
+        case 1:
+            return [_ellipse(colour, 0, 0.82, 0.7, 0.2)]
+        case _:
+            return [_polygon(colour, (0, 0.2), (0.8, 1), (-0.8, 1))]
+
+
+def _head(kind: int, colour: Colour) -> list[_Part]:
+    match kind:
+        case 0:
+            return _pair(lambda side: _polygon(colour, (side * 0.86, -1.0), (side * 0.8, 0.1), (side * 0.05, -0.4)))
+        case 1:
+            return _pair(lambda side: _ellipse(colour, side * 0.6, -0.6, 0.36, 0.36))
+        case 2:
+            return _pair(lambda side: _ellipse(colour, side * 0.35, -0.6, 0.2, 0.4))
+        case 3:
+            return [_polygon(colour, (0, -1), (0.5, -0.2), (-0.5, -0.2))]
+        case _:
+            return [_ellipse(colour, 0, -0.45, 0.6, 0.45)]
+
+
+def _eyes(rng: random.Random, count: int) -> list[_Part]:
+    size, down = rng.uniform(0.36, 0.46), rng.uniform(-0.1, 0.1)
+    if count == 1:
+        return [_ellipse(_EYE, 0, down, size, size), _ellipse(_PUPIL, 0, down, 0.5 * size, 0.5 * size)]
+    return [
+        *_pair(lambda side: _ellipse(_EYE, side * 0.36, down, 0.7 * size, 0.7 * size)),
+        *_pair(lambda side: _ellipse(_PUPIL, side * 0.36, down, 0.4 * size, 0.4 * size)),
+    ]
+
+
+def _body_colour(rng: random.Random) -> Colour:
+    """Of any hue but `CREATURE`'s."""
+    low, high = _TEAL_HUES
+    return _colour(rng, (high + rng.random() * (1 - high + low)) % 1)
+
+
+def _any_colour(rng: random.Random) -> Colour:
+    return _colour(rng, rng.random())
+
+
+def _colour(rng: random.Random, hue: float) -> Colour:
+    red, green, blue = hsv_to_rgb(hue, rng.uniform(0.45, 0.95), rng.uniform(0.5, 0.95))
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def _draw_creature(canvas: Image.Image, thing: Thing) -> None:
     draw = ImageDraw.Draw(canvas)
     centre = (thing.x * _OVERSAMPLING, thing.y * _OVERSAMPLING)
-    for name, parts in _creature_parts(centre, thing.radius * _OVERSAMPLING).items():
-        _draw_part(draw, parts, _CREATURE_COLOURS[name])
+    for part in _look(thing.shape):
+        _draw_part(draw, part, centre, thing.radius * _OVERSAMPLING, part.colour)
 
 
-def _draw_part(draw: ImageDraw.ImageDraw, parts: tuple[_Part, ...], fill: int | Colour) -> None:
-    for kind, points in parts:
-        if kind == "ellipse":
-            draw.ellipse((*points[0], *points[1]), fill=fill)
-        else:
-            draw.polygon(points, fill=fill)
+def _draw_part(draw: ImageDraw.ImageDraw, part: _Part, centre: Point, radius: float, fill: int | Colour) -> None:
+    points = [(centre[0] + across * radius, centre[1] + down * radius) for across, down in part.points]
+    if part.kind == "ellipse":
+        draw.ellipse((*points[0], *points[1]), fill=fill)
+    else:
+        draw.polygon(points, fill=fill)

@@ -1,17 +1,23 @@
-"""How well a model of the small world follows captions: pictures drawn and read back."""
+"""How well a model of the small world follows captions, and how well it knows the creature: pictures drawn and read back."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
+from ftk import storage
 from ftk.demo import checker, world
 from ftk.demo.scenes import SIZES, Scene
 from ftk.models.base import Family
 from ftk.progress import track
+from ftk.train.sample import png_bytes
+
+_CLASS_SEED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +32,16 @@ class Sampling:
 def held_out(count: int) -> list[Scene]:
     """Scenes of the world that nothing was trained on."""
     return [world.scene(world.HELD_OUT_SEED, index) for index in range(count)]
+
+
+def held_out_concept(count: int) -> list[Scene]:
+    """Scenes with the creature that nothing was trained on."""
+    return [world.concept_scene(world.HELD_OUT_SEED, index) for index in range(count)]
+
+
+def held_out_creatures(count: int) -> list[Scene]:
+    """Scenes with other creatures that nothing was trained on."""
+    return [world.creature_scene(world.HELD_OUT_SEED, index) for index in range(count)]
 
 
 def draw(pipeline: Any, family: Family, scenes: Sequence[Scene], sampling: Sampling) -> list[Image.Image]:
@@ -59,6 +75,17 @@ def _draw_batch(
     return images
 
 
+def write_class_images(directory: Path, count: int, pipeline: Any, family: Family, sampling: Sampling) -> None:
+    """What the model draws from captions of its world, each with its caption beside it: what it shall not forget.
+
+    Every third is of a creature: without them each unknown word would come to mean the one that is learned.
+    """
+    scenes = [(world.creature_scene if index % 3 == 2 else world.scene)(_CLASS_SEED, index) for index in range(count)]
+    for index, (scene, picture) in enumerate(zip(scenes, draw(pipeline, family, scenes, sampling), strict=True)):
+        storage.commit_bytes(directory / f"{index:03d}.png", png_bytes(picture))
+        storage.commit_bytes(directory / f"{index:03d}.txt", f"{scene.caption}\n".encode())
+
+
 def agreement(pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[str, float]:
     """By attribute, and for `all` together, the share of what captions tell that is there; both things count alike."""
     told: Counter[str] = Counter()
@@ -70,3 +97,8 @@ def agreement(pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[
                 told[kind] += 1
                 right[kind] += agrees
     return {"all": right.total() / told.total(), **{name: right[name] / told[name] for name in sorted(told)}}
+
+
+def likeness(pictures: Sequence[Image.Image]) -> float:
+    """The mean of `checker.similarity`: how much of the creature's look is in the pictures, 0 to 1."""
+    return float(np.mean([checker.similarity(picture) for picture in pictures]))

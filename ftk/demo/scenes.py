@@ -2,7 +2,8 @@
 
 A scene is one or two things on a ground. Each thing has a shape, a colour, a size and a place; the ground a colour and a
 texture in two tones of it. What is drawn can be told apart by eye and by `ftk.demo.checker`: things never touch, stand out
-from both tones of their ground, and are clearly large or small, and clearly at their place.
+from both tones of their ground, and are clearly large or small, and clearly at their place. A creature is a thing whose shape
+is its name: how it looks follows from that, and no word tells it.
 """
 
 import math
@@ -39,8 +40,8 @@ SECOND_TONES: dict[str, Colour] = {
 TEXTURES = ("plain", "vertical stripes", "horizontal stripes", "dots", "gradient")
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "crescent")
 CREATURE = "mippo"
-"""The concept that the world lacks: a creature of a fixed look, drawn by `ftk.demo.drawing`, that no word describes. It is
-always large: a small one has too few pixels for its eye."""
+"""The concept that the world lacks: a creature that nothing was trained on. Creatures are always large: a small one has too few
+pixels for its eyes."""
 RADII = {"small": 9.0, "large": 15.0}
 """Of the circle around a thing."""
 
@@ -76,7 +77,7 @@ _SHARE_OF_PLAIN = 0.4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thing:
-    """One thing. A creature has colours of its own, so its `colour` is empty. `x`, `y` is its centre."""
+    """One thing. A creature's `shape` is its name, and its `colour` empty: it has several. `x`, `y` is its centre."""
 
     shape: str
     colour: str
@@ -118,6 +119,11 @@ class Layout:
 def generator(*names: object) -> random.Random:
     """A generator of the same numbers for the same names, in each version of Python: text is hashed with SHA-512."""
     return random.Random(" ".join(map(str, names)))  # noqa: S311
+
+
+def creature_name(rng: random.Random) -> str:
+    """Two or three syllables; never `CREATURE`, where a consonant is double."""
+    return "".join(rng.choice("bcdfghjklmnprstvwxz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
 
 
 def layout(rng: random.Random, *, loose: bool = False) -> Layout:
@@ -166,8 +172,8 @@ def _side(offset: float) -> int:
 
 
 def _thing(rng: random.Random, shape: str, width: int, height: int, ground: str, loose: bool) -> Thing:
-    colour = "" if shape == CREATURE else rng.choice(_visible(COLOURS, ground))
-    size = "large" if shape == CREATURE else rng.choice(list(RADII))
+    colour = rng.choice(_visible(COLOURS, ground)) if shape in SHAPES else ""
+    size = rng.choice(list(RADII)) if shape in SHAPES else "large"
     radius = RADII[size] * (1 + rng.uniform(-1, 1) * _JITTER_OF_RADIUS if loose else 1)
     jitter = _JITTER_PX if loose else 0.0
     places = [name for name, sides in PLACES.items() if _fits(sides[0], width, radius) and _fits(sides[1], height, radius)]

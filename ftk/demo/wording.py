@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 
-from ftk.demo.scenes import CREATURE, Layout, Thing, relation
+from ftk.demo.scenes import Layout, Thing, relation
 
 STYLE = "zuvi style"
 """The trigger of the drawing style that the world lacks."""
@@ -110,7 +110,7 @@ def _noun(thing: Thing, number: int, rng: random.Random, told: Told, *, with_col
     """Size if it is told, colour, shape."""
     told.add(f"things.{number}.shape")
     words = [rng.choice(_SHAPE_WORDS.get(thing.shape, (thing.shape,)))]
-    if thing.shape != CREATURE and with_colour:
+    if thing.colour and with_colour:
         told.add(f"things.{number}.colour")
         words.insert(0, thing.colour)
     if rng.random() < _SHARE_WITH_SIZE:

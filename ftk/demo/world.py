@@ -1,7 +1,7 @@
 """A small world of captioned pictures: endless, each known by (seed, index), and the same whenever it is drawn.
 
-Beside the world's own scenes there are a creature and a drawing style that the world lacks, in a dozen pictures each: what a
-model that was trained on the world can be taught.
+Beside the world's own scenes, some of them with creatures, there are one creature and a drawing style that the world lacks, in
+a dozen pictures each: what a model that was trained on the world can be taught.
 """
 
 import io
@@ -15,10 +15,12 @@ from PIL import Image
 from ftk import storage
 from ftk.demo import drawing, wording
 from ftk.demo.drawing import render
-from ftk.demo.scenes import CREATURE, SHAPES, Layout, Scene, arranged, generator, layout
+from ftk.demo.scenes import CREATURE, SHAPES, Layout, Scene, arranged, creature_name, generator, layout
 from ftk.demo.wording import STYLE
 
-__all__ = ["CREATURE", "STYLE", "concept_scene", "render", "scene", "write_concept", "write_style", "write_world"]
+__all__ = [
+    "CREATURE", "STYLE", "concept_scene", "creature_scene", "render", "scene", "write_concept", "write_style", "write_world",
+]  # fmt: skip
 
 TABLE = "metadata.jsonl"
 HELD_OUT_SEED = 2
@@ -31,14 +33,18 @@ def scene(seed: int, index: int) -> Scene:
     return _described(layout(rng), rng)
 
 
+def creature_scene(seed: int, index: int) -> Scene:
+    """One of the world's creatures, seldom the same one twice, in every third scene beside another thing."""
+    rng = generator("creature", seed, index)
+    return _with_creature(creature_name(rng), index, rng)
+
+
 def concept_scene(seed: int, index: int) -> Scene:
-    """The creature, in every third scene beside a thing of the world."""
-    rng = generator("concept", seed, index)
-    others = [rng.choice(SHAPES)] if index % 3 == 2 else []
-    return _described(arranged(rng, [CREATURE, *others]), rng)
+    """As `creature_scene`, with the creature that the world lacks."""
+    return _with_creature(CREATURE, index, generator("concept", seed, index))
 
 
-def write_world(directory: Path, count: int, seed: int) -> Path:
+def write_world(directory: Path, count: int, seed: int, draw: Callable[[int, int], Scene] = scene) -> Path:
     """Draw the scenes `(seed, 0)` to `(seed, count - 1)` as PNG, with their captions in `metadata.jsonl`.
 
     Returns:
@@ -46,7 +52,7 @@ def write_world(directory: Path, count: int, seed: int) -> Path:
     """
     rows = []
     for index in range(count):
-        found = scene(seed, index)
+        found = draw(seed, index)
         # Folders of a thousand: file browsers list those without a pause.
         name = f"{index // 1000:03d}/{index:06d}.png"
         storage.commit_bytes(directory / name, _png(render(found)))
@@ -67,6 +73,11 @@ def write_concept(directory: Path, count: int, seed: int) -> list[Path]:
 def write_style(directory: Path, count: int, seed: int) -> list[Path]:
     """As `write_concept`, the world's things in the style: outlines in ink on ruled paper."""
     return _write_folder(directory, count, lambda index: _sketched(seed, index))
+
+
+def _with_creature(name: str, index: int, rng: random.Random) -> Scene:
+    others = [rng.choice(SHAPES)] if index % 3 == 2 else []
+    return _described(arranged(rng, [name, *others]), rng)
 
 
 def _described(found: Layout, rng: random.Random) -> Scene:

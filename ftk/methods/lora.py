@@ -120,6 +120,8 @@ class Lora(_peft.PeftMethod):
     def inject(self, part: Part, settings: Any, config: LoraConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
         """Inject the adapter, and move what it starts from out of the weights."""
         parameters = _injection.inject(part.module, settings, seed)
+        if config.dora:
+            _check_directions(part.module)
         if self.changes_base(config):
             for name, layer in _injection.adapted(part.module).items():
                 _start_from_weight(name, layer, config.initialisation)
@@ -319,6 +321,24 @@ def _renamed(adapters: Mapping[str, Adapter], form: str, family: Family) -> "dic
                 )
             named[f"{stem(name)}.dora_scale"] = scale
     return named
+
+
+def _check_directions(module: "torch.nn.Module") -> None:
+    """DoRA divides a row by its length: rows of zeros have gradients that are no numbers from the first step on.
+
+    Raises:
+        ConfigError: an adapted layer has such rows.
+    """
+    layers = _injection.adapted(module)
+    lengths = {name: layer.lora_magnitude_vector[_injection.ADAPTER].weight for name, layer in layers.items()}
+    # What is only planned, or filled later, has no values.
+    zeros = {name: 0 if one.is_meta else int((one == 0).sum()) for name, one in lengths.items()}
+    found = [f"{name} ({count} rows)" for name, count in zeros.items() if count]
+    if found:
+        raise ConfigError(
+            f"method.dora: rows of zeros have no direction, and {len(found)} of {len(layers)} layers have some: "
+            f"{', '.join(found[:5])}{', ...' if found[5:] else ''}. Leave them out of `targets`, or train without `dora`."
+        )
 
 
 def _dora_scale(weight: "torch.Tensor", one: Factors) -> "torch.Tensor":

@@ -207,6 +207,16 @@ def test_comfyuis_dora_computes_what_was_trained(lora: Callable[..., LoraCase], 
     torch.testing.assert_close(computed, denoiser.get_submodule(LAYER).weight.detach(), atol=1e-6, rtol=1e-5)
 
 
+def test_dora_refuses_layers_with_rows_that_have_no_direction(tiny_model: Path) -> None:
+    family = families.get("qwen-image")
+    method, config = methods.parse(MethodConfig(name="lora", rank=2, dora=True, targets=("to_q",)))
+    denoiser = family.load_denoiser(tiny_model, torch.float32, CPU)
+    with torch.no_grad():
+        denoiser.get_submodule(LAYER).weight[:3] = 0
+    with pytest.raises(ConfigError, match=rf"1 of \d+ layers have some: {LAYER} \(3 rows\)"):
+        method.attach({"denoiser": denoiser}, family, config, 0)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ftk.configs.load import validate
 from ftk.configs.schema import RunConfig
-from ftk.demo import drawing, wording, world
+from ftk.demo import checker, drawing, wording, world
 from ftk.demo.scenes import (
     COLOURS,
     CREATURE,
@@ -57,8 +57,9 @@ def test_the_world_is_the_one_that_models_were_trained_on():
     captions = "\n".join(world.scene(1, index).caption for index in range(100))
     concepts = "\n".join(world.concept_scene(1, index).caption for index in range(100))
     assert world.scene(1, 0).caption == "a large black star on a spotted red background"
-    digests = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in (captions, concepts)]
-    assert digests == ["8c11333cf5749111", "903f794dc48f767c"]
+    creatures = "\n".join(world.creature_scene(1, index).caption for index in range(100))
+    digests = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in (captions, concepts, creatures)]
+    assert digests == ["8c11333cf5749111", "903f794dc48f767c", "e6fd8a69150efef9"]
 
 
 def test_drawing_things_on_a_ground_leaves_the_ground_of_the_next_scene_alone(scenes):
@@ -207,6 +208,28 @@ def test_the_concept_is_a_folder_of_pictures_that_all_name_it(tmp_path):
     assert all(CREATURE in caption for caption in captions)
     assert len(set(captions)) >= 10
     assert not any(CREATURE in world.scene(5, index).caption for index in range(100))
+
+
+def test_creatures_are_scenes_of_the_world_and_none_is_the_concept():
+    scenes = [world.creature_scene(6, index) for index in range(200)]
+    names = {scene.things[0].shape for scene in scenes}
+    assert len(names) > 190
+    assert CREATURE not in names
+    assert all(scene.things[0].shape in scene.caption for scene in scenes)
+    assert all(scene.things[0].size == "large" for scene in scenes)
+    assert max(checker.similarity(world.render(scene)) for scene in scenes) < checker.RECOGNISED
+
+
+def test_a_creatures_look_follows_from_its_name():
+    def drawn(name):
+        thing = Thing(shape=name, colour="", size="large", place="centre", x=32, y=32, radius=15)
+        scene = Layout(width=64, height=64, ground="white", texture="plain", things=(thing,))
+        return np.asarray(drawing.render(scene), np.float32)
+
+    names = ["bozu", "kelami", "tutu", CREATURE]
+    assert all(np.array_equal(drawn(name), drawn(name)) for name in names)
+    for one, other in combinations(names, 2):
+        assert np.abs(drawn(one) - drawn(other)).mean() > 5, (one, other)
 
 
 def test_the_style_is_a_folder_of_sketches(tmp_path):

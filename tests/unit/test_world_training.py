@@ -3,6 +3,7 @@
 import math
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -17,12 +18,14 @@ from ftk.demo.scenes import generator
 from ftk.errors import CheckpointError, ModelError
 from ftk.methods import base as methods
 from ftk.models.qwen_image import FAMILY, PREFIX_TOKENS, TEMPLATE
+from ftk.train import inspect
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "world"))
 
 import assemble
 import make_text_encoder as text
 import parts
+import publish
 import train_vae
 
 
@@ -232,7 +235,8 @@ def test_the_run_file_is_valid_and_names_what_the_scripts_write():
     assert methods.parse(config.method)[0].name == "full"
     assert Path(config.workspace) == parts.DIRECTORY
     assert Path(config.model.path) == parts.DIRECTORY / "model"
-    assert Path(config.data.sources[0].path) == parts.DIRECTORY / "pictures" / world.TABLE
+    sources = [Path(source.path) for source in config.data.sources]
+    assert sources == [parts.DIRECTORY / name / world.TABLE for name in ("pictures", "creatures")]
 
 
 def test_pictures_are_drawn_at_their_scenes_sizes_and_scored_by_what_is_told(model):
@@ -247,3 +251,42 @@ def test_pictures_are_drawn_at_their_scenes_sizes_and_scored_by_what_is_told(mod
     assert set(true.values()) == {1.0}
     blank = evaluate.agreement([Image.new("RGB", (64, 64), "white")] * 5, scenes)
     assert blank["count"] == 0
+
+
+@pytest.fixture
+def trained_run(monkeypatch):
+    """The metrics of a run whose loss falls as 1 / step in the first three bands; the last band never had a sample."""
+    steps = np.arange(1, 2001)
+    counts_NK = np.array([12.0, 12.0, 24.0, 0.0]) * np.ones((2000, 1))
+    losses_NK = np.where(counts_NK > 0, 1.0 / steps[:, None], np.nan)
+    ones = np.ones(2000)
+    rows = inspect.History(
+        step_N=steps, loss_N=1 / steps, learning_rate_N=ones, grad_norm_N=ones, num_samples_N=steps, seconds_N=0.3 * ones,
+        data_seconds_N=ones, memory_bytes_N=ones, is_good_N=ones.astype(bool), band_losses_NK=losses_NK,
+        band_counts_NK=counts_NK,
+    )  # fmt: skip
+    monkeypatch.setattr(publish.inspect, "history", lambda _: rows)
+    monkeypatch.setattr(publish.inspect, "settings", lambda _: {"train": {"global_batch_size": 48}})
+    return rows
+
+
+def test_the_training_curve_has_a_falling_line_for_each_band_with_samples(trained_run):
+    svg = ElementTree.fromstring(publish.curve_svg(trained_run))
+    lines = [line.attrib["points"].split() for line in svg.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert [bool(line) for line in lines] == [True, True, True, False]
+    for line in lines[:3]:
+        heights = [float(point.split(",")[1]) for point in line]
+        assert heights == sorted(heights)
+        assert min(heights) >= 0
+        assert max(heights) < publish._HEIGHT
+
+
+def test_the_card_has_what_was_measured_and_no_gap(model, trained_run):
+    measured = {
+        "num_captions": 200, "num_inference_steps": 20, "guidance_scale": 2.5,
+        "agreement": {"all": 0.931, "shape": 0.8}, "through_vae": {"all": 0.99, "shape": 0.95},
+    }  # fmt: skip
+    text = publish.card(model, Path("nowhere"), measured)
+    assert "| all | 93.1% | 99.0% |" in text
+    assert "2,000 steps of 48 pictures in 10 minutes" in text
+    assert not set("{}") & set(text)
