@@ -72,16 +72,16 @@ ARMS: Mapping[str, Arm] = {
     "LoRA, rank 16, attention": Arm(method={**_LORA, "targets": "attention"}, rate=3e-3),
     # Without the modulations: the last block's have rows of zeros, see docs/methods.md.
     "LoRA, rank 16, DoRA": Arm(method={**_LORA, "targets": "attention+mlp", "dora": True}, rate=3e-3),
-    "OFT, blocks of 16": Arm(method=_OFT, rate=1e-2),
-    "OFT, blocks of 16, COFT": Arm(method={**_OFT, "coft": True, "eps": 1e-3}, rate=1e-2),
-    "BOFT, blocks of 4": Arm(method={"name": "boft", "block_size": 4, "targets": "all-linear"}, rate=2e-2),
+    "OFT, blocks of 16": Arm(method=_OFT, rate=1e-3),
+    "OFT, blocks of 16, COFT": Arm(method={**_OFT, "coft": True, "eps": 1.0}, rate=3e-3),
+    "BOFT, blocks of 4": Arm(method={"name": "boft", "block_size": 4, "targets": "all-linear"}, rate=6e-3),
     "LoHa, rank 8": Arm(method={"name": "loha", "rank": 8, "targets": "all-linear"}, rate=1e-2),
     "LoKr, rank 16": Arm(method={"name": "lokr", "rank": 16, "targets": "all-linear"}, rate=1e-2),
     "MiSS, r 16": Arm(method={"name": "peft", "type": "MISS", "r": 16, "targets": "all-linear"}, rate=3e-3),
-    "HRA, r 8": Arm(method={"name": "peft", "type": "HRA", "r": 8, "targets": "all-linear"}, rate=1e-2),
+    "HRA, r 8": Arm(method={"name": "peft", "type": "HRA", "r": 8, "targets": "all-linear"}, rate=3e-3),
     "full": Arm(method={"name": "full"}, rate=3e-4),
     "LoRA, rank 16, class images": Arm(method=_LORA, rate=3e-3, has_class_images=True),
-    "OFT, blocks of 16, class images": Arm(method=_OFT, rate=1e-2, has_class_images=True),
+    "OFT, blocks of 16, class images": Arm(method=_OFT, rate=1e-3, has_class_images=True),
     "full, class images": Arm(method={"name": "full"}, rate=3e-4, has_class_images=True),
 }
 
@@ -269,8 +269,11 @@ def _seconds_a_step(points: Sequence[Point], name: str) -> float:
 
 
 def _shown(values: Sequence[float], field: str) -> str:
+    return _spread(values, *SHOWN[field])
+
+
+def _spread(values: Sequence[float], scale: float, digits: int, unit: str) -> str:
     """The median, and the range where there are several."""
-    scale, digits, unit = SHOWN[field]
     if len(values) == 1:
         return f"{values[0] * scale:.{digits}f}{unit}"
     return spread_text(spread(values), scale, digits) + unit
@@ -281,7 +284,7 @@ def _equal(points: Sequence[Point], names: Sequence[str], levels: Sequence[float
     rows = [["kept at a likeness of at least", *(f"{level:g}" for level in levels)], ["---", *["---:"] * len(levels)]]
     for name in names:
         cells = [kept_at(points, name, level) for level in levels]
-        rows.append([name, *(spread_text(spread(found), 100, 0) if found else "not reached" for found in cells)])
+        rows.append([name, *(_spread(found, 100, 0, "%") if found else "not reached" for found in cells)])
     return _lines(rows)
 
 
@@ -313,7 +316,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     report = json.loads(options.json.read_text()) if options.json and options.json.exists() else {"asked": asked, "points": []}
     if report["asked"] != asked:
         raise SystemExit(f"{options.json} was measured with {report['asked']}, not {asked}: name another file.")
-    report |= {"machine": setup.machine(CPU), "jobs": options.jobs, "likeness_levels": [0.1, 0.2, 0.3]}
+    report |= {"machine": setup.machine(CPU), "jobs": options.jobs, "likeness_levels": [0.2, 0.3, 0.4]}
 
     def keep(points: list[Point]) -> None:
         report.update(points=[asdict(point) for point in points], arms={one.arm: asdict(ARMS[one.arm]) for one in points})

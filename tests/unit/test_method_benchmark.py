@@ -63,7 +63,7 @@ def test_the_tables_show_each_arm_beside_the_first(points):
     assert by_name["the base model"][4:] == ["0.00", "50%", "97%", "0.0", "0%"]
     assert by_name["full"][1:5] == ["0.001", "1,000", "2.00", "0.45 (0.45 to 0.45)"]
     equal = {row[0]: row[1:] for row in rows[5:]}
-    assert equal["full"] == ["70 (70 to 70)", "not reached"]
+    assert equal["full"] == ["70 (70 to 70)%", "not reached"]
 
 
 def test_what_the_file_has_is_not_measured_again(tmp_path, monkeypatch):
