@@ -218,9 +218,9 @@ def _feet(rng: random.Random, colour: Colour) -> list[_Part]:
 
 
 def _head(kind: int, colour: Colour) -> list[_Part]:
+    if kind == _POINTED_EARS:
+        return _pair(lambda side: _polygon(colour, (side * 0.86, -1.0), (side * 0.8, 0.1), (side * 0.05, -0.4)))
     match kind:
-        case 0:
-            return _pair(lambda side: _polygon(colour, (side * 0.86, -1.0), (side * 0.8, 0.1), (side * 0.05, -0.4)))
         case 1:
             return _pair(lambda side: _ellipse(colour, side * 0.6, -0.6, 0.36, 0.36))
         case 2:
