@@ -363,7 +363,7 @@ def overhead_of(setting: Setting, options: argparse.Namespace, folder: Path) -> 
     }
 
 
-def encoding_job(setting: Setting, folder: Path) -> encode.Job:
+def encoding_job(setting: Setting, folder: Path) -> encode.EncodeJob:
     """What `ftk cache` would make of a run file that names this setting."""
     load = LOADS[setting.size, setting.device.type]
     cache = {
@@ -372,7 +372,7 @@ def encoding_job(setting: Setting, folder: Path) -> encode.Job:
         "image_batch": load.image_batch,
         "text_batch": load.text_batch,
     }
-    return encode.Job(
+    return encode.EncodeJob(
         kind=setting.kind,
         family=FAMILY,
         model=setting.directory,
@@ -383,7 +383,7 @@ def encoding_job(setting: Setting, folder: Path) -> encode.Job:
     )
 
 
-def picture_units(setting: Setting, options: argparse.Namespace, folder: Path) -> list[plan.Unit[plan.Picture]]:
+def picture_units(setting: Setting, options: argparse.Namespace, folder: Path) -> list[plan.Unit[plan.ImageItem]]:
     """JPEG files of the bucket's size through `ftk prepare`; two shards, so that one is written while another is encoded."""
     edge, count = (
         options.edge or EDGE_PX[setting.device.type],
@@ -407,7 +407,7 @@ def picture_units(setting: Setting, options: argparse.Namespace, folder: Path) -
     return list(plan.units(pictures, lambda _: 1, -(-count // 2), ()))
 
 
-def text_units(setting: Setting, options: argparse.Namespace, _folder: Path) -> list[plan.Unit[plan.Text]]:
+def text_units(setting: Setting, options: argparse.Namespace, _folder: Path) -> list[plan.Unit[plan.TextItem]]:
     """Captions of all lengths, the empty one among them; two shards too."""
     count = options.texts or LOADS[setting.size, setting.device.type].texts
     texts = list(plan.needed_texts(pa.chunked_array([[captions(count - 1, CAPTION_TOKENS)]]), SampleConfig()))

@@ -43,7 +43,7 @@ from ftk.models import base as models
 from ftk.pipeline import stage as prepare
 from ftk.progress import track
 from ftk.train import stage as train
-from ftk.train.sample import png_bytes
+from ftk.train.sheet import png_bytes
 
 CPU = torch.device("cpu")
 NUM_PICTURES = 12

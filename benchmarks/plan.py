@@ -80,8 +80,8 @@ def plan_once(source: str, workspace: str) -> dict[str, Any]:
     """The measurement itself; runs in a process of its own."""
     from ftk.configs.load import prepared_path, validate
     from ftk.configs.schema import RunConfig
-    from ftk.pipeline import plan, stage
-    from ftk.pipeline.shards import Job
+    from ftk.pipeline import source_units, stage
+    from ftk.pipeline.shard_writer import PrepareJob
 
     tree = {
         "run": "bench",
@@ -90,10 +90,10 @@ def plan_once(source: str, workspace: str) -> dict[str, Any]:
         "data": {"sources": [{"path": source}], "workers": 1},
     }
     config = validate(RunConfig, tree, "the benchmark's run file")
-    job = Job(directory=prepared_path(config), recipe=stage.image_recipe(config), data=config.data)
+    job = PrepareJob(directory=prepared_path(config), recipe=stage.image_recipe(config), data=config.data)
     cpu, started = time.process_time(), time.perf_counter()
-    plan.look(config.data)
-    planned = stage._planned(job, plan.find_duplicates(config.data), stage.WHOLE)
+    source_units.look(config.data)
+    planned = stage._planned(job, source_units.find_duplicates(config.data), stage.WHOLE)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
     assert not any(planned.made)
     images = sum(count or 0 for count in planned.num_records)

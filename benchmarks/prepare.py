@@ -43,7 +43,7 @@ from ftk.demo import draw_pictures
 from ftk.pipeline.buckets import Placement, place
 from ftk.pipeline.decode import open_image
 from ftk.pipeline.images import ImageRecipe, ImageTask, PreparedImage, prepare_image
-from ftk.pipeline.render import Picture
+from ftk.pipeline.render import Rendering
 from ftk.pipeline.sources.base import Blob
 from ftk.pipeline.stage import image_recipe
 
@@ -132,7 +132,7 @@ def trainer_script(item: Item) -> np.ndarray:
 
 def ftk_pixels(item: Item) -> Image.Image:
     """The part of `prepare_image` that makes pixels."""
-    picture = Picture(open_image(item.data), background=item.recipe.background, max_pixels=item.recipe.max_pixels)
+    picture = Rendering(open_image(item.data), background=item.recipe.background, max_pixels=item.recipe.max_pixels)
     return _cropped(picture.at(*_size(item.upright)), item.upright)
 
 

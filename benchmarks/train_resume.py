@@ -44,6 +44,7 @@ def resume(root: Path, setting: str, started: float) -> dict[str, float]:
         with measured("imports", started):
             import train_setup as setup
 
+            from ftk.deliver.run_delivery import RunDelivery
             from ftk.train import build, data, loop, memory, stage
         config = setup.run_config(root, settings_of(setting))
         wrapped = [
@@ -73,7 +74,7 @@ def resume(root: Path, setting: str, started: float) -> dict[str, float]:
 
         patch.object(loop.Trainer, "update", first_update).start()
         try:
-            stage.run(config)
+            stage.run(config, RunDelivery)
         except FirstStepDoneError:
             total = time.monotonic() - started
         in_order = {part: seconds[part][0] for part in PARTS if part != "rest"}
@@ -127,12 +128,13 @@ def save(root: Path, setting: str, step: int) -> dict[str, float]:
 
     import train_setup as setup
 
+    from ftk.deliver.run_delivery import RunDelivery
     from ftk.train.build import build_trainer
     from ftk.train.hooks.checkpoints import Checkpoints
 
     config = setup.run_config(root, settings_of(setting))
     shutil.rmtree(root / "runs", ignore_errors=True)
-    build = build_trainer(config)
+    build = build_trainer(config, RunDelivery)
     with closing(build.inputs.store), closing(build.recorder):
         build.trainer.update(build.loader.step(0))
         build.trainer.step = build.trainer.num_samples_seen = step

@@ -36,6 +36,7 @@ from train_loops import Sample, make_loop, resident_bytes
 from train_setup import SIZES, spread, spread_text, taking_turns
 
 from ftk.configs.schema import RunConfig
+from ftk.deliver.run_delivery import RunDelivery
 from ftk.train import stage
 from ftk.train.build import Build, build_trainer
 from ftk.train.data import Batch, Step
@@ -136,7 +137,7 @@ def overhead_of(name: str, batch_size: int, options: argparse.Namespace) -> dict
     with tempfile.TemporaryDirectory(prefix="ftk-bench-") as folder:
         root = Path(folder)
         config = setup.make_workspace(root, size, num_samples=NUM_SAMPLES, train=train_settings(batch_size, steps))
-        build = build_trainer(config)
+        build = build_trainer(config, RunDelivery)
         with closing(build.inputs.store), closing(build.recorder):
             peers = {
                 peer: make_loop(peer, root / "model", setup.RANK, setup.TARGETS, setup.LEARNING_RATE).step for peer in PEERS
@@ -192,7 +193,7 @@ def data(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def data_of(root: Path, batch_size: int, options: argparse.Namespace) -> dict[str, Any]:
     """One batch size; a store of its own, so that the first epoch compares checksums as that of a new process does."""
-    build = build_trainer(setup.run_config(root, train_settings(batch_size, 1000, precision="bf16")))
+    build = build_trainer(setup.run_config(root, train_settings(batch_size, 1000, precision="bf16")), RunDelivery)
     steps_an_epoch = build.inputs.order.micro_batches_an_epoch
     with closing(build.inputs.store), closing(build.recorder):
         seconds = [timed(build.loader.step, index) for index in range((1 + options.epochs) * steps_an_epoch)]
@@ -273,7 +274,7 @@ def memory_of(name: str, batch_size: int, options: argparse.Namespace) -> dict[s
 
 def write_largest_sample(config: RunConfig, path: Path) -> None:
     """Of an epoch's batches the one with most text: the others' memory must not gain from a smaller one."""
-    build = build_trainer(config)
+    build = build_trainer(config, RunDelivery)
     with closing(build.inputs.store), closing(build.recorder):
         samples = [sample_of(build.loader.step(index)) for index in range(build.inputs.order.micro_batches_an_epoch)]
     largest = max(samples, key=lambda sample: sample.text_BLD.shape[1])
@@ -287,7 +288,7 @@ def write_largest_sample(config: RunConfig, path: Path) -> None:
 def train(root: Path) -> dict[str, int]:
     """A run from its start, in a process of its own."""
     imported = resident_bytes("VmRSS")
-    stage.run(setup.run_config(root, json.loads((root / "settings.json").read_text())), fresh=True)
+    stage.run(setup.run_config(root, json.loads((root / "settings.json").read_text())), RunDelivery, fresh=True)
     return {"imported_bytes": imported, "peak_bytes": resident_bytes("VmHWM")}
 
 

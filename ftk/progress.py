@@ -15,7 +15,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 console = Console(stderr=True)
 
 
-class Tracker(Protocol):
+class ProgressBar(Protocol):
     """What `track` yields."""
 
     def advance(self, amount: int = 1, note: str = "") -> None:
@@ -65,7 +65,7 @@ class _Lines(_Rate):
 
 
 @contextlib.contextmanager
-def track(label: str, total: int | None, unit: str, done: int = 0) -> Iterator[Tracker]:
+def track(label: str, total: int | None, unit: str, done: int = 0) -> Iterator[ProgressBar]:
     """Show the progress of `total` pieces of work, of which `done` were there before: rate, count and time left.
 
     `total` is None when only the end will tell.

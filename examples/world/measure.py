@@ -20,7 +20,7 @@ from ftk import storage
 from ftk.demo import evaluate, world
 from ftk.errors import ModelError
 from ftk.models.qwen_image import FAMILY
-from ftk.train.sample import grid, png_bytes
+from ftk.train.sheet import grid, png_bytes
 
 NUM_ON_SHEET = 12
 

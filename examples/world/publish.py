@@ -19,10 +19,10 @@ from rich.console import Console
 from ftk import storage
 from ftk.demo.lesson import MODEL
 from ftk.errors import ModelError
-from ftk.train import inspect
-from ftk.train.inspect import Floats, History
+from ftk.train import run_summary
 from ftk.train.loop import NUM_BANDS
-from ftk.train.sample import png_bytes
+from ftk.train.run_summary import Floats, History
+from ftk.train.sheet import png_bytes
 
 NUM_POINTS = 80
 _COLOURS = ("#2a6fdb", "#1b9e77", "#d98c00", "#c2377a")
@@ -72,7 +72,7 @@ def _averaged(rows: History) -> tuple[Floats, Floats]:
 
 def card(model: Path, run_directory: Path, measured: dict[str, Any]) -> str:
     """The card's text."""
-    rows, settings = inspect.history(run_directory), inspect.settings(run_directory)
+    rows, settings = run_summary.history(run_directory), run_summary.settings(run_directory)
     sizes = {path.parent.name: path.stat().st_size for path in sorted(model.glob("*/*.safetensors"))}
     return _CARD.read_text(encoding="utf-8").format(
         parameters=sum(sizes.values()) / 2e6,
@@ -105,7 +105,7 @@ def main() -> None:
     with storage.committing_directory(options.to) as temporary:
         shutil.copytree(model, temporary, dirs_exist_ok=True)
         storage.commit_bytes(temporary / "README.md", card(model, run_directory, measured).encode())
-        storage.commit_bytes(temporary / "curve.svg", curve_svg(inspect.history(run_directory)))
+        storage.commit_bytes(temporary / "curve.svg", curve_svg(run_summary.history(run_directory)))
         with Image.open(options.directory / "measure.png") as sheet:
             storage.commit_bytes(temporary / "samples.png", png_bytes(sheet.convert("RGB").quantize(128)))
     found = sum(path.stat().st_size for path in options.to.rglob("*") if path.is_file())

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from ftk.cache import shards
-from ftk.cache.plan import Picture, Text, Unit
+from ftk.cache.plan import ImageItem, TextItem, Unit
 from ftk.configs.load import default_workers
 from ftk.configs.schema import CacheConfig
 from ftk.errors import CacheError, EnvironmentFault
@@ -52,7 +52,7 @@ _SHARDS_IN_WRITING = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class EncodeJob:
     """All that a process needs to encode units of one kind, here or on another machine."""
 
     kind: str
@@ -99,14 +99,14 @@ class _Batch:
 class _Encoder:
     """A component in memory, and how large a batch may still be after the device was out of memory."""
 
-    job: Job
+    job: EncodeJob
     family: Family
     component: Any
     device: torch.device
     limits: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, job: Job) -> "_Encoder":
+    def load(cls, job: EncodeJob) -> "_Encoder":
         family, device = models.get(job.family), job.device
         if job.kind == "latents":
             component = family.load_vae(job.model, getattr(torch, job.config.loaded_vae_dtype), device)
@@ -121,7 +121,7 @@ class _Encoder:
         key = tuple(batch.pixels_BHWC.shape[1:])
         return self._halving(key, batch.pixels_BHWC, self._masks if batch.items[0].is_mask else self._pictures)
 
-    def _texts(self, texts: Sequence[Text]) -> list[Tensors]:
+    def _texts(self, texts: Sequence[TextItem]) -> list[Tensors]:
         dtype = getattr(torch, self.job.config.stored_text_dtype)
         encoded = self.family.encode_texts(self.component, [text.caption for text in texts])
         return [
@@ -181,7 +181,7 @@ def release() -> None:
     free_memory()
 
 
-def _encoder(job: Job) -> _Encoder:
+def _encoder(job: EncodeJob) -> _Encoder:
     """The job's component: the one that this process holds, else that one is freed and the job's is loaded."""
     name = repr(job)
     if name not in _loaded:
@@ -190,18 +190,18 @@ def _encoder(job: Job) -> _Encoder:
     return _loaded[name]
 
 
-def load(job: Job) -> None:
+def load(job: EncodeJob) -> None:
     """Load the job's component into this process, where it stays until `release`."""
     _encoder(job)
 
 
-def encode_unit(job: Job, unit: Unit[Any]) -> Done:
+def encode_unit(job: EncodeJob, unit: Unit[Any]) -> Done:
     """Encode and commit one unit; the component stays in this process for the next."""
     (done,) = encode_units(job, [unit], lambda *_: None)
     return done
 
 
-def encode_units(job: Job, units: Iterable[Unit[Any]], advance: Advance) -> Iterator[Done]:
+def encode_units(job: EncodeJob, units: Iterable[Unit[Any]], advance: Advance) -> Iterator[Done]:
     """Encode and commit units, one after another; the next one is under way while one is written.
 
     Raises:
@@ -231,7 +231,7 @@ def encode_units(job: Job, units: Iterable[Unit[Any]], advance: Advance) -> Iter
             yield finished.popleft().result()
 
 
-def _write(job: Job, unit: Unit[Any], gathered: dict[str, Tensors], copied: "torch.cuda.Event | None") -> Done:
+def _write(job: EncodeJob, unit: Unit[Any], gathered: dict[str, Tensors], copied: "torch.cuda.Event | None") -> Done:
     if copied is not None:
         copied.synchronize()
     items = []
@@ -244,10 +244,10 @@ def _write(job: Job, unit: Unit[Any], gathered: dict[str, Tensors], copied: "tor
     )
 
 
-def _refuse_infinite(job: Job, item: Any, tensors: Tensors) -> None:
+def _refuse_infinite(job: EncodeJob, item: Any, tensors: Tensors) -> None:
     if all(torch.isfinite(tensor).all() for tensor in tensors.values() if tensor.is_floating_point()):
         return
-    if isinstance(item, Text):
+    if isinstance(item, TextItem):
         what, setting, dtype = f"caption {item.caption[:60]!r}", "text_stored", job.config.stored_text_dtype
     else:
         what, setting, dtype = f"sample {item.key}", "latents_dtype", job.config.latents_dtype
@@ -276,12 +276,12 @@ def _batches(encoder: _Encoder, units: Sequence[Unit[Any]]) -> Iterator[_Batch]:
             yield _Batch(number, items, pixels_BHWC)
 
 
-def _picture_batches(encoder: _Encoder, unit: Unit[Picture]) -> list[Sequence[Picture]]:
+def _picture_batches(encoder: _Encoder, unit: Unit[ImageItem]) -> list[Sequence[ImageItem]]:
     """Pictures of one size and kind together, as many as the memory allows."""
-    groups: dict[tuple[int, int, bool], list[Picture]] = {}
+    groups: dict[tuple[int, int, bool], list[ImageItem]] = {}
     for picture in unit.items:
         groups.setdefault((picture.height, picture.width, picture.is_mask), []).append(picture)
-    batches: list[Sequence[Picture]] = []
+    batches: list[Sequence[ImageItem]] = []
     for (height, width, _), pictures in groups.items():
         size = encoder.job.config.image_batch
         if size is None:
@@ -291,12 +291,12 @@ def _picture_batches(encoder: _Encoder, unit: Unit[Picture]) -> list[Sequence[Pi
     return batches
 
 
-def _text_batches(encoder: _Encoder, unit: Unit[Text]) -> list[_Batch]:
+def _text_batches(encoder: _Encoder, unit: Unit[TextItem]) -> list[_Batch]:
     """Captions of like length together: a batch is as long as its longest."""
     lengths = encoder.family.text_lengths(encoder.component, [text.caption for text in unit.items])
     ordered = sorted(zip(lengths, unit.items, strict=True), key=lambda pair: (pair[0], pair[1].id))
     batches: list[_Batch] = []
-    batch: list[Text] = []
+    batch: list[TextItem] = []
     for length, text in ordered:
         most = encoder.job.config.text_batch
         if most is None:
@@ -327,7 +327,7 @@ def _mapped(
             future.cancel()
 
 
-def _decode(task: tuple[PreparedDataset, Picture]) -> npt.NDArray[np.uint8]:
+def _decode(task: tuple[PreparedDataset, ImageItem]) -> npt.NDArray[np.uint8]:
     """[H,W,3] of an image, [H,W,1] of a mask, 8 bits."""
     dataset, picture = task
     with Image.open(io.BytesIO(dataset.span(picture.shard, picture.key, picture.part).read())) as image:

@@ -20,7 +20,7 @@ _BYTES_A_TOKEN = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class ImageItem:
     """An image, control image or mask to encode: where it lies in the prepared dataset, and its size in pixels."""
 
     id: str
@@ -37,14 +37,14 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class TextItem:
     """A caption, the empty one or a prompt."""
 
     id: str
     caption: str
 
 
-Item = TypeVar("Item", Picture, Text)
+Item = TypeVar("Item", ImageItem, TextItem)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +65,14 @@ def prompts(sample: SampleConfig) -> list[str]:
     return list(dict.fromkeys([*sample.prompts, sample.negative_prompt])) if sample.prompts else []
 
 
-def needed_texts(captions: pa.ChunkedArray, sample: SampleConfig) -> Iterator[Text]:
+def needed_texts(captions: pa.ChunkedArray, sample: SampleConfig) -> Iterator[TextItem]:
     """Every text that training and its sample images need, each once: captions (lists, a sample each), empty, prompts."""
     distinct: list[str] = pc.unique(pc.list_flatten(captions)).to_pylist()
     for caption in dict.fromkeys([*distinct, "", *prompts(sample)]):
-        yield Text(text_id(caption), caption)
+        yield TextItem(text_id(caption), caption)
 
 
-def needed_pictures(tables: Iterable[pa.Table]) -> Iterator[Picture]:
+def needed_pictures(tables: Iterable[pa.Table]) -> Iterator[ImageItem]:
     """Every image, control image and mask, each once: equal pixels are stored once."""
     seen: set[str] = set()
     for table in tables:
@@ -84,16 +84,16 @@ def needed_pictures(tables: Iterable[pa.Table]) -> Iterator[Picture]:
             for item, part in parts:
                 if item not in seen:
                     seen.add(item)
-                    yield Picture(item, row["shard"], row["key"], part, *size)
+                    yield ImageItem(item, row["shard"], row["key"], part, *size)
 
 
-def picture_bytes(picture: Picture, geometry: LatentGeometry, itemsize: int) -> int:
+def picture_bytes(picture: ImageItem, geometry: LatentGeometry, itemsize: int) -> int:
     """Size of one stored item: mean and std of each channel, or a mask."""
     cells = (picture.width // geometry.factor) * (picture.height // geometry.factor)
     return (1 if picture.is_mask else 2 * geometry.channels) * cells * itemsize
 
 
-def text_bytes(text: Text, token_bytes: int) -> int:
+def text_bytes(text: TextItem, token_bytes: int) -> int:
     """A guess at one text item's size before it is tokenised; it only decides where a shard ends."""
     return (len(text.caption.encode("utf-8", "replace")) // _BYTES_A_TOKEN + _TOKENS_OF_A_TEMPLATE) * token_bytes
 

@@ -16,7 +16,7 @@ import torch
 
 from ftk import locations, storage
 from ftk.cache import encode, fingerprint, plan, shards, view
-from ftk.cache.encode import Done, Job
+from ftk.cache.encode import Done, EncodeJob
 from ftk.cache.shards import KINDS, Damage, Receipt
 from ftk.configs.load import cache_location, default_workers, prepared_path
 from ftk.configs.schema import RunConfig
@@ -25,8 +25,8 @@ from ftk.errors import CacheError, DatasetError
 from ftk.models import base as models
 from ftk.models.base import Family
 from ftk.pipeline.dataset import PreparedDataset, recipe
-from ftk.pipeline.engine import WHOLE, Part, map_units
-from ftk.progress import Tracker, human_bytes, plain_text, track
+from ftk.pipeline.engine import WHOLE, JobPart, map_units
+from ftk.progress import ProgressBar, human_bytes, plain_text, track
 
 LOGGER = logging.getLogger("ftk")
 
@@ -113,7 +113,7 @@ class _Work:
     kinds: dict[str, _Kind]
 
 
-def run(config: RunConfig, part: Part = WHOLE) -> CacheReport:
+def run(config: RunConfig, part: JobPart = WHOLE) -> CacheReport:
     """Encode what is missing and rebuild the view; a second run encodes nothing.
 
     Raises:
@@ -138,7 +138,7 @@ def run(config: RunConfig, part: Part = WHOLE) -> CacheReport:
     return _report(work, tables)
 
 
-def dry_run(config: RunConfig, part: Part = WHOLE) -> dict[str, Any]:
+def dry_run(config: RunConfig, part: JobPart = WHOLE) -> dict[str, Any]:
     """Counts, bytes and time of what `run` would encode, what it would reuse, and why not the rest; writes nothing."""
     work = _plan(config, locations.local_path(cache_location(config)))
     latents, texts = work.kinds["latents"], work.kinds["texts"]
@@ -262,7 +262,7 @@ def _seconds(work: _Work, kind: _Kind) -> float:
     sizes: Counter[tuple[int, ...]] = Counter()
     for unit in kind.units:
         for item in unit.items:
-            tokens = plan.text_bytes(item, 1) if isinstance(item, plan.Text) else 0
+            tokens = plan.text_bytes(item, 1) if isinstance(item, plan.TextItem) else 0
             sizes[(tokens,) if tokens else (item.height, item.width)] += 1
     flops = sum(
         count * (family.image_flops(work.model, *size) if len(size) == 2 else family.text_flops(work.model, *size))
@@ -273,14 +273,14 @@ def _seconds(work: _Work, kind: _Kind) -> float:
     return flops / (_EFFICIENCY * speed) + _SECONDS_AN_ITEM * kind.num_missing
 
 
-def _encode(work: _Work, kind: _Kind, part: Part) -> None:
+def _encode(work: _Work, kind: _Kind, part: JobPart) -> None:
     """Encode and commit the part's units that lack something."""
     mine = [unit for unit in kind.units if part.has(unit.number)]
     if not mine:
         return
     config = work.config.cache
     processes = _processes(config.processes, config.device)
-    job = Job(
+    job = EncodeJob(
         kind=kind.kind,
         family=work.family.name,
         model=work.model.resolve(),
@@ -298,7 +298,7 @@ def _encode(work: _Work, kind: _Kind, part: Part) -> None:
     encode.release()
 
 
-def _done(job: Job, units: Sequence[plan.Unit[Any]], processes: int, progress: Tracker) -> Iterator[Done]:
+def _done(job: EncodeJob, units: Sequence[plan.Unit[Any]], processes: int, progress: ProgressBar) -> Iterator[Done]:
     if job.config.engine == "local" and processes == 1:
         yield from encode.encode_units(job, units, progress.advance)
         return
@@ -316,7 +316,7 @@ def _processes(configured: int, device: str) -> int:
     return torch.cuda.device_count() if models.resolve_device(device).type == "cuda" else 1
 
 
-def _look_again(work: _Work, part: Part) -> int:
+def _look_again(work: _Work, part: JobPart) -> int:
     """Read the receipts once more, those of other parts too; returns how many units still lack something."""
     num_left = 0
     for kind in work.kinds.values():

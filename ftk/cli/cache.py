@@ -26,7 +26,7 @@ def cache(
     short += ["cache.full_hash=true"] if full_hash else []
     config = load_config(run_file, [*(overrides or ()), *short], workspace)
     from ftk.cache import stage
-    from ftk.pipeline.engine import Part
+    from ftk.pipeline.engine import JobPart
 
-    share = Part.parse(part)
+    share = JobPart.parse(part)
     show("cache", stage.dry_run(config, share) if dry_run else stage.run(config, share), json)

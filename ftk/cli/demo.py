@@ -85,7 +85,7 @@ def _preview(grid: Path) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    from ftk.train.sample import cells
+    from ftk.train.sheet import cells
 
     table = Table.grid(padding=(0, 2))
     pictures = cells(grid)

@@ -42,12 +42,12 @@ def export(
 
 
 def _run(config: Any, form: str | None, out: Path | None, best: bool, repository: str | None, private: bool) -> dict[str, Any]:
-    from ftk.train import deliver, push
+    from ftk.deliver import export, push
 
     if repository is None:
-        return asdict(deliver.export(config, form, out, best))
+        return asdict(export.export(config, form, out, best))
     push.check(repository)
-    report = deliver.export(config, form, out, best, repository)
+    report = export.export(config, form, out, best, repository)
     message = f"Step {report.step:,} of {config.run}, {report.format}"
     url = push.upload(Path(report.directory), report.files, repository, private, message)
     return {**asdict(report), "url": url}
@@ -55,9 +55,9 @@ def _run(config: Any, form: str | None, out: Path | None, best: bool, repository
 
 def _plan(config: Any, form: str | None, best: bool, repository: str | None) -> dict[str, Any]:
     """What would be written, found out by writing it where it is thrown away."""
-    from ftk.train import deliver, push
+    from ftk.deliver import export, push
 
     if repository is not None:
         push.check_name(repository)
-    planned = deliver.plan(config, form, best, repository)
+    planned = export.plan(config, form, best, repository)
     return planned if repository is None else {**planned, "repository": repository, "logged_in": push.is_logged_in()}

@@ -11,7 +11,7 @@ from ftk.cli.options import Json, show
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ftk.train.extract import ExtractReport, LayerEnergy
+    from ftk.deliver.extract import ExtractReport, LayerEnergy
 
 
 def extract(
@@ -31,7 +31,7 @@ def extract(
     json: Json = False,
 ) -> None:
     """Write a LoRA that makes one model of another, by truncated SVD of what differs; say what it keeps and what it cannot."""
-    from ftk.train import extract as stage
+    from ftk.deliver import extract as stage
 
     report = stage.run(
         stage.ExtractConfig(

@@ -10,11 +10,11 @@ import typer
 from ftk.cli.options import Json, show
 
 if TYPE_CHECKING:
-    from ftk.cache.inspect import Summary as CacheSummary
+    from ftk.cache.cache_summary import CacheSummary
     from ftk.cache.store import CacheStore
     from ftk.pipeline.dataset import PreparedDataset
-    from ftk.pipeline.inspect import Summary
-    from ftk.train.inspect import RunSummary
+    from ftk.pipeline.prepared_summary import PreparedSummary
+    from ftk.train.run_summary import RunSummary
 
 LOGGER = logging.getLogger("ftk")
 _CACHE = "cache.json"
@@ -51,7 +51,7 @@ def inspect(
     from ftk.pipeline.dataset import PreparedDataset
 
     dataset = PreparedDataset.open(found.prepared) if found.prepared else None
-    parts: list[_Part] = []
+    parts: list[_Inspection] = []
     store = _open_cache(found.cache) if found.cache else None
     if dataset is not None:
         parts.append(_prepared_part(dataset, out or dataset.directory / _PAGE if html else None))
@@ -73,10 +73,10 @@ class _Found:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
+class _Inspection:
     """What is shown of one of them; `page` is the file that was written."""
 
-    summary: "Summary | CacheSummary | RunSummary"
+    summary: "PreparedSummary | CacheSummary | RunSummary"
     page: Path | None
 
 
@@ -181,43 +181,43 @@ def _sources(store: "CacheStore", named: Path | None, shown: "PreparedDataset | 
     return PreparedDataset.open(named or beside)
 
 
-def _prepared_part(dataset: "PreparedDataset", page: Path | None) -> _Part:
+def _prepared_part(dataset: "PreparedDataset", page: Path | None) -> _Inspection:
     from ftk import storage
-    from ftk.pipeline import inspect as numbers
-    from ftk.pipeline import inspect_page
+    from ftk.pipeline import prepared_page
+    from ftk.pipeline import prepared_summary as numbers
 
     if page is None:
-        return _Part(summary=numbers.summarise(dataset), page=None)
-    summary, data = inspect_page.page(dataset)
+        return _Inspection(summary=numbers.summarise(dataset), page=None)
+    summary, data = prepared_page.page(dataset)
     storage.commit_bytes(page, data)
-    return _Part(summary=summary, page=page)
+    return _Inspection(summary=summary, page=page)
 
 
-def _cache_part(store: "CacheStore", page: Path | None, model: Path | None, sources: "PreparedDataset | None") -> _Part:
+def _cache_part(store: "CacheStore", page: Path | None, model: Path | None, sources: "PreparedDataset | None") -> _Inspection:
     from ftk import storage
-    from ftk.cache import inspect as numbers
-    from ftk.cache import inspect_page
+    from ftk.cache import cache_page
+    from ftk.cache import cache_summary as numbers
 
     if page is None:
-        return _Part(summary=numbers.summarise(store), page=None)
-    summary, data = inspect_page.page(store, model, sources)
+        return _Inspection(summary=numbers.summarise(store), page=None)
+    summary, data = cache_page.page(store, model, sources)
     storage.commit_bytes(page, data)
-    return _Part(summary=summary, page=page)
+    return _Inspection(summary=summary, page=page)
 
 
-def _run_part(directory: Path, page: Path | None, verify: bool) -> _Part:
+def _run_part(directory: Path, page: Path | None, verify: bool) -> _Inspection:
     from ftk import storage
-    from ftk.train import inspect as numbers
-    from ftk.train import inspect_page
+    from ftk.train import run_page
+    from ftk.train import run_summary as numbers
 
     if page is None:
-        return _Part(summary=numbers.summarise(directory, verify), page=None)
-    summary, data = inspect_page.page(directory)
+        return _Inspection(summary=numbers.summarise(directory, verify), page=None)
+    summary, data = run_page.page(directory)
     storage.commit_bytes(page, data)
-    return _Part(summary=summary, page=page)
+    return _Inspection(summary=summary, page=page)
 
 
-def _show(parts: list[_Part], json: bool, is_run: bool) -> None:
+def _show(parts: list[_Inspection], json: bool, is_run: bool) -> None:
     """As JSON the first one's numbers, beside them `cache` and `runs` where the first one is something else."""
     if json:
         show("inspect", _plain(parts, is_run), as_json=True)
@@ -228,28 +228,28 @@ def _show(parts: list[_Part], json: bool, is_run: bool) -> None:
     _print([part.summary for part in parts if part.page is None], is_run)
 
 
-def _plain(parts: list[_Part], is_run: bool) -> dict[str, Any]:
-    from ftk.cache.inspect import Summary as CacheSummary
-    from ftk.pipeline.inspect import Summary
+def _plain(parts: list[_Inspection], is_run: bool) -> dict[str, Any]:
+    from ftk.cache.cache_summary import CacheSummary
+    from ftk.pipeline.prepared_summary import PreparedSummary
 
     plain = [(part.summary, {**asdict(part.summary), **({"page": str(part.page)} if part.page else {})}) for part in parts]
     if is_run:
         return plain[0][1]
-    prepared = next((one for summary, one in plain if isinstance(summary, Summary)), None)
+    prepared = next((one for summary, one in plain if isinstance(summary, PreparedSummary)), None)
     cache = next((one for summary, one in plain if isinstance(summary, CacheSummary)), None)
-    runs = [one for summary, one in plain if not isinstance(summary, (Summary, CacheSummary))]
+    runs = [one for summary, one in plain if not isinstance(summary, (PreparedSummary, CacheSummary))]
     first = prepared or cache or {}
     return {**first, **({"cache": cache} if prepared and cache else {}), **({"runs": runs} if runs else {})}
 
 
-def _print(summaries: "list[Summary | CacheSummary | RunSummary]", is_run: bool) -> None:
-    from ftk.cache.inspect import Summary as CacheSummary
+def _print(summaries: "list[PreparedSummary | CacheSummary | RunSummary]", is_run: bool) -> None:
+    from ftk.cache.cache_summary import CacheSummary
     from ftk.cli import inspect_tables
-    from ftk.pipeline.inspect import Summary
+    from ftk.pipeline.prepared_summary import PreparedSummary
 
     runs: list[RunSummary] = []
     for summary in summaries:
-        if isinstance(summary, Summary):
+        if isinstance(summary, PreparedSummary):
             inspect_tables.print_prepared(summary)
         elif isinstance(summary, CacheSummary):
             inspect_tables.print_cache(summary)

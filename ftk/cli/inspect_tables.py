@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ftk.cache.inspect import ChannelSummary, LengthSummary
-    from ftk.cache.inspect import Summary as CacheSummary
-    from ftk.pipeline.inspect import BucketSummary, Summary
-    from ftk.train.inspect import RunSummary
+    from ftk.cache.cache_summary import CacheSummary, ChannelSummary, LengthSummary
+    from ftk.pipeline.prepared_summary import BucketSummary, PreparedSummary
+    from ftk.train.run_summary import RunSummary
 
 _EXAMPLE_CHARS = 120
 _BAR_CHARS = 24
@@ -18,7 +17,7 @@ _MOST_CHANNELS, _MOST_PROMPTS = 32, 10
 _MOST_CHECKPOINTS = 10
 
 
-def print_prepared(summary: "Summary") -> None:
+def print_prepared(summary: "PreparedSummary") -> None:
     """Tables of a prepared dataset."""
     tables = (_totals(summary), _buckets(summary.buckets), _captions(summary), _sources(summary), _rejects(summary))
     duplicates = _duplicates(summary) if summary.duplicates else None
@@ -90,7 +89,7 @@ def _text(text: str, most: int = _EXAMPLE_CHARS) -> Any:
     return Text(printable if len(printable) <= most else f"{printable[:most]}…")
 
 
-def _totals(summary: "Summary") -> Any:
+def _totals(summary: "PreparedSummary") -> Any:
     from ftk.progress import human_bytes
 
     table = _table(summary.directory, "", "", header=False)
@@ -134,7 +133,7 @@ def _buckets(buckets: Sequence["BucketSummary"]) -> Any:
     return table
 
 
-def _captions(summary: "Summary") -> Any:
+def _captions(summary: "PreparedSummary") -> Any:
     captions = summary.captions
     if captions.characters is None:
         return None
@@ -150,7 +149,7 @@ def _captions(summary: "Summary") -> Any:
     return table
 
 
-def _sources(summary: "Summary") -> Any:
+def _sources(summary: "PreparedSummary") -> Any:
     if not summary.sources:
         return None
     table = _table("sources", "source", "#samples", "#rejects", "#repeats", "role")
@@ -160,7 +159,7 @@ def _sources(summary: "Summary") -> Any:
     return table
 
 
-def _rejects(summary: "Summary") -> Any:
+def _rejects(summary: "PreparedSummary") -> Any:
     if not summary.rejects:
         return None
     table = _table("rejects", "reason", "#inputs", "for example")
@@ -171,7 +170,7 @@ def _rejects(summary: "Summary") -> Any:
     return table
 
 
-def _duplicates(summary: "Summary") -> Any:
+def _duplicates(summary: "PreparedSummary") -> Any:
     table = _table("duplicates, for example", "sample", "is like", "#bits that differ")
     for pair in summary.duplicates:
         table.add_row(_text(pair["key"]), _text(pair["like"]), "equal file" if pair["bits"] < 0 else f"{pair['bits']} of 64")
@@ -257,7 +256,7 @@ def _channels(channels: Sequence["ChannelSummary"]) -> Any:
 
 
 def _encoders(summary: "CacheSummary") -> Any:
-    from ftk.cache.inspect import flat_parts
+    from ftk.cache.cache_summary import flat_parts
 
     table = _table("encoders", "", "", "", header=False)
     for kind, parts in summary.encoders.items():

@@ -19,6 +19,6 @@ def merge(
 ) -> None:
     """Write the base model with what was trained folded in, as a pipeline folder, once its prediction is seen to agree."""
     config = load_config(run_file, overrides, workspace)
-    from ftk.train import deliver
+    from ftk.deliver import export
 
-    show("merge", deliver.merge(config, out, best), json)
+    show("merge", export.merge(config, out, best), json)

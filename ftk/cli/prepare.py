@@ -23,9 +23,9 @@ def prepare(
     """Bucket, resize and crop images into tar shards with tables; every input is a sample or a reject with a reason."""
     config = load_config(run_file, overrides, workspace)
     from ftk.pipeline import stage
-    from ftk.pipeline.engine import Part
+    from ftk.pipeline.engine import JobPart
 
-    share = Part.parse(part)
+    share = JobPart.parse(part)
     if make_class_images:
         _check_class_images(config, part)
     if dry_run:
@@ -33,9 +33,9 @@ def prepare(
         return
     if make_class_images:
         stage.check(config)
-        from ftk.train import class_images
+        from ftk.deliver import draw_class_images
 
-        class_images.run(config)
+        draw_class_images.run(config)
     show("prepare", stage.run(config, share), json)
 
 

@@ -37,9 +37,10 @@ def run_all(config: Any) -> dict[str, dict[str, Any]]:
     from ftk.cache import stage as cache
 
     reports["cache"] = asdict(cache.run(config))
+    from ftk.deliver.run_delivery import RunDelivery
     from ftk.train import stage as train
 
-    report = train.run(config)
+    report = train.run(config, RunDelivery)
     return reports if report is None else {**reports, "train": asdict(report)}
 
 

@@ -12,6 +12,6 @@ def sample(
 ) -> None:
     """Draw the prompts with the base model and with what was trained, side by side in one PNG."""
     config = load_config(run_file, overrides, workspace)
-    from ftk.train import sample as stage
+    from ftk.deliver import sample as stage
 
     show("sample", stage.dry_run(config) if dry_run else stage.run(config), json)

@@ -25,7 +25,9 @@ def train(
     if dry_run:
         show_plan(stage.dry_run(config), json)
         return
-    report = stage.run(config, fresh=fresh, allow_change=allow_change)
+    from ftk.deliver.run_delivery import RunDelivery
+
+    report = stage.run(config, RunDelivery, fresh=fresh, allow_change=allow_change)
     if report is not None:
         show("train", report, json)
 

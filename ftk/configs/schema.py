@@ -497,7 +497,7 @@ class TrainConfig(Section):
         return self
 
 
-class AdapterConfig(Section):
+class AddedAdapterConfig(Section):
     """What another run delivered, drawn together with this one by `ftk sample`."""
 
     path: str = Field(min_length=1, description="a folder with a LoRA, LoHa or LoKr, in diffusers' or PEFT's format")
@@ -519,7 +519,9 @@ class SampleConfig(Section):
     strength: float = Field(
         default=1.0, ge=-10, le=10, description="of the run's own LoRA, LoHa or LoKr; others load at 1 alone"
     )
-    adapters: tuple[AdapterConfig, ...] = Field(default=(), description="drawn on top of the run's own, in one more column")
+    adapters: tuple[AddedAdapterConfig, ...] = Field(
+        default=(), description="drawn on top of the run's own, in one more column"
+    )
 
     @field_validator("prompts", "negative_prompt")
     @classmethod

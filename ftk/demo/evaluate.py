@@ -15,7 +15,7 @@ from ftk.demo import checker, world
 from ftk.demo.scenes import SIZES, Scene
 from ftk.models.base import Family
 from ftk.progress import track
-from ftk.train.sample import png_bytes
+from ftk.train.sheet import png_bytes
 
 _CLASS_SEED = 3
 

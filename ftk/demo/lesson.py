@@ -19,9 +19,9 @@ from ftk.demo.scenes import Scene
 from ftk.errors import ModelError
 from ftk.methods import base as methods
 from ftk.models import base as models
-from ftk.train import inspect
+from ftk.train import run_summary
 from ftk.train.loop import NUM_BANDS
-from ftk.train.sample import grid, png_bytes
+from ftk.train.sheet import grid, png_bytes
 
 MODEL = Path(__file__).with_name("model")
 """A Qwen-Image of 3 million parameters in the Diffusers layout, trained on the small world: examples/world."""
@@ -173,7 +173,7 @@ def _num_recognised(pictures: Pictures) -> int:
 
 def _bands(directory: Path) -> list[BandChange]:
     """As validation measured them, before the first step and after the last."""
-    losses_MK = inspect.validation(directory).band_losses_MK
+    losses_MK = run_summary.validation(directory).band_losses_MK
     edges = [number / NUM_BANDS for number in range(NUM_BANDS + 1)]
     return [
         BandChange(low=low, high=high, before=float(before), after=float(after))

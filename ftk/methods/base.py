@@ -1,7 +1,4 @@
-"""The Method protocol: a way of training. One file in this folder is one method.
-
-Files whose names start with an underscore are no methods: they hold what several methods share.
-"""
+"""The Method protocol: a way of training. One file in this folder is one method; `adapters/` holds what several share."""
 
 import difflib
 import importlib
@@ -71,7 +68,7 @@ class TextEncoderConfig(BaseModel):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class TrainedComponent:
     """A component that is trained, the denoiser or a text encoder, and what the settings choose of it."""
 
     name: str
@@ -193,8 +190,8 @@ class HasDataStart(Protocol):
 def available() -> list[str]:
     """Names of all methods: the files of this folder."""
     package = importlib.import_module("ftk.methods")
-    names = [item.name for item in pkgutil.iter_modules(package.__path__)]
-    return sorted(name.replace("_", "-") for name in names if name != "base" and not name.startswith("_"))
+    names = [item.name for item in pkgutil.iter_modules(package.__path__) if not item.ispkg]
+    return sorted(name.replace("_", "-") for name in names if name != "base")
 
 
 def get(name: str) -> Method:
@@ -242,7 +239,7 @@ def needs(family: Family, config: Any) -> tuple[str, ...]:
     return (DENOISER, *family.trainable_encoders)
 
 
-def parts(components: Mapping[str, Any], family: Family, config: Any) -> list[Part]:
+def parts(components: Mapping[str, Any], family: Family, config: Any) -> list[TrainedComponent]:
     """What is trained of each component, by `config.targets` and `config.text_encoder.targets`."""
     found = []
     for name, module in components.items():
@@ -252,7 +249,7 @@ def parts(components: Mapping[str, Any], family: Family, config: Any) -> list[Pa
             assert isinstance(family, TrainsEncoders)
             targets, setting = config.text_encoder.targets, "method.text_encoder.targets"
             owner, groups = f"{family.name}'s {name}", family.encoder_targets
-        found.append(Part(name=name, module=module, owner=owner, groups=groups, targets=targets, setting=setting))
+        found.append(TrainedComponent(name=name, module=module, owner=owner, groups=groups, targets=targets, setting=setting))
     return found
 
 
@@ -282,7 +279,7 @@ def start_batches(method: Method, config: Any) -> int:
     return method.start_batches(config) if isinstance(method, HasDataStart) else 0
 
 
-def target_modules(part: Part) -> "list[str] | TargetPattern":
+def target_modules(part: TrainedComponent) -> "list[str] | TargetPattern":
     """Module-name suffixes for a named group of the component, or for a list of suffixes as it stands; or a pattern.
 
     Raises:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from ftk.errors import ConfigError
-from ftk.methods import _injection, _peft, _targets
-from ftk.methods.base import EVERYTHING, Part, TargetPattern
+from ftk.methods.adapters import injection, peft_method, targets
+from ftk.methods.base import EVERYTHING, TargetPattern, TrainedComponent
 from ftk.methods.oft import REASONS
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _DEFAULT_BLOCK = 4
 
 
-class BoftConfig(_peft.AdapterConfig):
+class BoftConfig(peft_method.PeftMethodConfig):
     """Settings under `method:`."""
 
     block_size: int | None = Field(default=None, ge=2, description="inputs that a block rotates; 4 if neither is given")
@@ -46,7 +46,7 @@ class BoftConfig(_peft.AdapterConfig):
         return self
 
 
-class Boft(_peft.PeftMethod):
+class Boft(peft_method.PeftMethod):
     """The butterfly orthogonal adapter of linear layers and 1x1 convolutions.
 
     Its state is `MODULE.boft_R` [factors, blocks, size, size], `MODULE.boft_s` [out, 1], and trained biases. Rotations are none
@@ -59,9 +59,9 @@ class Boft(_peft.PeftMethod):
 
     def refusal(self, layer: "torch.nn.Module") -> str | None:
         """Larger kernels do not see channels one by one."""
-        return _targets.linear_or_pointwise(layer)
+        return targets.linear_or_pointwise(layer)
 
-    def peft_config(self, part: Part, names: Sequence[str], config: BoftConfig) -> Any:
+    def peft_config(self, part: TrainedComponent, names: Sequence[str], config: BoftConfig) -> Any:
         """PEFT's settings; numbers of blocks are the denoiser's."""
         import peft
 
@@ -73,18 +73,18 @@ class Boft(_peft.PeftMethod):
             bias=config.bias,
             layers_to_transform=list(config.layers) if config.layers is not None and part.is_denoiser else None,
             layers_pattern=config.layers_pattern if part.is_denoiser else None,
-            target_modules=_targets.as_peft_targets(part, names),
+            target_modules=targets.as_peft_targets(part, names),
         )
 
-    def inject(self, part: Part, settings: Any, config: BoftConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
+    def inject(self, part: TrainedComponent, settings: Any, config: BoftConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
         """Inject the adapter.
 
         Raises:
             ConfigError: blocks do not divide a layer's inputs, or more factors than PEFT can compute here.
         """
         with _without_warnings():
-            parameters = _injection.inject(part.module, settings, seed)
-        made = next(layer.boft_R[_injection.ADAPTER].shape[0] for layer in _injection.adapted(part.module).values())
+            parameters = injection.inject(part.module, settings, seed)
+        made = next(layer.boft_R[injection.ADAPTER].shape[0] for layer in injection.adapted(part.module).values())
         if made != config.butterfly_factors:
             raise ConfigError(
                 f"method.butterfly_factors: {config.butterfly_factors} need PEFT's CUDA extension, which could not be compiled "
@@ -92,7 +92,7 @@ class Boft(_peft.PeftMethod):
             )
         return parameters
 
-    def load_into(self, pipeline: Any, directory: Path, adapter: str = _injection.ADAPTER) -> None:
+    def load_into(self, pipeline: Any, directory: Path, adapter: str = injection.ADAPTER) -> None:
         """PEFT's settings and tensors, injected."""
         with _without_warnings():
             super().load_into(pipeline, directory, adapter)

@@ -17,15 +17,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ftk import storage
 from ftk.errors import CheckpointError, ConfigError
-from ftk.methods import _directory, _formats, _injection, _targets, _whole, base
+from ftk.methods import base
+from ftk.methods.adapters import formats, injection, peft_directory, sharded, targets
 from ftk.methods.base import (
     DENOISER,
     EVERYTHING,
     Components,
-    Part,
     TargetPattern,
     Targets,
     TextEncoderConfig,
+    TrainedComponent,
     check_format,
     target_modules,
 )
@@ -80,8 +81,8 @@ class Full:
         """
         parameters: dict[str, torch.nn.Parameter] = {}
         for part in base.parts(components, family, config):
-            layers = [module for module in part.module.modules() if _targets.is_layer(module)]
-            _injection.refuse_quantised(layers, "method full")
+            layers = [module for module in part.module.modules() if targets.is_layer(module)]
+            injection.refuse_quantised(layers, "method full")
             named = dict(part.module.named_parameters())
             for name in _chosen(list(named), part):
                 parameters[part.prefix + name] = named[name].requires_grad_(True)
@@ -124,27 +125,27 @@ class Full:
         """
         reason = "what was trained is the model, not something added to it. Use the written folder in place of the model's own."
         check_format(self.name, self.FORMATS, form, dict.fromkeys(("peft", "comfyui", "kohya", "lycoris"), reason))
-        is_writer, files = _whole.writes(components[DENOISER].state_dict().values()), []
+        is_writer, files = sharded.writes(components[DENOISER].state_dict().values()), []
         for name, model in components.items():
-            folder = directory / (_formats.component(family) if name == DENOISER else name)
+            folder = directory / (formats.component(family) if name == DENOISER else name)
             _write(model, folder, name == DENOISER, metadata, is_writer)
             files += [path for path in folder.iterdir() if path.is_file()] if is_writer else []
         return sorted(files)
 
     def load_into(self, pipeline: Any, directory: Path) -> None:
         """Copy the weights into the pipeline's components."""
-        denoiser = _directory.denoiser_of(pipeline)
+        denoiser = peft_directory.denoiser_of(pipeline)
         folder = directory / ("transformer" if denoiser is getattr(pipeline, "transformer", None) else "unet")
         _read_into(denoiser, folder, _DENOISER_FILES)
         for config in sorted(directory.glob("text_encoder*/config.json")):
-            _read_into(_directory.encoder_of(pipeline, config.parent.name, directory), config.parent, _ENCODER_FILES)
+            _read_into(peft_directory.encoder_of(pipeline, config.parent.name, directory), config.parent, _ENCODER_FILES)
 
     def merge(self, components: Components) -> None:
         """Nothing: the weights are the trained ones."""
 
     def usage(self, family: Family, config: FullConfig) -> str:
         """The components' own loaders."""
-        names = [_formats.component(family) if name == DENOISER else name for name in self.needs(family, config)]
+        names = [formats.component(family) if name == DENOISER else name for name in self.needs(family, config)]
         loader = 'type(pipeline.{0}).from_pretrained("path/to/this/folder", subfolder="{0}", dtype=pipeline.dtype)'
         return "\n".join(f"pipeline.{name} = {loader.format(name)}" for name in names)
 
@@ -153,11 +154,11 @@ def _trained(components: Components) -> "dict[str, torch.nn.Parameter]":
     """What is trained of all components."""
     found: dict[str, torch.nn.Parameter] = {}
     for name, model in components.items():
-        found |= {base.prefix(name) + key: parameter for key, parameter in _injection.trained(model).items()}
+        found |= {base.prefix(name) + key: parameter for key, parameter in injection.trained(model).items()}
     return found
 
 
-def _chosen(names: list[str], part: Part) -> list[str]:
+def _chosen(names: list[str], part: TrainedComponent) -> list[str]:
     """Parameters that the part's targets mean: a name, or the end of one, of a parameter or of a module that it lies in.
 
     An expression must match the whole name of either.
@@ -194,15 +195,15 @@ def _write(model: Any, folder: Path, is_denoiser: bool, metadata: Mapping[str, s
     from huggingface_hub import split_torch_state_dict_into_shards
 
     pattern = _DENOISER_FILES if is_denoiser else _ENCODER_FILES
-    tensors = {name if is_denoiser else _formats.clip_name(name): tensor for name, tensor in model.state_dict().items()}
+    tensors = {name if is_denoiser else formats.clip_name(name): tensor for name, tensor in model.state_dict().items()}
     plan = split_torch_state_dict_into_shards(
-        _whole.outlines(tensors, model.dtype), filename_pattern=pattern, max_shard_size=MAX_SHARD_SIZE
+        sharded.outlines(tensors, model.dtype), filename_pattern=pattern, max_shard_size=MAX_SHARD_SIZE
     )
     with storage.committing_directory(folder) if is_writer else contextlib.nullcontext(folder) as temporary:
         for file, names in plan.filename_to_tensors.items():
-            whole = _whole.gather({name: tensors[name] for name in names}, model.dtype, keep=is_writer)
+            whole = sharded.gather({name: tensors[name] for name in names}, model.dtype, keep=is_writer)
             if is_writer:
-                _directory.commit_tensors(temporary / file, whole, metadata)
+                peft_directory.commit_tensors(temporary / file, whole, metadata)
         if is_writer:
             storage.commit_json(temporary / "config.json", _settings(model, is_denoiser))
         if is_writer and plan.is_sharded:
@@ -228,8 +229,8 @@ def _read_into(model: Any, folder: Path, pattern: str) -> None:
     own, missing = model.state_dict(), set(model.state_dict())
     for path in _files(folder, pattern):
         tensors = {
-            name if name in own else _formats.here(model, name): tensor
-            for name, tensor in _directory.read_tensors(path).items()
+            name if name in own else formats.here(model, name): tensor
+            for name, tensor in peft_directory.read_tensors(path).items()
         }
         for name, tensor in tensors.items():
             if name not in own or own[name].shape != tensor.shape:

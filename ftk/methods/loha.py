@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, Field
 
-from ftk.methods import _lycoris, _peft
+from ftk.methods.adapters import lycoris, peft_method
 
 
-class LohaConfig(_peft.AdapterConfig):
+class LohaConfig(peft_method.PeftMethodConfig):
     """Settings under `method:`."""
 
     rank: int = Field(default=8, ge=1, description="of each of the two products")
@@ -28,7 +28,7 @@ class LohaConfig(_peft.AdapterConfig):
         return {}
 
 
-class Loha(_lycoris.LycorisMethod):
+class Loha(lycoris.LycorisMethod):
     """The Hadamard product adapter of linear layers and convolutions; one factor is zero at first.
 
     Its state is `MODULE.hada_w1_a`, `hada_w1_b`, `hada_w2_a`, `hada_w2_b`, and `hada_t1`, `hada_t2` of factored kernels.

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
-from ftk.methods import _directory, _formats, _injection, _lycoris, _peft
+from ftk.methods.adapters import formats, injection, lycoris, peft_directory, peft_method
 from ftk.models.base import Family
 
 
-class LokrConfig(_peft.AdapterConfig):
+class LokrConfig(peft_method.PeftMethodConfig):
     """Settings under `method:`."""
 
     rank: int = Field(default=16, ge=1, description="a factor is whole where the rank is half of its longer side or more")
@@ -47,7 +47,7 @@ class LokrConfig(_peft.AdapterConfig):
         }
 
 
-class Lokr(_lycoris.LycorisMethod):
+class Lokr(lycoris.LycorisMethod):
     """The Kronecker product adapter of linear layers and convolutions; one factor is zero at first.
 
     Its state is `MODULE.lokr_w1` or `lokr_w1_a`, `lokr_w1_b`; the same of `w2`; `lokr_t2` of factored kernels.
@@ -58,19 +58,19 @@ class Lokr(_lycoris.LycorisMethod):
     FORMATS = ("diffusers", "peft", "comfyui", "kohya", "lycoris")
     peft_class = "LoKrConfig"
 
-    def load_into(self, pipeline: Any, directory: Path, adapter: str = _injection.ADAPTER) -> None:
+    def load_into(self, pipeline: Any, directory: Path, adapter: str = injection.ADAPTER) -> None:
         """diffusers' loader of one model: that of pipelines takes only names that contain `lora`. PEFT's of text encoders."""
-        path, denoiser = directory / _formats.SINGLE_FILE, _directory.denoiser_of(pipeline)
-        _directory.check_fits(denoiser, _directory.read_tensors(path), path)
-        with _directory.explaining(path):
+        path, denoiser = directory / formats.SINGLE_FILE, peft_directory.denoiser_of(pipeline)
+        peft_directory.check_fits(denoiser, peft_directory.read_tensors(path), path)
+        with peft_directory.explaining(path):
             denoiser.load_lora_adapter(directory, prefix=None, use_safetensors=True, adapter_name=adapter)
-        _directory.load_encoders(pipeline, directory, adapter)
+        peft_directory.load_encoders(pipeline, directory, adapter)
 
     def usage(self, family: Family, config: LokrConfig) -> str:
         """diffusers' loader of the denoiser, PEFT's of text encoders."""
         arguments = '"path/to/this/folder", prefix=None, use_safetensors=True'
-        line = f"pipeline.{_formats.component(family)}.load_lora_adapter({arguments})"
-        return "\n".join([line, *_directory.usage_of_encoders(self.needs(family, config))])
+        line = f"pipeline.{formats.component(family)}.load_lora_adapter({arguments})"
+        return "\n".join([line, *peft_directory.usage_of_encoders(self.needs(family, config))])
 
 
 METHOD = Lokr()

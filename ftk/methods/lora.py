@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from ftk.errors import ConfigError
-from ftk.methods import _directory, _eva, _formats, _injection, _peft, _targets
-from ftk.methods.base import DENOISER, Components, Part, check_format
+from ftk.methods.adapters import eva, formats, injection, peft_directory, peft_method, targets
+from ftk.methods.base import DENOISER, Components, TrainedComponent, check_format
 from ftk.models.base import Family
 
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS_FILE = _formats.SINGLE_FILE
+WEIGHTS_FILE = formats.SINGLE_FILE
 _KINDS = ("lora_A", "lora_B", "lora_magnitude_vector")
 _CHANGES_BASE = ("pissa", "olora")
 
 
-class LoraConfig(_peft.AdapterConfig):
+class LoraConfig(peft_method.PeftMethodConfig):
     """Settings under `method:`."""
 
     rank: int = Field(default=16, ge=1)
@@ -84,7 +84,7 @@ class Adapter:
     dora_scales: "Mapping[str, torch.Tensor]"
 
 
-class Lora(_peft.PeftMethod):
+class Lora(peft_method.PeftMethod):
     """The low-rank adapter of linear layers and convolutions.
 
     Its state is `MODULE.lora_A.weight`, `MODULE.lora_B.weight`, and with DoRA `MODULE.lora_magnitude_vector`.
@@ -97,33 +97,33 @@ class Lora(_peft.PeftMethod):
         "lycoris": "LyCORIS' name for it is LoCon, in kohya's or ComfyUI's format. Write one of those."
     }
 
-    def peft_config(self, part: Part, names: Sequence[str], config: LoraConfig) -> Any:
+    def peft_config(self, part: TrainedComponent, names: Sequence[str], config: LoraConfig) -> Any:
         """PEFT's settings."""
         import peft
 
         if self.changes_base(config):
             layers = dict(part.module.named_modules())
-            _injection.refuse_quantised((layers[name] for name in names), f"method.initialisation: {config.initialisation}")
+            injection.refuse_quantised((layers[name] for name in names), f"method.initialisation: {config.initialisation}")
         return peft.LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha or config.rank,
             lora_dropout=config.dropout,
             # What takes factors out of W starts as `default` does, and is replaced.
             init_lora_weights="gaussian" if config.initialisation == "gaussian" else True,
-            target_modules=_targets.as_peft_targets(part, names),
-            rank_pattern=_targets.matching(config.rank_pattern, names),
-            alpha_pattern=_targets.matching(_alphas(config), names),
+            target_modules=targets.as_peft_targets(part, names),
+            rank_pattern=targets.matching(config.rank_pattern, names),
+            alpha_pattern=targets.matching(_alphas(config), names),
             use_rslora=config.rslora,
             use_dora=config.dora,
         )
 
-    def inject(self, part: Part, settings: Any, config: LoraConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
+    def inject(self, part: TrainedComponent, settings: Any, config: LoraConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
         """Inject the adapter, and move what it starts from out of the weights."""
-        parameters = _injection.inject(part.module, settings, seed)
+        parameters = injection.inject(part.module, settings, seed)
         if config.dora:
             _check_directions(part.module)
         if self.changes_base(config):
-            for name, layer in _injection.adapted(part.module).items():
+            for name, layer in injection.adapted(part.module).items():
                 _start_from_weight(name, layer, config.initialisation)
         return parameters
 
@@ -145,7 +145,7 @@ class Lora(_peft.PeftMethod):
 
     def start_from(self, components: Components, predictions: "Iterable[Callable[[], torch.Tensor]]") -> None:
         """EVA."""
-        _eva.start(components.values(), predictions)
+        eva.start(components.values(), predictions)
 
     def export(
         self,
@@ -160,21 +160,21 @@ class Lora(_peft.PeftMethod):
         check_format(self.name, self.FORMATS, form, self.REASONS)
         return write({name: _adapter(each, config) for name, each in components.items()}, family, directory, form, metadata)
 
-    def load_into(self, pipeline: Any, directory: Path, adapter: str = _injection.ADAPTER) -> None:
+    def load_into(self, pipeline: Any, directory: Path, adapter: str = injection.ADAPTER) -> None:
         """diffusers' own loader, once the file is known to be whole and of this model."""
-        path, denoiser = directory / WEIGHTS_FILE, _directory.denoiser_of(pipeline)
+        path, denoiser = directory / WEIGHTS_FILE, peft_directory.denoiser_of(pipeline)
         by_component: dict[str, dict[str, torch.Tensor]] = {}
-        tensors = _directory.read_tensors(path)
+        tensors = peft_directory.read_tensors(path)
         for name, tensor in tensors.items():
             component, _, key = name.partition(".")
             by_component.setdefault(component, {})[key] = tensor
         here = "transformer" if denoiser is getattr(pipeline, "transformer", None) else "unet"
         if here not in by_component:
-            _directory.check_fits(denoiser, tensors, path)
+            peft_directory.check_fits(denoiser, tensors, path)
         for component, own in by_component.items():
-            encoder = denoiser if component == here else _directory.encoder_of(pipeline, component, path)
-            _directory.check_fits(encoder, {_formats.here(encoder, name): tensor for name, tensor in own.items()}, path)
-        with _directory.explaining(path):
+            encoder = denoiser if component == here else peft_directory.encoder_of(pipeline, component, path)
+            peft_directory.check_fits(encoder, {formats.here(encoder, name): tensor for name, tensor in own.items()}, path)
+        with peft_directory.explaining(path):
             pipeline.load_lora_weights(directory, weight_name=WEIGHTS_FILE, adapter_name=adapter)
 
     def usage(self, family: Family, config: LoraConfig) -> str:
@@ -200,12 +200,12 @@ def _start_from_weight(name: str, layer: Any, initialisation: str) -> None:
     import torch
 
     base = layer.get_base_layer()
-    A, B = layer.lora_A[_injection.ADAPTER].weight, layer.lora_B[_injection.ADAPTER].weight
+    A, B = layer.lora_A[injection.ADAPTER].weight, layer.lora_B[injection.ADAPTER].weight
     layer.register_buffer("initial_A", torch.empty_like(A), persistent=False)
     layer.register_buffer("initial_B", torch.empty_like(B), persistent=False)
     if base.weight.is_meta:
         return
-    rank, scale = A.shape[0], layer.scaling[_injection.ADAPTER]
+    rank, scale = A.shape[0], layer.scaling[injection.ADAPTER]
     weight_OI = base.weight.detach().float().flatten(1)
     if rank > min(weight_OI.shape):
         raise ConfigError(
@@ -231,23 +231,23 @@ def _delivered(model: Any) -> dict[str, Factors]:
     """What each layer adds to the original weights, by the module's name; scale, and what was taken out, are in it."""
     import torch
 
-    layers, found = _injection.adapted(model), {}
-    for name, tensors in _formats.split(_injection.state(model), _KINDS).items():
+    layers, found = injection.adapted(model), {}
+    for name, tensors in formats.split(injection.state(model), _KINDS).items():
         layer = layers[name]
         A, B = tensors["lora_A"].detach(), tensors["lora_B"].detach()
         if hasattr(layer, "initial_A"):
             A = torch.cat([A, layer.initial_A.to(A)], 0)
             B = torch.cat([B, -layer.initial_B.to(B)], 1)
-        scaled = (B.float() * layer.scaling[_injection.ADAPTER]).to(B.dtype)
+        scaled = (B.float() * layer.scaling[injection.ADAPTER]).to(B.dtype)
         found[name] = Factors(A=A, B=scaled, magnitude=tensors.get("lora_magnitude_vector"))
     return found
 
 
 def _adapter(model: Any, config: LoraConfig) -> Adapter:
     """One component's, with what was taken out of the base and the strength in its factors."""
-    factors, layers = _delivered(model), _injection.adapted(model)
+    factors, layers = _delivered(model), injection.adapted(model)
     double = 2 if METHOD.changes_base(config) else 1
-    settings = _directory.for_delivery(model.peft_config[_injection.ADAPTER])
+    settings = peft_directory.for_delivery(model.peft_config[injection.ADAPTER])
     settings.r = settings.lora_alpha = double * config.rank
     settings.rank_pattern = {key: double * rank for key, rank in settings.rank_pattern.items()}
     settings.alpha_pattern = dict(settings.rank_pattern)
@@ -268,27 +268,27 @@ def write(
     """Write what each component's layers add, by the component's name, in a delivery format of `Lora.FORMATS`."""
     if form in ("comfyui", "kohya"):
         named = _renamed(adapters, form, family)
-        return [_directory.commit_tensors(directory / _formats.NAMED_FILES[form], named, metadata)]
+        return [peft_directory.commit_tensors(directory / formats.NAMED_FILES[form], named, metadata)]
     if form == "peft":
         files = [
-            _directory.export_directory(_directory.folder(directory, name), one.settings, _named(one.factors), metadata)
+            peft_directory.export_directory(peft_directory.folder(directory, name), one.settings, _named(one.factors), metadata)
             for name, one in adapters.items()
         ]
         return [path for each in files for path in each]
     settings: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
     for name, one in adapters.items():
-        component = _formats.component(family) if name == DENOISER else name
-        settings |= {f"{component}.{key}": value for key, value in _directory.plain(one.settings.to_dict()).items()}
+        component = formats.component(family) if name == DENOISER else name
+        settings |= {f"{component}.{key}": value for key, value in peft_directory.plain(one.settings.to_dict()).items()}
         for key, tensor in _named(one.factors).items():
             tensors[f"{component}.{key if name == DENOISER else _name_in_encoder(key)}"] = tensor
     header = {"lora_adapter_metadata": json.dumps(settings, sort_keys=True), **metadata}
-    return [_directory.commit_tensors(directory / WEIGHTS_FILE, tensors, header)]
+    return [peft_directory.commit_tensors(directory / WEIGHTS_FILE, tensors, header)]
 
 
 def _name_in_encoder(key: str) -> str:
     """A text encoder's tensor. transformers 5 passes over DoRA's magnitudes unless they are called a `weight`."""
-    return _formats.clip_name(key) + (".weight" if key.endswith("lora_magnitude_vector") else "")
+    return formats.clip_name(key) + (".weight" if key.endswith("lora_magnitude_vector") else "")
 
 
 def _named(factors: Mapping[str, Factors]) -> "dict[str, torch.Tensor]":
@@ -306,10 +306,10 @@ def _renamed(adapters: Mapping[str, Adapter], form: str, family: Family) -> "dic
     import torch
 
     alpha = float(max(one.rank for adapter in adapters.values() for one in adapter.factors.values()))
-    first, second = ("lora_down", "lora_up") if _formats.component(family) == "unet" else ("lora_A", "lora_B")
+    first, second = ("lora_down", "lora_up") if formats.component(family) == "unet" else ("lora_A", "lora_B")
     named: dict[str, torch.Tensor] = {}
     for component, adapter in adapters.items():
-        stem = _formats.stem(form, family, component)
+        stem = formats.stem(form, family, component)
         for name, one in adapter.factors.items():
             key = stem(name)
             named[f"{key}.{first}.weight"], named[f"{key}.{second}.weight"] = one.A, one.B * (one.rank / alpha)
@@ -329,8 +329,8 @@ def _check_directions(module: "torch.nn.Module") -> None:
     Raises:
         ConfigError: an adapted layer has such rows.
     """
-    layers = _injection.adapted(module)
-    lengths = {name: layer.lora_magnitude_vector[_injection.ADAPTER].weight for name, layer in layers.items()}
+    layers = injection.adapted(module)
+    lengths = {name: layer.lora_magnitude_vector[injection.ADAPTER].weight for name, layer in layers.items()}
     # What is only planned, or filled later, has no values.
     zeros = {name: 0 if one.is_meta else int((one == 0).sum()) for name, one in lengths.items()}
     found = [f"{name} ({count} rows)" for name, count in zeros.items() if count]

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from ftk.errors import ConfigError
-from ftk.methods import _injection, _peft, _targets
-from ftk.methods.base import EVERYTHING, Part, TargetPattern
+from ftk.methods.adapters import injection, peft_method, targets
+from ftk.methods.base import EVERYTHING, TargetPattern, TrainedComponent
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ REASONS = {
 }
 
 
-class OftConfig(_peft.AdapterConfig):
+class OftConfig(peft_method.PeftMethodConfig):
     """Settings under `method:`."""
 
     r: int | None = Field(default=None, ge=1, description="blocks a layer; more of them are smaller, with fewer parameters")
@@ -61,7 +61,7 @@ class OftConfig(_peft.AdapterConfig):
         return self
 
 
-class Oft(_peft.PeftMethod):
+class Oft(peft_method.PeftMethod):
     """The orthogonal adapter of linear layers and 1x1 convolutions.
 
     Its state is `MODULE.oft_R.weight` [blocks, block (block - 1) / 2], the upper triangle of each Q, and trained biases. Q is
@@ -74,9 +74,9 @@ class Oft(_peft.PeftMethod):
 
     def refusal(self, layer: "torch.nn.Module") -> str | None:
         """Larger kernels do not see channels one by one."""
-        return _targets.linear_or_pointwise(layer)
+        return targets.linear_or_pointwise(layer)
 
-    def peft_config(self, part: Part, names: Sequence[str], config: OftConfig) -> Any:
+    def peft_config(self, part: TrainedComponent, names: Sequence[str], config: OftConfig) -> Any:
         """PEFT's settings; numbers of blocks are the denoiser's."""
         import peft
 
@@ -94,19 +94,19 @@ class Oft(_peft.PeftMethod):
             bias=config.bias,
             layers_to_transform=list(config.layers) if config.layers is not None and part.is_denoiser else None,
             layers_pattern=config.layers_pattern if part.is_denoiser else None,
-            target_modules=_targets.as_peft_targets(part, names),
+            target_modules=targets.as_peft_targets(part, names),
         )
 
-    def inject(self, part: Part, settings: Any, config: OftConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
+    def inject(self, part: TrainedComponent, settings: Any, config: OftConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
         """With the dropout that PEFT leaves out."""
-        parameters = _injection.inject(part.module, settings, seed)
+        parameters = injection.inject(part.module, settings, seed)
         if config.module_dropout:
-            for layer in _injection.adapted(part.module).values():
+            for layer in injection.adapted(part.module).values():
                 _drop_blocks(layer, config.module_dropout)
         return parameters
 
 
-def _check_blocks(part: Part, names: Sequence[str], r: int | None, block_size: int | None) -> None:
+def _check_blocks(part: TrainedComponent, names: Sequence[str], r: int | None, block_size: int | None) -> None:
     """Blocks must divide a layer's inputs: PEFT would take another number and only warn."""
     modules = dict(part.module.named_modules())
     for name in names:
@@ -130,7 +130,7 @@ def _drop_blocks(layer: Any, chance: float) -> None:
     """
     import torch
 
-    rotation, block_size = layer.oft_R[_injection.ADAPTER], layer.oft_block_size[_injection.ADAPTER]
+    rotation, block_size = layer.oft_R[injection.ADAPTER], layer.oft_block_size[injection.ADAPTER]
     axis = 1 if isinstance(layer.get_base_layer(), torch.nn.Conv2d) else -1
 
     def drop(module: Any, inputs: Any, rotated: torch.Tensor) -> torch.Tensor:

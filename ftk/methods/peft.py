@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ftk.errors import ConfigError
-from ftk.methods import _peft, _targets
-from ftk.methods.base import Part
+from ftk.methods.adapters import peft_method, targets
+from ftk.methods.base import TrainedComponent
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ _SET_BY_FTK: Mapping[str, str] = {
 }
 
 
-class PeftConfig(_peft.AdapterConfig):
+class PeftConfig(peft_method.PeftMethodConfig):
     """Settings under `method:`: the type, the targets, and whatever PEFT's class of this type takes."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -84,7 +84,7 @@ def _settings_of(kind: str) -> list[str]:
     return [field.name for field in dataclasses.fields(known[name]) if field.init and field.name not in _SET_BY_FTK]
 
 
-class Peft(_peft.PeftMethod):
+class Peft(peft_method.PeftMethod):
     """An adapter of which ftk knows no more than PEFT's interface. Not all start at the base: FourierFT does not."""
 
     name = "peft"
@@ -97,7 +97,7 @@ class Peft(_peft.PeftMethod):
     def refusal(self, layer: "torch.nn.Module") -> None:
         """PEFT itself knows which layers a type carries, and says so."""
 
-    def peft_config(self, part: Part, names: Sequence[str], config: PeftConfig) -> Any:
+    def peft_config(self, part: TrainedComponent, names: Sequence[str], config: PeftConfig) -> Any:
         """PEFT's settings of the type.
 
         Raises:
@@ -109,7 +109,7 @@ class Peft(_peft.PeftMethod):
         # PEFT looks these up by the name of a language model.
         own: dict[str, Any] = {"feedforward_modules": []} if kind == "IA3" else {}
         try:
-            return CLASSES[kind](target_modules=_targets.as_peft_targets(part, names), **{**own, **config.settings})
+            return CLASSES[kind](target_modules=targets.as_peft_targets(part, names), **{**own, **config.settings})
         except (TypeError, ValueError) as error:
             raise ConfigError(f"method: PEFT's {kind} refuses its settings: {error}") from error
 

@@ -1,5 +1,6 @@
 """The Family protocol: all that ftk knows about a model architecture. One file in this folder is one family.
 
+`components/` holds the parts that several families share.
 A family's file imports no torch at its top: `ftk prepare` reads the geometry of a family and needs no torch for it.
 
 Shape legend: B batch, C latent channels, H W height and width (pixels of images, cells of latents), L text tokens,
@@ -289,10 +290,10 @@ class HasPublishedNames(Protocol):
 
 
 def available() -> list[str]:
-    """Names of all families: the files of this folder, but for those that several families share."""
+    """Names of all families: the files of this folder."""
     package = importlib.import_module("ftk.models")
-    names = [item.name for item in pkgutil.iter_modules(package.__path__)]
-    return sorted(name.replace("_", "-") for name in names if name != "base" and not name.startswith("_"))
+    names = [item.name for item in pkgutil.iter_modules(package.__path__) if not item.ispkg]
+    return sorted(name.replace("_", "-") for name in names if name != "base")
 
 
 def get(name: str) -> Family:

@@ -41,7 +41,7 @@ PREFIX_TOKENS = 34
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextEncoder:
+class QwenTextEncoder:
     """What `encode_texts` needs in memory.
 
     `prefix` holds the keys and values of the template's first tokens, `prefix_ids`, a batch of one: they come before the
@@ -158,7 +158,7 @@ class QwenImage:
         shift = torch.tensor(vae.config.latents_mean, device=vae.device).view(shape)
         return shift, (1.0 / torch.tensor(vae.config.latents_std, device=vae.device)).view(shape)
 
-    def load_text_encoder(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> TextEncoder:
+    def load_text_encoder(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> QwenTextEncoder:
         """Qwen2.5-VL. Its RoPE frequencies stay in fp32: a second `.to(dtype)` would round them to bf16."""
         import torch
         from transformers import Qwen2_5_VLForConditionalGeneration
@@ -175,10 +175,10 @@ class QwenImage:
         with torch.inference_mode():
             ids_BL = torch.tensor([prefix_ids], device=device)
             prefix = model.model.language_model(input_ids=ids_BL, use_cache=True).past_key_values
-        return TextEncoder(tokenizer=tokenizer, model=model, prefix_ids=prefix_ids, prefix=prefix)
+        return QwenTextEncoder(tokenizer=tokenizer, model=model, prefix_ids=prefix_ids, prefix=prefix)
 
     def encode_texts(
-        self, encoder: TextEncoder, captions: Sequence[str], references: Sequence["torch.Tensor"] = ()
+        self, encoder: QwenTextEncoder, captions: Sequence[str], references: Sequence["torch.Tensor"] = ()
     ) -> list[dict[str, "torch.Tensor"]]:
         """As `QwenImagePipeline._get_qwen_prompt_embeds`, without what it computes for nothing.
 
@@ -202,7 +202,7 @@ class QwenImage:
             ).last_hidden_state
         return [{"embeds": row[: len(kept)].clone()} for row, kept in zip(hidden_BLD, ids, strict=True)]
 
-    def text_lengths(self, encoder: TextEncoder, captions: Sequence[str]) -> list[int]:
+    def text_lengths(self, encoder: QwenTextEncoder, captions: Sequence[str]) -> list[int]:
         """Caption and the template's end, 5 tokens, after the cut."""
         return [len(row) for row in self._caption_ids(encoder, captions)]
 
@@ -220,7 +220,7 @@ class QwenImage:
         except (OSError, ValueError) as error:
             raise ModelError(f"{directory / 'tokenizer'} cannot be loaded: {first_line(error)}") from error
 
-    def text_memory(self, encoder: TextEncoder, tokens: int) -> int:
+    def text_memory(self, encoder: QwenTextEncoder, tokens: int) -> int:
         """Keys and values of all layers, the widest part of one layer, and the mask, which is causal.
 
         The widest part is the MLP (gate, value and their product) beside residual, norm and output, or attention's own.
@@ -231,7 +231,7 @@ class QwenImage:
         seen = tokens + PREFIX_TOKENS
         return int(itemsize * (seen * key_value * config.num_hidden_layers + tokens * layer) + tokens * seen * (1 + itemsize))
 
-    def _caption_ids(self, encoder: TextEncoder, captions: Sequence[str]) -> list[list[int]]:
+    def _caption_ids(self, encoder: QwenTextEncoder, captions: Sequence[str]) -> list[list[int]]:
         """Token ids of each caption and of what the template has after it, cut to `max_text_tokens`."""
         rows = encoder.tokenizer(
             [TEMPLATE.format(caption) for caption in captions],

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ConfigError
-from ftk.models import _clip, _kl_vae, _latent_diffusion, _unet
 from ftk.models.base import (
     Activations,
     SampleGeometry,
@@ -21,6 +20,7 @@ from ftk.models.base import (
     load_pipeline,
     refuse_references,
 )
+from ftk.models.components import clip, kl_vae, latent_diffusion, unet
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ class TextEncoders:
     models: tuple[Any, Any]
 
 
-class StableDiffusionXL(_latent_diffusion.LatentDiffusion):
+class StableDiffusionXL(latent_diffusion.LatentDiffusion):
     """Text to image with two CLIP encoders. Text item: `embeds` [77,D], both side by side, and `pooled` [P].
 
     And `input_ids`, `input_ids_2` [77], of either tokenizer.
@@ -48,10 +48,10 @@ class StableDiffusionXL(_latent_diffusion.LatentDiffusion):
     text_token_bytes = 8192
     text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     target_groups: Mapping[str, Sequence[str]] = {
-        "attention": _unet.ATTENTION,
-        "attention+mlp": (*_unet.ATTENTION, *_unet.MLP),
-        "text-kv": _unet.TEXT_KV,
-        "all-linear": (*_unet.ATTENTION, *_unet.MLP, *_unet.TIME, "proj_in", "proj_out"),
+        "attention": unet.ATTENTION,
+        "attention+mlp": (*unet.ATTENTION, *unet.MLP),
+        "text-kv": unet.TEXT_KV,
+        "all-linear": (*unet.ATTENTION, *unet.MLP, *unet.TIME, "proj_in", "proj_out"),
     }
     trainable_encoders = ("text_encoder", "text_encoder_2")
 
@@ -82,13 +82,13 @@ class StableDiffusionXL(_latent_diffusion.LatentDiffusion):
 
     def text_flops(self, directory: Path, tokens: int) -> float:
         """Of 77 tokens in both encoders, whatever the text's own number."""
-        return _clip.flops(directory / "text_encoder") + _clip.flops(directory / "text_encoder_2")
+        return clip.flops(directory / "text_encoder") + clip.flops(directory / "text_encoder_2")
 
     def load_text_encoder(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> TextEncoders:
         """CLIPTextModel and CLIPTextModelWithProjection."""
-        tokenizers = (_clip.load_tokenizer(directory, "tokenizer"), _clip.load_tokenizer(directory, "tokenizer_2"))
-        first = _clip.load_text_model(directory, "text_encoder", dtype).to(device)
-        second = _clip.load_text_model(directory, "text_encoder_2", dtype, has_projection=True).to(device)
+        tokenizers = (clip.load_tokenizer(directory, "tokenizer"), clip.load_tokenizer(directory, "tokenizer_2"))
+        first = clip.load_text_model(directory, "text_encoder", dtype).to(device)
+        second = clip.load_text_model(directory, "text_encoder_2", dtype, has_projection=True).to(device)
         return TextEncoders(tokenizers=tokenizers, models=(first, second))
 
     def encode_texts(
@@ -100,7 +100,7 @@ class StableDiffusionXL(_latent_diffusion.LatentDiffusion):
         refuse_references(self.name, references)
         with torch.inference_mode():
             ids = [
-                _clip.tokenised(tokenizer, captions, model.device)["input_ids"].to(torch.int32)
+                clip.tokenised(tokenizer, captions, model.device)["input_ids"].to(torch.int32)
                 for tokenizer, model in zip(encoder.tokenizers, encoder.models, strict=True)
             ]
             embeds_BLD, pooled_BP = _encoded(encoder.models, ids)
@@ -109,7 +109,7 @@ class StableDiffusionXL(_latent_diffusion.LatentDiffusion):
 
     def load_encoder(self, directory: Path, name: str, dtype: "torch.dtype", device: "torch.device") -> Any:
         """CLIPTextModel, or CLIPTextModelWithProjection for the second."""
-        return _clip.load_trainable(directory, name, dtype, device, has_projection=name == "text_encoder_2")
+        return clip.load_trainable(directory, name, dtype, device, has_projection=name == "text_encoder_2")
 
     def encode_tokens(
         self, encoders: Mapping[str, Any], texts: Mapping[str, "torch.Tensor | None"]
@@ -121,7 +121,7 @@ class StableDiffusionXL(_latent_diffusion.LatentDiffusion):
 
     def text_memory(self, encoder: TextEncoders, tokens: int) -> int:
         """Of the second encoder, beside what the first has left: all hidden states of both."""
-        return sum(_clip.memory(model, tokens) for model in encoder.models)
+        return sum(clip.memory(model, tokens) for model in encoder.models)
 
     def activations(self, denoiser: Any, image_tokens: int, text_tokens: int, dtype: "torch.dtype") -> Activations:
         """Counted in a forward pass without values."""
@@ -133,7 +133,7 @@ class StableDiffusionXL(_latent_diffusion.LatentDiffusion):
             "text_embeds": torch.empty(1, pooled_width, dtype=dtype, device="meta"),
             "time_ids": torch.empty(1, NUM_TIME_IDS, device="meta"),
         }
-        return _unet.activations(denoiser, image_tokens * self.geometry.patch**2, text_tokens, dtype, added)
+        return unet.activations(denoiser, image_tokens * self.geometry.patch**2, text_tokens, dtype, added)
 
     def collate_texts(
         self, texts: Sequence[Mapping[str, "torch.Tensor"]], geometries: Sequence[SampleGeometry] = ()
@@ -163,7 +163,7 @@ class StableDiffusionXL(_latent_diffusion.LatentDiffusion):
             whole = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=noisy_BCHW.device)
             time_ids = whole.expand(len(noisy_BCHW), -1)
         added = {"text_embeds": texts["pooled"], "time_ids": time_ids}
-        return _unet.predict(denoiser, noisy_BCHW, time_B, texts["embeds"], residuals, added)
+        return unet.predict(denoiser, noisy_BCHW, time_B, texts["embeds"], residuals, added)
 
     def pipeline(self, directory: Path, dtype: "torch.dtype", device: "torch.device", **components: Any) -> Any:
         """diffusers' StableDiffusionXLPipeline without a watermark, its VAE in fp32 whatever the rest computes in."""
@@ -192,10 +192,10 @@ class StableDiffusionXL(_latent_diffusion.LatentDiffusion):
 
         hide_progress_bars()
         # As in the real model: the first encoder pads with the end of a text, the second with its first character.
-        tokenizers = _clip.tiny_tokenizer("<|endoftext|>"), _clip.tiny_tokenizer("!")
+        tokenizers = clip.tiny_tokenizer("<|endoftext|>"), clip.tiny_tokenizer("!")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            unet = UNet2DConditionModel(
+            denoiser = UNet2DConditionModel(
                 block_out_channels=(8, 32), layers_per_block=1, sample_size=8, in_channels=4, out_channels=4,
                 norm_num_groups=4, cross_attention_dim=64, attention_head_dim=(2, 2), use_linear_projection=True,
                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -203,12 +203,12 @@ class StableDiffusionXL(_latent_diffusion.LatentDiffusion):
                 addition_embed_type="text_time", addition_time_embed_dim=8,
                 projection_class_embeddings_input_dim=16 + NUM_TIME_IDS * 8,
             )  # fmt: skip
-            vae = _kl_vae.tiny(0.13025)
-            first = CLIPTextModel(_clip.tiny_text_config(tokenizers[0]))
-            second = CLIPTextModelWithProjection(_clip.tiny_text_config(tokenizers[1], hidden_act="gelu"))
+            vae = kl_vae.tiny(0.13025)
+            first = CLIPTextModel(clip.tiny_text_config(tokenizers[0]))
+            second = CLIPTextModelWithProjection(clip.tiny_text_config(tokenizers[1], hidden_act="gelu"))
         StableDiffusionXLPipeline(
             vae=vae, text_encoder=first, text_encoder_2=second, tokenizer=tokenizers[0], tokenizer_2=tokenizers[1],
-            unet=unet, scheduler=EulerDiscreteScheduler(timestep_spacing="leading", **_unet.SCHEDULE), add_watermarker=False,
+            unet=denoiser, scheduler=EulerDiscreteScheduler(timestep_spacing="leading", **unet.SCHEDULE), add_watermarker=False,
         ).save_pretrained(directory)  # fmt: skip
 
 

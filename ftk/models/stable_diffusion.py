@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftk import storage
-from ftk.models import _clip, _kl_vae, _latent_diffusion, _unet
 from ftk.models.base import (
     Activations,
     SampleGeometry,
@@ -21,6 +20,7 @@ from ftk.models.base import (
     load_pipeline,
     refuse_references,
 )
+from ftk.models.components import clip, kl_vae, latent_diffusion, unet
 
 if TYPE_CHECKING:
     import torch
@@ -29,14 +29,14 @@ _WIDTH_OF_2 = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextEncoder:
+class ClipTextEncoder:
     """What `encode_texts` needs in memory."""
 
     tokenizer: Any
     model: Any
 
 
-class StableDiffusion(_latent_diffusion.LatentDiffusion):
+class StableDiffusion(latent_diffusion.LatentDiffusion):
     """Text to image with one CLIP encoder. Text item: `embeds` [77,D], the normed last hidden state, and `input_ids` [77].
 
     Padding is included. Where the encoder's configuration says so it is masked, and the item holds `attention_mask` [77].
@@ -47,10 +47,10 @@ class StableDiffusion(_latent_diffusion.LatentDiffusion):
     text_token_bytes = 3072
     text_components = ("text_encoder", "tokenizer")
     target_groups: Mapping[str, Sequence[str]] = {
-        "attention": _unet.ATTENTION,
-        "attention+mlp": (*_unet.ATTENTION, *_unet.MLP),
-        "text-kv": _unet.TEXT_KV,
-        "all-linear": (*_unet.ATTENTION, *_unet.MLP, *_unet.TIME),
+        "attention": unet.ATTENTION,
+        "attention+mlp": (*unet.ATTENTION, *unet.MLP),
+        "text-kv": unet.TEXT_KV,
+        "all-linear": (*unet.ATTENTION, *unet.MLP, *unet.TIME),
     }
     trainable_encoders = ("text_encoder",)
 
@@ -64,15 +64,15 @@ class StableDiffusion(_latent_diffusion.LatentDiffusion):
 
     def text_flops(self, directory: Path, tokens: int) -> float:
         """Of 77 tokens, whatever the text's own number."""
-        return _clip.flops(directory / "text_encoder")
+        return clip.flops(directory / "text_encoder")
 
-    def load_text_encoder(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> TextEncoder:
+    def load_text_encoder(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> ClipTextEncoder:
         """CLIPTextModel."""
-        tokenizer = _clip.load_tokenizer(directory, "tokenizer")
-        return TextEncoder(tokenizer=tokenizer, model=_clip.load_text_model(directory, "text_encoder", dtype).to(device))
+        tokenizer = clip.load_tokenizer(directory, "tokenizer")
+        return ClipTextEncoder(tokenizer=tokenizer, model=clip.load_text_model(directory, "text_encoder", dtype).to(device))
 
     def encode_texts(
-        self, encoder: TextEncoder, captions: Sequence[str], references: Sequence["torch.Tensor"] = ()
+        self, encoder: ClipTextEncoder, captions: Sequence[str], references: Sequence["torch.Tensor"] = ()
     ) -> list[dict[str, "torch.Tensor"]]:
         """As `StableDiffusionPipeline.encode_prompt`: padding is text to the model, unless its config says otherwise."""
         import torch
@@ -80,7 +80,7 @@ class StableDiffusion(_latent_diffusion.LatentDiffusion):
         refuse_references(self.name, references)
         model = encoder.model
         with torch.inference_mode():
-            batch = _clip.tokenised(encoder.tokenizer, captions, model.device)
+            batch = clip.tokenised(encoder.tokenizer, captions, model.device)
             read = {"input_ids": batch["input_ids"].to(torch.int32)}
             if getattr(model.config, "use_attention_mask", False):
                 read["attention_mask"] = batch["attention_mask"].to(torch.int32)
@@ -89,7 +89,7 @@ class StableDiffusion(_latent_diffusion.LatentDiffusion):
 
     def load_encoder(self, directory: Path, name: str, dtype: "torch.dtype", device: "torch.device") -> Any:
         """CLIPTextModel."""
-        return _clip.load_trainable(directory, name, dtype, device)
+        return clip.load_trainable(directory, name, dtype, device)
 
     def encode_tokens(
         self, encoders: Mapping[str, Any], texts: Mapping[str, "torch.Tensor | None"]
@@ -97,13 +97,13 @@ class StableDiffusion(_latent_diffusion.LatentDiffusion):
         """`embeds` from `input_ids`."""
         return {**texts, "embeds": _embeds(encoders["text_encoder"], texts)}
 
-    def text_memory(self, encoder: TextEncoder, tokens: int) -> int:
+    def text_memory(self, encoder: ClipTextEncoder, tokens: int) -> int:
         """Of the widest part of a layer."""
-        return _clip.memory(encoder.model, tokens)
+        return clip.memory(encoder.model, tokens)
 
     def activations(self, denoiser: Any, image_tokens: int, text_tokens: int, dtype: "torch.dtype") -> Activations:
         """Counted in a forward pass without values."""
-        return _unet.activations(denoiser, image_tokens * _unet.GEOMETRY.patch**2, text_tokens, dtype)
+        return unet.activations(denoiser, image_tokens * unet.GEOMETRY.patch**2, text_tokens, dtype)
 
     def collate_texts(
         self, texts: Sequence[Mapping[str, "torch.Tensor"]], geometries: Sequence[SampleGeometry] = ()
@@ -124,7 +124,7 @@ class StableDiffusion(_latent_diffusion.LatentDiffusion):
     ) -> "torch.Tensor":
         """Epsilon or v. `residuals`: one for each skip connection, from the top, and the middle block's at last."""
         refuse_references(self.name, references)
-        return _unet.predict(denoiser, noisy_BCHW, time_B, texts["embeds"], residuals)
+        return unet.predict(denoiser, noisy_BCHW, time_B, texts["embeds"], residuals)
 
     def pipeline(self, directory: Path, dtype: "torch.dtype", device: "torch.device", **components: Any) -> Any:
         """diffusers' StableDiffusionPipeline, without its safety checker, which is no part of what is trained."""
@@ -151,20 +151,20 @@ class StableDiffusion(_latent_diffusion.LatentDiffusion):
         from transformers import CLIPTextModel
 
         hide_progress_bars()
-        tokenizer = _clip.tiny_tokenizer("<|endoftext|>")
+        tokenizer = clip.tiny_tokenizer("<|endoftext|>")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            unet = UNet2DConditionModel(
+            denoiser = UNet2DConditionModel(
                 block_out_channels=(8, 32), layers_per_block=1, sample_size=8, in_channels=4, out_channels=4,
                 norm_num_groups=4, cross_attention_dim=32, attention_head_dim=2,
                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
                 up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             )  # fmt: skip
-            vae = _kl_vae.tiny(0.18215)
-            text_encoder = CLIPTextModel(_clip.tiny_text_config(tokenizer))
+            vae = kl_vae.tiny(0.18215)
+            text_encoder = CLIPTextModel(clip.tiny_text_config(tokenizer))
         StableDiffusionPipeline(
-            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
-            scheduler=PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, **_unet.SCHEDULE),
+            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=denoiser,
+            scheduler=PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, **unet.SCHEDULE),
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         ).save_pretrained(directory)  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Class images of DreamBooth: how many a source has, which are still to be drawn, and with what those there were drawn.
 
 Drawn images lie in `generated/` below the source's folder, each named by its index, with its caption beside it and one
-record for all. What lies elsewhere in the folder is the user's own, and counts. `ftk.train.class_images` draws.
+record for all. What lies elsewhere in the folder is the user's own, and counts. `ftk.deliver.draw_class_images` draws.
 """
 
 import itertools

@@ -307,14 +307,14 @@ def _answer(message: bytes) -> memoryview:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class JobPart:
     """One machine's share of a job array: the units whose number leaves `index` (from 0) when divided by `count`."""
 
     index: int
     count: int
 
     @classmethod
-    def parse(cls, text: str) -> "Part":
+    def parse(cls, text: str) -> "JobPart":
         """From I/N, where I counts from 1."""
         first, _, last = text.partition("/")
         if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
@@ -331,7 +331,7 @@ class Part:
         return f"{self.index + 1}-of-{self.count}" if self.count > 1 else ""
 
 
-WHOLE = Part(index=0, count=1)
+WHOLE = JobPart(index=0, count=1)
 
 
 def map_units(

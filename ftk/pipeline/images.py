@@ -19,9 +19,9 @@ from ftk.locations import NotAFileError
 from ftk.pipeline import decode, resize
 from ftk.pipeline.buckets import Placement, follow, place, random_crops
 from ftk.pipeline.decode import Opened, Unfit
-from ftk.pipeline.encode import PNG, copied_suffix, encode, encoding_of
+from ftk.pipeline.image_encoding import PNG, copied_suffix, encode, encoding_of
 from ftk.pipeline.perceptual import perceptual_hash
-from ftk.pipeline.render import Picture
+from ftk.pipeline.render import Rendering
 from ftk.pipeline.sources.base import Blob
 
 IMAGES_VERSION = 2
@@ -125,7 +125,7 @@ class _File:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
+class _ResizedFile:
     """An image, mask or control at the size that one placement asks for, before the crop; `width` and `height` as opened."""
 
     file: _File
@@ -283,8 +283,8 @@ def _prepare(files: list[_File], contents: tuple[str, ...], recipe: ImageRecipe)
     )
 
 
-def _picture(file: _File, opened: Opened, recipe: ImageRecipe) -> Picture:
-    return Picture(
+def _picture(file: _File, opened: Opened, recipe: ImageRecipe) -> Rendering:
+    return Rendering(
         opened,
         is_mask=file.kind == "mask",
         background=recipe.background,
@@ -293,15 +293,15 @@ def _picture(file: _File, opened: Opened, recipe: ImageRecipe) -> Picture:
     )
 
 
-def _part(file: _File, picture: Picture, leader: Placement) -> _Part:
+def _part(file: _File, picture: Rendering, leader: Placement) -> _ResizedFile:
     width, height = picture.opened.width, picture.opened.height
     own = follow(leader, width, height)
     with _blaming(file):
         resized = picture.at(own.resize_width, own.resize_height)
-    return _Part(file=file, width=width, height=height, resized=resized)
+    return _ResizedFile(file=file, width=width, height=height, resized=resized)
 
 
-def _variant(parts: list[_Part], image: Opened, placement: Placement, flipped: bool, recipe: ImageRecipe) -> Variant:
+def _variant(parts: list[_ResizedFile], image: Opened, placement: Placement, flipped: bool, recipe: ImageRecipe) -> Variant:
     encoding = encoding_of(image, recipe.image_format, recipe.quality)
     suffix = None if flipped else _copied_suffix(image, placement, recipe)
     data = parts[0].file.data if suffix else encode(_cut(parts[0], placement, flipped), encoding)
@@ -326,14 +326,14 @@ def _copied_suffix(image: Opened, placement: Placement, recipe: ImageRecipe) -> 
     return copied_suffix(image, recipe.image_format) if is_whole and placement.slack == (0, 0) else None
 
 
-def _cut(part: _Part, placement: Placement, flipped: bool) -> Image.Image:
+def _cut(part: _ResizedFile, placement: Placement, flipped: bool) -> Image.Image:
     own = follow(placement, part.width, part.height)
     left, top = own.crop_x, own.crop_y
     cropped = part.resized.crop((left, top, left + own.bucket_width, top + own.bucket_height))
     return ImageOps.mirror(cropped) if flipped else cropped
 
 
-def _part_id(part: _Part, placement: Placement, flipped: bool, stored: str, recipe: ImageRecipe) -> str:
+def _part_id(part: _ResizedFile, placement: Placement, flipped: bool, stored: str, recipe: ImageRecipe) -> str:
     own = follow(placement, part.width, part.height)
     return image_id(part.file.kind, part.file.sha256, own, flipped=flipped, stored=stored, recipe=recipe)
 

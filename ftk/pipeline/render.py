@@ -7,7 +7,7 @@ from ftk.pipeline import decode, resize
 from ftk.pipeline.decode import Opened, Pixels
 
 
-class Picture:
+class Rendering:
     """An opened image (RGB) or mask (gray), to be had at any size; its full pixels are decoded at most once.
 
     A plain JPEG or PNG that shrinks goes from its bytes to the size that was asked for; everything else is decoded first.

@@ -18,12 +18,12 @@ from ftk.configs.schema import DataConfig, RunConfig
 from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, ShardRecord
 from ftk.errors import SourceError, TooManyRejects
 from ftk.models import base as models
-from ftk.pipeline import class_images, dataset, duplicates, images, plan, shards
+from ftk.pipeline import class_images, dataset, duplicates, images, shard_writer, source_units
 from ftk.pipeline.buckets import bucket_sizes
 from ftk.pipeline.class_images import ClassImages
-from ftk.pipeline.engine import WHOLE, Part, WorkerPool, map_units
-from ftk.pipeline.shards import Job, Made
-from ftk.progress import Tracker, track
+from ftk.pipeline.engine import WHOLE, JobPart, WorkerPool, map_units
+from ftk.pipeline.shard_writer import Made, PrepareJob
+from ftk.progress import ProgressBar, track
 
 _GIB = 1 << 30
 _UNITS_AT_ONCE = 64
@@ -55,7 +55,7 @@ class PrepareReport:
     rejects: list[dict[str, str]]
 
 
-def run(config: RunConfig, part: Part = WHOLE) -> PrepareReport:
+def run(config: RunConfig, part: JobPart = WHOLE) -> PrepareReport:
     """Prepare the dataset, or one part of it; shards whose inputs and recipe are unchanged are kept as they are.
 
     Raises:
@@ -63,7 +63,7 @@ def run(config: RunConfig, part: Part = WHOLE) -> PrepareReport:
         TooManyRejects: more rejects than `data.max_reject_fraction`; the dataset is committed before this is raised.
         EnvironmentFault: disk, memory, network, or another writer.
     """
-    job = Job(directory=prepared_path(config), recipe=image_recipe(config), data=config.data)
+    job = PrepareJob(directory=prepared_path(config), recipe=image_recipe(config), data=config.data)
     wanted = check(config)
     class_images.refuse_changes(wanted, config.model)
     class_images.refuse_missing(wanted)
@@ -71,7 +71,7 @@ def run(config: RunConfig, part: Part = WHOLE) -> PrepareReport:
         if part == WHOLE:
             storage.sweep(job.directory)
             storage.sweep(job.directory / "shards")
-        equal = plan.find_duplicates(config.data)
+        equal = source_units.find_duplicates(config.data)
         planned = _planned(job, equal, part)
         _make_missing(job, equal, part, planned)
         _look_again(job, equal, planned)
@@ -92,7 +92,7 @@ def check(config: RunConfig) -> tuple[ClassImages, ...]:
     """
     image_recipe(config)
     wanted = class_images.wanted(config)
-    plan.look(class_images.listable(config.data, wanted))
+    source_units.look(class_images.listable(config.data, wanted))
     return wanted
 
 
@@ -112,7 +112,7 @@ def image_recipe(config: RunConfig) -> images.ImageRecipe:
     )
 
 
-def dry_run(config: RunConfig, part: Part = WHOLE) -> dict[str, Any]:
+def dry_run(config: RunConfig, part: JobPart = WHOLE) -> dict[str, Any]:
     """What `run` would make, from listings, captions and image headers alone; writes nothing."""
     recipe = image_recipe(config)
     wanted = class_images.wanted(config)
@@ -122,11 +122,11 @@ def dry_run(config: RunConfig, part: Part = WHOLE) -> dict[str, Any]:
     buckets: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
     with _pool(data) as pool, track("plan", None, "image") as progress:
-        for unit in plan.units(data, plan.find_duplicates(data)):
+        for unit in source_units.units(data, source_units.find_duplicates(data)):
             if not part.has(unit.number):
                 continue
             num_inputs = 0
-            for item, probe in shards.worked(plan.records(unit), recipe, images.probe_image, pool):
+            for item, probe in shard_writer.worked(source_units.records(unit), recipe, images.probe_image, pool):
                 num_inputs += 1
                 progress.advance(1)
                 if isinstance(probe, images.Probe):
@@ -160,7 +160,7 @@ class _Planned:
     listings: list[str]
     num_records: list[int | None]
 
-    def totals(self, part: Part) -> tuple[int | None, int]:
+    def totals(self, part: JobPart) -> tuple[int | None, int]:
         """(all records of the part, or None when only reading can tell; those that are done)."""
         mine = [number for number in range(len(self.made)) if part.has(number)]
         done = sum(shard.num_inputs for number in mine if (made := self.made[number]) for shard in made.shards)
@@ -169,16 +169,16 @@ class _Planned:
         return (done + sum(known) if len(known) == len(open_counts) else None), done
 
 
-def _planned(job: Job, equal: dict[int, plan.Duplicates], part: Part) -> _Planned:
+def _planned(job: PrepareJob, equal: dict[int, source_units.Duplicates], part: JobPart) -> _Planned:
     """List the sources once, and see which shards are there."""
 
-    def there(unit: plan.Unit) -> Made | None:
-        return (shards.committed if part.has(unit.number) else shards.committed_by_others)(job, unit)
+    def there(unit: source_units.SourceUnit) -> Made | None:
+        return (shard_writer.committed if part.has(unit.number) else shard_writer.committed_by_others)(job, unit)
 
     planned = _Planned(made=[], listings=[], num_records=[])
     # Hashing a shard frees the interpreter; some units at a time keep the memory constant.
     with ThreadPoolExecutor(default_workers(job.data.workers)) as pool, track("plan", None, "image") as progress:
-        units = plan.units(job.data, equal)
+        units = source_units.units(job.data, equal)
         while batch := list(islice(units, _UNITS_AT_ONCE)):
             planned.listings.extend(unit.listing for unit in batch)
             planned.num_records.extend(unit.partition.num_records for unit in batch)
@@ -187,10 +187,10 @@ def _planned(job: Job, equal: dict[int, plan.Duplicates], part: Part) -> _Planne
     return planned
 
 
-def _make_missing(job: Job, equal: dict[int, plan.Duplicates], part: Part, planned: _Planned) -> None:
+def _make_missing(job: PrepareJob, equal: dict[int, source_units.Duplicates], part: JobPart, planned: _Planned) -> None:
     """Make the part's shards that are not there; lists the sources a second time, so that no listing is held in memory."""
 
-    def missing() -> Iterator[plan.Unit]:
+    def missing() -> Iterator[source_units.SourceUnit]:
         for unit in _listed_again(job, equal, planned):
             if planned.made[unit.number] is None and part.has(unit.number):
                 yield unit
@@ -203,10 +203,12 @@ def _make_missing(job: Job, equal: dict[int, plan.Duplicates], part: Part, plann
             planned.made[made.unit] = made
 
 
-def _listed_again(job: Job, equal: dict[int, plan.Duplicates], planned: _Planned) -> Iterator[plan.Unit]:
+def _listed_again(
+    job: PrepareJob, equal: dict[int, source_units.Duplicates], planned: _Planned
+) -> Iterator[source_units.SourceUnit]:
     """The units once more; `SourceError` when they are not the same ones."""
     count = 0
-    for unit in plan.units(job.data, equal):
+    for unit in source_units.units(job.data, equal):
         if unit.number >= len(planned.made) or unit.listing != planned.listings[unit.number]:
             raise SourceError(_changed(unit.source.path))
         count += 1
@@ -221,18 +223,20 @@ def _changed(what: str) -> str:
     return f"{what} changed while prepare was listing it. Finished shards are kept: run the command again."
 
 
-def _look_again(job: Job, equal: dict[int, plan.Duplicates], planned: _Planned) -> None:
+def _look_again(job: PrepareJob, equal: dict[int, source_units.Duplicates], planned: _Planned) -> None:
     """See what other parts have made meanwhile: of parts that run at once, the one that ends last seals the dataset."""
     if None in planned.made:
         for unit in _listed_again(job, equal, planned):
             if planned.made[unit.number] is None:
-                planned.made[unit.number] = shards.committed_by_others(job, unit)
+                planned.made[unit.number] = shard_writer.committed_by_others(job, unit)
 
 
-def _make_units(job: Job, units: Iterable[plan.Unit], progress: Tracker) -> Iterator[Made]:
+def _make_units(job: PrepareJob, units: Iterable[source_units.SourceUnit], progress: ProgressBar) -> Iterator[Made]:
     if job.data.engine == "local":
         with _pool(job.data) as pool:
-            yield from map_units("local", partial(shards.make_unit, job, pool=pool, advance=progress.advance), units, workers=1)
+            yield from map_units(
+                "local", partial(shard_writer.make_unit, job, pool=pool, advance=progress.advance), units, workers=1
+            )
         return
     workers = job.data.workers or 1
     for made in map_units("ray", partial(_make_unit_there, job, workers), units, workers=workers):
@@ -240,17 +244,17 @@ def _make_units(job: Job, units: Iterable[plan.Unit], progress: Tracker) -> Iter
         yield made
 
 
-def _make_unit_there(job: Job, workers: int, unit: plan.Unit) -> Made:
+def _make_unit_there(job: PrepareJob, workers: int, unit: source_units.SourceUnit) -> Made:
     """On another machine: with workers of its own."""
     with _pool(job.data, workers) as pool:
-        return shards.make_unit(job, unit, pool, lambda _: None)
+        return shard_writer.make_unit(job, unit, pool, lambda _: None)
 
 
 def _pool(data: DataConfig, workers: int = 0) -> WorkerPool:
     return WorkerPool(workers or default_workers(data.workers), data.worker_seconds, round(data.worker_memory_gib * _GIB))
 
 
-def _seal(job: Job, config: RunConfig, made: list[ShardRecord]) -> PreparedManifest:
+def _seal(job: PrepareJob, config: RunConfig, made: list[ShardRecord]) -> PreparedManifest:
     """Commit the rejects, the duplicates and the manifest, then remove shards that it does not name."""
     rejects = [reject for shard in made for reject in shard.rejects]
     buckets: Counter[str] = Counter()
@@ -287,7 +291,7 @@ def _columns(directory: Path, made: Sequence[ShardRecord]) -> pa.Table:
     """What the search for duplicates needs of all samples."""
     columns = ["key", "image_id", "content_sha256", "perceptual_hash"]
     schema = pa.schema([dataset.SAMPLE_SCHEMA.field(name) for name in columns])
-    tables = [storage.read_table(shards.shard_files(directory, shard.name)[1], columns) for shard in made]
+    tables = [storage.read_table(shard_writer.shard_files(directory, shard.name)[1], columns) for shard in made]
     return pa.concat_tables([schema.empty_table(), *tables])
 
 

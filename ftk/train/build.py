@@ -18,7 +18,7 @@ from ftk.models import base as models
 from ftk.progress import track
 from ftk.train import checkpoint, memory, optim, placement
 from ftk.train.data import Batch, BatchBuilder, Loader
-from ftk.train.deliveries import Deliveries
+from ftk.train.delivery import MakeDelivery
 from ftk.train.hooks import samples
 from ftk.train.hooks.checkpoints import Checkpoints
 from ftk.train.hooks.recorder import Recorder, ValidationLog
@@ -43,8 +43,8 @@ class Build:
     directory: Path
 
 
-def build_trainer(config: RunConfig, ranks: Ranks | None = None, device: torch.device | None = None, *,
-                  allow_change: bool = False) -> Build:  # fmt: skip
+def build_trainer(config: RunConfig, make_delivery: MakeDelivery, ranks: Ranks | None = None,
+                  device: torch.device | None = None, *, allow_change: bool = False) -> Build:  # fmt: skip
     """A trainer with its hooks, at the newest checkpoint."""
     ranks = ranks or Ranks()
     device = device or models.resolve_device(config.train.device)
@@ -58,8 +58,8 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None, device: torch.d
     settings = checkpoint.exact_settings(config.train, _identities(config, inputs))
     trackers = open_trackers(config, directory) if ranks.is_main else []
     recorder = Recorder(directory, config.train, trackers, writes=ranks.is_main)
-    deliveries = Deliveries(config, inputs, components, ranks)
-    checkpoints = Checkpoints(directory / "checkpoints", settings, recorder, deliveries.export)
+    delivery = make_delivery(config, inputs, components, ranks)
+    checkpoints = Checkpoints(directory / "checkpoints", settings, recorder, delivery.export)
     builder = BatchBuilder(store=inputs.store, family=inputs.family, sigmas=inputs.sigmas, config=config.train, dtype=dtype)
     trainer = Trainer(
         family=inputs.family,
@@ -78,7 +78,7 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None, device: torch.d
     validation = _validation(config.train, inputs, builder, directory, recorder, checkpoints)
     drawn: list[Hook] = []
     if config.sample.every and config.sample.prompts:
-        drawn = [samples.Samples(config, inputs.model, inputs.store, recorder, deliveries.renew_cards, is_sharded=is_sharded)]
+        drawn = [samples.Samples(config, inputs.model, inputs.store, recorder, delivery.renew_cards, is_sharded=is_sharded)]
     trainer.hooks = [recorder, *validation, checkpoints, *drawn]
     loader = Loader(
         order=inputs.order, builder=builder, device=device, rank=ranks.rank, world_size=ranks.size, is_even=is_sharded

@@ -20,8 +20,9 @@ from ftk.configs.load import resolved_yaml, run_path
 from ftk.configs.schema import RunConfig
 from ftk.errors import EnvironmentFault, Preempted
 from ftk.models import base as models
-from ftk.train import checkpoint, inspect, memory, ranks, sigma_plot
+from ftk.train import checkpoint, memory, ranks, run_summary, sigma_plot
 from ftk.train.build import Build, build_trainer
+from ftk.train.delivery import MakeDelivery
 from ftk.train.inputs import Inputs, open_inputs
 from ftk.train.ranks import Ranks
 
@@ -51,10 +52,11 @@ class TrainReport:
     adapter: str
 
 
-def run(config: RunConfig, fresh: bool = False, allow_change: bool = False) -> TrainReport | None:
+def run(config: RunConfig, make_delivery: MakeDelivery, fresh: bool = False, allow_change: bool = False) -> TrainReport | None:
     """Train to `train.steps`, from the newest checkpoint if there is one.
 
     Args:
+        make_delivery: writes the weights into the run's folder, `ftk.deliver.run_delivery.RunDelivery` for the command.
         fresh: start over; the run that is there is set aside under another name.
         allow_change: go on from a checkpoint that was trained with other settings.
 
@@ -74,7 +76,7 @@ def run(config: RunConfig, fresh: bool = False, allow_change: bool = False) -> T
         with storage.lock(directory) if mine.is_main else nullcontext():
             for folder in _FOLDERS if mine.is_main else ():
                 storage.sweep(directory / folder)
-            build = build_trainer(config, mine, device, allow_change=allow_change)
+            build = build_trainer(config, make_delivery, mine, device, allow_change=allow_change)
             with closing(build.inputs.store), closing(build.recorder):
                 first = build.trainer.step
                 _fit(config, build, directory)
@@ -140,8 +142,8 @@ def _tokens(inputs: Inputs) -> dict[str, int]:
 
 
 def _report(build: Build, num_steps_now: int) -> TrainReport:
-    rows = inspect.history(build.directory)
-    found = inspect.summary(build.directory, rows, inspect.validation(build.directory), verify=False)
+    rows = run_summary.history(build.directory)
+    found = run_summary.summary(build.directory, rows, run_summary.validation(build.directory), verify=False)
     now = slice(len(rows) - num_steps_now, None)
     seconds = float(rows.seconds_N[now].sum())
     return TrainReport(

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ftk.configs.schema import MethodConfig, TrainConfig
-from ftk.methods import _injection
 from ftk.methods import base as methods
+from ftk.methods.adapters import injection
 from ftk.models import base as families
 from ftk.train import checkpoint
 from ftk.train.optim import MasterOptimizer
@@ -104,6 +104,6 @@ def test_two_steps_a_checkpoint_and_two_more_are_four_steps(
 def test_without_the_adapter_the_base_is_what_it_was(start: Callable[..., Run], family_name: str, method_name: str) -> None:
     run = start(family_name, method_name).train(0, 2)
     assert not torch.equal(run.predict(0), run.base)
-    _injection.unload(run.denoiser)
+    injection.unload(run.denoiser)
     assert torch.equal(run.predict(0), run.base)
-    assert not _injection.adapted(run.denoiser)
+    assert not injection.adapted(run.denoiser)

@@ -5,7 +5,7 @@ import killing
 killing.SLOW_IMPORTS = (
     "ftk.cache.encode",
     "ftk.pipeline.stage",
-    "ftk.train.class_images",
+    "ftk.deliver.draw_class_images",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
     "transformers.models.clip.modeling_clip",
 )

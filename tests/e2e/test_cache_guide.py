@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from ftk import storage
-from ftk.cache import encode, fetch, fingerprint, inspect, plan, shards, stage, verify, view
+from ftk.cache import cache_summary, encode, fetch, fingerprint, plan, shards, stage, verify, view
 from ftk.cache import gc as garbage
 from ftk.cache.fetch import Download
 from ftk.cache.store import CacheStore
@@ -412,7 +412,7 @@ SAID = {
     r"up to (\d+) steps ahead": 2 * data._ANNOUNCED_STEPS,
     r"ahead, and (\w+) threads": {4: "four"}[fetch._THREADS],
     r"up to (\w+) times in all": {3: "three"}[fetch._TRIES],
-    r"from at most (\d+) images": inspect._LATENTS_READ,
+    r"from at most (\d+) images": cache_summary._LATENTS_READ,
     r"the largest \(at most (\d+) MiB\)": garbage._MAX_SHARD_BYTES >> 20,
     r"where they are cut: ([\d,]+) tokens": f"{FAMILY.max_text_tokens:,}",
     r"the (\d+) before the caption": FAMILY.text_options()["prefix_tokens"],
@@ -476,7 +476,7 @@ def test_receipts_are_as_the_guide_says(pets):
 
 def test_every_part_of_the_fingerprints_is_listed_with_its_kind(pets):
     encoders = json.loads((pets / "work/cache/cache.json").read_bytes())["encoders"]
-    of = {kind: {name for name, _ in inspect.flat_parts(encoders[kind])} for kind in shards.KINDS}
+    of = {kind: {name for name, _ in cache_summary.flat_parts(encoders[kind])} for kind in shards.KINDS}
     both = of["latents"] & of["texts"]
     expected = {name: "both" if name in both else kind for kind in shards.KINDS for name in of[kind]}
     assert {_code(part)[0]: kind for part, kind, _ in _table("parts")} == expected

@@ -12,9 +12,10 @@ from rich.console import Console
 
 from ftk.cli import demo as command
 from ftk.configs.load import load
+from ftk.deliver.run_delivery import RunDelivery
 from ftk.demo import evaluate, lesson, world
 from ftk.models.qwen_image import FAMILY
-from ftk.train import sample, stage
+from ftk.train import sheet, stage
 
 LEARNED = 0.2
 """A likeness that only a model which knows the creature reaches: measured 0.30 to 0.40, and 0.00 before."""
@@ -64,7 +65,7 @@ def test_the_loss_of_held_out_pictures_falls_at_most_noise_levels(taught):
 
 def test_the_sheet_shows_scenes_with_and_without_the_word(taught):
     _, root, _ = taught
-    cells = sample.cells(root / "runs" / "demo" / "samples" / "before-and-after.png")
+    cells = sheet.cells(root / "runs" / "demo" / "samples" / "before-and-after.png")
     prompts = [prompt for _, prompt in cells]
     assert len(prompts) == 2 * sum(lesson.NUM_SHOWN)
     assert sum(world.CREATURE in prompt for prompt in prompts) == 2 * lesson.NUM_SHOWN[0]
@@ -76,7 +77,7 @@ def test_an_adapter_that_was_not_trained_has_learned_nothing(taught, tmp_path):
         shutil.copytree(root / name, tmp_path / name)
     places = [f"model.path={lesson.MODEL}", "train.steps=1", "train.learning_rate=1e-12"]
     config = load(root / "demo.yaml", places, workspace=str(tmp_path))
-    stage.run(config)
+    stage.run(config, RunDelivery)
     found = lesson.examine(config)
     assert found.likeness.after < LEARNED / 4
     assert found.kept.after == found.kept.before

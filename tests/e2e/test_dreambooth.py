@@ -18,10 +18,10 @@ from PIL import Image
 
 from ftk.cache.store import CacheStore
 from ftk.configs.load import load
+from ftk.deliver import draw_class_images as drawing
 from ftk.models import base as families
 from ftk.pipeline import stage
 from ftk.pipeline.dataset import PreparedDataset
-from ftk.train import class_images as drawing
 
 NUM_IMAGES = 5
 GENERATE = "data.sources.1.generate"

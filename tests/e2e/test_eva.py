@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from ftk.configs.load import load
 from ftk.configs.schema import MethodConfig
+from ftk.deliver.run_delivery import RunDelivery
 from ftk.errors import ConfigError
-from ftk.methods import _eva, _injection
 from ftk.methods import base as methods
+from ftk.methods.adapters import eva, injection
 from ftk.train import build
 
 RANK = 3
@@ -41,7 +42,7 @@ def model() -> Model:
     torch.manual_seed(0)
     made = Model()
     settings = peft.LoraConfig(r=RANK, target_modules=["first", "second", "kernel"], rank_pattern={"second": 2})
-    _injection.inject(made, settings, 1)
+    injection.inject(made, settings, 1)
     return made
 
 
@@ -59,7 +60,7 @@ def test_A_spans_the_principal_directions_of_the_layers_inputs(model: Model) -> 
     spread = torch.diag(torch.logspace(1, -1, 16)) @ torch.linalg.qr(torch.randn(16, 16))[0]
     batches = [torch.randn(4, 25, 16) @ spread + 0.5 for _ in range(8)]
     kernel = factor(model, "kernel").clone()
-    _eva.start([model], [lambda batch=batch: model(batch) for batch in batches])
+    eva.start([model], [lambda batch=batch: model(batch) for batch in batches])
     for name, inputs in seen_by(model, batches).items():
         A = factor(model, name)
         _, _, V = torch.linalg.svd(inputs - inputs.mean(0), full_matrices=False)
@@ -75,10 +76,10 @@ def test_A_spans_the_principal_directions_of_the_layers_inputs(model: Model) -> 
 def test_rows_wait_until_there_are_as_many_as_directions(model: Model, caplog: pytest.LogCaptureFixture) -> None:
     before = factor(model, "first").clone()
     row = torch.randn(1, 1, 16)
-    _eva.start([model], [lambda: model(row)] * (RANK - 1))
+    eva.start([model], [lambda: model(row)] * (RANK - 1))
     assert torch.equal(factor(model, "first"), before)
     assert "1 of 2 linear layers saw fewer inputs than their rank" in caplog.text
-    _eva.start([model], [lambda: model(torch.randn(1, 1, 16))] * RANK)
+    eva.start([model], [lambda: model(torch.randn(1, 1, 16))] * RANK)
     assert not torch.equal(factor(model, "first"), before)
 
 
@@ -92,7 +93,7 @@ def test_a_run_starts_from_its_cache_at_the_base_and_resumes_to_the_bit(
 
     def start(**method: object) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         overrides = [f"method.{name}={value}" for name, value in method.items()]
-        made = build.build_trainer(load(run_file, [*overrides, "run=looked-at"]))
+        made = build.build_trainer(load(run_file, [*overrides, "run=looked-at"]), RunDelivery)
         batch = made.loader.step(0).batches[0][1]
         with made.trainer.evaluating(), torch.no_grad():
             loss = made.trainer.losses(batch)

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from sharded_worlds import STEPS, odd_rows
 
 from ftk.configs.load import load
+from ftk.deliver import export
 from ftk.methods import base as methods
 from ftk.models import base as models
-from ftk.train import checkpoint, deliver, inputs
+from ftk.train import checkpoint, inputs
 from ftk.train.hooks.recorder import read_metrics, validation_table
 from ftk.train.ranks import Ranks
 
@@ -146,7 +147,7 @@ def test_what_is_delivered_loads_in_diffusers_and_predicts_as_the_trained_model(
     family, generator = models.get("qwen-image"), torch.Generator().manual_seed(0)
     latents_BCHW = torch.randn(1, 16, 8, 8, generator=generator).to(dtype)
     texts = {"embeds": torch.randn(1, 5, loaded.config.joint_attention_dim, generator=generator).to(dtype), "mask": None}
-    with deliver.trained(config, family, tiny_model, found) as components, torch.no_grad():
+    with export.trained(config, family, tiny_model, found) as components, torch.no_grad():
         predictions = [
             family.predict(denoiser, latents_BCHW, torch.tensor([0.5]), texts)
             for denoiser in (components["denoiser"], pipeline.transformer)

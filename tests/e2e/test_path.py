@@ -13,6 +13,7 @@ from e2e_photos import PHOTOS, needs_photos
 from PIL import Image
 
 from ftk.configs.load import load
+from ftk.deliver.run_delivery import RunDelivery
 from ftk.methods import base as methods
 from ftk.models import base as models
 from ftk.pipeline.dataset import PreparedDataset
@@ -121,7 +122,7 @@ def test_webdataset_reads_the_shards(ftk, workspace, tmp_path):
 
 def test_only_the_denoiser_is_alive_during_steps(cached):
     run_file = cached(sample={"every": 2})
-    build = build_trainer(load(run_file))
+    build = build_trainer(load(run_file), RunDelivery)
     alive = []
 
     class Watch:
@@ -149,7 +150,7 @@ def test_only_the_denoiser_is_alive_during_steps(cached):
 def test_the_adapter_is_the_model(cached, tmp_path):
     run_file = cached(method={"name": "lora", "rank": 4, "alpha": 8, "targets": "all-linear"})
     config = load(run_file)
-    build = build_trainer(config)
+    build = build_trainer(config, RunDelivery)
     build.trainer.fit(build.loader.steps(0, 6))
     family, method = models.get("qwen-image"), methods.get("lora")
     pipeline = family.pipeline(tmp_path / "model", torch.float32, torch.device("cpu"))
@@ -212,7 +213,7 @@ def test_four_samples_are_learnt_by_heart(ftk, workspace, tmp_path):
         },
     )  # fmt: skip
     assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
-    build = build_trainer(load(run_file))
+    build = build_trainer(load(run_file), RunDelivery)
     assert len(build.inputs.store) == 4
     step = build.loader.step(0)
     build.trainer.fit([step] * 100)
@@ -226,7 +227,7 @@ def test_gradient_checkpointing_changes_memory_and_not_the_loss(cached, precisio
     losses = []
     for on in ("all", "none"):
         settings = [f"train.memory.checkpointing={on}", f"train.precision={precision}", f"run=r{on}"]
-        build = build_trainer(load(run_file, settings))
+        build = build_trainer(load(run_file, settings), RunDelivery)
         build.trainer.fit(build.loader.steps(0, 6))
         losses.append([row["loss"] for row in read_metrics(build.directory)])
         dtypes = {parameter.dtype for parameter in build.trainer.denoiser.parameters()}

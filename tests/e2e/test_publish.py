@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
+from ftk.deliver import card
 from ftk.methods import base as methods
-from ftk.train import card
 
 METHODS = {
     "lora": {"name": "lora", "rank": 3, "alpha": 6, "targets": "attention"},

@@ -28,7 +28,7 @@ from servers import fault_server
 from test_prepare_faults import hashes, killed_at, left_over, run_file_over
 
 from ftk import locations
-from ftk.pipeline import images, plan, shards
+from ftk.pipeline import images, shard_writer, source_units
 from ftk.pipeline.dataset import PreparedDataset
 
 REAL_PREPARE_IMAGE = images.prepare_image
@@ -476,7 +476,7 @@ def meanwhile(monkeypatch) -> Callable[..., None]:
     """Do something before the n-th listing of the sources, or before the n-th unit is made."""
 
     def set_up(what: Callable[[], Any], *, listing: int = 0, unit: int = 0) -> None:
-        module, name, point = (plan, "units", listing) if listing else (shards, "make_unit", unit)
+        module, name, point = (source_units, "units", listing) if listing else (shard_writer, "make_unit", unit)
         real, calls = getattr(module, name), []
 
         def wrapped(*arguments: Any, **options: Any) -> Any:

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from ftk.configs.load import RECIPES, load
+from ftk.deliver import export
 from ftk.demo import draw_pictures
-from ftk.methods import _injection
+from ftk.methods.adapters import injection
 from ftk.models import base as models
-from ftk.train import deliver, inputs, memory
+from ftk.train import inputs, memory
 
 RECIPE = RECIPES / "stable-diffusion-oft.yaml"
 METHOD_BY_FAMILY = {
@@ -57,8 +58,8 @@ def trained(scene):
     family = models.get("stable-diffusion")
     model = Path(config.model.path)
     plain = inputs.load_components(("denoiser", "text_encoder"), family, model, torch.float32, torch.device("cpu"))
-    found = deliver.find_checkpoint(config, best=False)
-    with deliver.trained(config, family, model, found) as components:
+    found = export.find_checkpoint(config, best=False)
+    with export.trained(config, family, model, found) as components:
         yield components, plain
 
 
@@ -70,7 +71,7 @@ def assert_equal_tensors(first, second):
 
 def rotations(module):
     """(name, W, W R) of each adapted layer, in fp64."""
-    for name, layer in _injection.adapted(module).items():
+    for name, layer in injection.adapted(module).items():
         plain = layer.get_base_layer().weight.detach().double().flatten(1)
         delta = layer.oft_R["default"].get_weight().detach().double()
         yield name, plain, delta
@@ -87,7 +88,7 @@ def test_both_components_learned_rotations_that_keep_the_angles_of_neurons(train
             rotated = weight @ rotation
             cosines = [torch.nn.functional.normalize(rows) for rows in (weight, rotated)]
             torch.testing.assert_close(cosines[0] @ cosines[0].T, cosines[1] @ cosines[1].T, atol=1e-3, rtol=0)
-        counts[component] = len(_injection.adapted(module))
+        counts[component] = len(injection.adapted(module))
     # Of 2 layers with 6 each; of 4 attention blocks with 2 attentions of 4, 2 of the MLP, and 2 around them.
     assert counts == {"text_encoder": 12, "denoiser": 48}
 

@@ -26,7 +26,7 @@ from world import World
 from ftk import storage
 from ftk.demo import draw_pictures
 from ftk.models.qwen_image import QwenImage
-from ftk.train import checkpoint, inspect
+from ftk.train import checkpoint, run_summary
 from ftk.train.hooks.recorder import METRICS, VALIDATION, metrics_table, validation_table
 
 STEPS, LONG = 6, 24
@@ -434,7 +434,7 @@ def flip_history(run: Path, place: Path, count: int) -> Counter:
         whole = path.read_bytes()
         where = (path.name, flip(path, rng))
         try:
-            inspect.summarise(place, verify=False)
+            run_summary.summarise(place, verify=False)
             rows = len(metrics_table(place)), len(validation_table(place))
         except Exception as error:
             raise AssertionError(where) from error

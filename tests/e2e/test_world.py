@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from world import World
 
 from ftk.configs.load import load
+from ftk.deliver.run_delivery import RunDelivery
 from ftk.train.build import build_trainer
 from ftk.train.hooks.recorder import read_metrics
 
@@ -67,7 +68,7 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_split(cached, tmp_path):
         train(size, tmp_path / f"{size}", run_file, "--set", "train.steps=1", "--set", f"run=r{size}", WORLD_GRADIENTS="1")
     gradients = [load_file(tmp_path / f"{size}/gradient.safetensors") for size in (1, 2, 4)]
 
-    build = build_trainer(load(run_file, ["run=alone"]))
+    build = build_trainer(load(run_file, ["run=alone"]), RunDelivery)
     step = build.loader.step(0)
     assert len({batch.latents_BCHW.shape[-2:] for _, batch in step.batches}) > 1
     for _, batch in step.batches:

@@ -21,8 +21,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ftk.cache import encode, shards
-from ftk.cache.encode import Job
-from ftk.cache.plan import Picture, Text, Unit
+from ftk.cache.encode import EncodeJob
+from ftk.cache.plan import ImageItem, TextItem, Unit
 from ftk.configs.schema import CacheConfig
 from ftk.contracts import SampleRow
 from ftk.errors import CacheError, DatasetError, EnvironmentFault
@@ -109,11 +109,11 @@ class Prepared:
         self.num_read += 1
         return self.files[key, part]
 
-    def add(self, key: str, pixels: np.ndarray, part: str = "image") -> Picture:
+    def add(self, key: str, pixels: np.ndarray, part: str = "image") -> ImageItem:
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
         self.files[key, part] = buffer.getvalue()
-        return Picture(f"{key}-{part}", "00000", key, part, pixels.shape[1], pixels.shape[0])
+        return ImageItem(f"{key}-{part}", "00000", key, part, pixels.shape[1], pixels.shape[0])
 
 
 @pytest.fixture
@@ -141,12 +141,12 @@ def freed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def make_job(tmp_path: Path) -> Callable[..., Job]:
+def make_job(tmp_path: Path) -> Callable[..., EncodeJob]:
     """A job of one kind on the CPU; settings are those of `cache`."""
 
-    def make(kind: str = "latents", folder: str = "out", workers: int = 2, **settings: Any) -> Job:
+    def make(kind: str = "latents", folder: str = "out", workers: int = 2, **settings: Any) -> EncodeJob:
         config = CacheConfig(**{"device": "cpu", "latents_dtype": "float32", "text_stored": "float32", **settings})
-        return Job(
+        return EncodeJob(
             kind=kind, family="qwen-image", model=tmp_path / "model", folder=tmp_path / folder,
             prepared=tmp_path / "prepared", config=config, workers=workers,
         )  # fmt: skip
@@ -158,12 +158,12 @@ def _noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def _pictures(prepared: Prepared, sizes: Sequence[tuple[int, int]], first: int = 0) -> tuple[Picture, ...]:
+def _pictures(prepared: Prepared, sizes: Sequence[tuple[int, int]], first: int = 0) -> tuple[ImageItem, ...]:
     return tuple(prepared.add(f"k{first + n}", _noise(*size, seed=first + n)) for n, size in enumerate(sizes))
 
 
-def _texts(*captions: str) -> tuple[Text, ...]:
-    return tuple(Text(f"text-{caption}", caption) for caption in captions)
+def _texts(*captions: str) -> tuple[TextItem, ...]:
+    return tuple(TextItem(f"text-{caption}", caption) for caption in captions)
 
 
 def _unit(items: Sequence[Any], number: int = 0) -> Unit[Any]:
@@ -181,7 +181,7 @@ def _bytes(folder: Path) -> dict[str, bytes]:
 
 
 def test_pixels_are_scaled_to_minus_one_to_one_exactly(
-    family: Family, prepared: Prepared, make_job: Callable[..., Job]
+    family: Family, prepared: Prepared, make_job: Callable[..., EncodeJob]
 ) -> None:
     pixels = np.zeros((8, 96, 3), dtype=np.uint8)
     pixels.reshape(-1)[:256] = np.arange(256)
@@ -196,7 +196,7 @@ def test_pixels_are_scaled_to_minus_one_to_one_exactly(
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
 def test_a_picture_of_any_mode_is_seen_as_rgb(
-    family: Family, prepared: Prepared, make_job: Callable[..., Job], mode: str
+    family: Family, prepared: Prepared, make_job: Callable[..., EncodeJob], mode: str
 ) -> None:
     picture = prepared.add("a", _noise(16, 24))
     image = Image.fromarray(_noise(16, 24)).convert(mode)
@@ -208,7 +208,7 @@ def test_a_picture_of_any_mode_is_seen_as_rgb(
     assert torch.equal(family.pixels[0], expected)
 
 
-def test_masks_are_the_mean_of_each_latent_cell(family: Family, prepared: Prepared, make_job: Callable[..., Job]) -> None:
+def test_masks_are_the_mean_of_each_latent_cell(family: Family, prepared: Prepared, make_job: Callable[..., EncodeJob]) -> None:
     mask = np.zeros((16, 24), dtype=np.uint8)
     mask[:8, :8] = 255
     mask[:4, 8:16] = 255
@@ -223,7 +223,7 @@ def test_masks_are_the_mean_of_each_latent_cell(family: Family, prepared: Prepar
     assert family.batches == [], "the VAE sees no masks"
 
 
-def test_control_images_are_encoded_like_images(family: Family, prepared: Prepared, make_job: Callable[..., Job]) -> None:
+def test_control_images_are_encoded_like_images(family: Family, prepared: Prepared, make_job: Callable[..., EncodeJob]) -> None:
     pixels = _noise(16, 16)
     pictures = [prepared.add("a", pixels), prepared.add("b", pixels, "control0"), prepared.add("b", pixels, "control1")]
     encode.encode_unit(make_job(), _unit(pictures))
@@ -235,7 +235,9 @@ def test_control_images_are_encoded_like_images(family: Family, prepared: Prepar
     assert family.batches == [(3, 3, 16, 16)]
 
 
-def test_items_are_stored_in_the_order_of_their_unit(family: Family, prepared: Prepared, make_job: Callable[..., Job]) -> None:
+def test_items_are_stored_in_the_order_of_their_unit(
+    family: Family, prepared: Prepared, make_job: Callable[..., EncodeJob]
+) -> None:
     sizes = [(16, 16), (8, 16), (16, 16), (16, 8), (8, 16)]
     pictures = [*_pictures(prepared, sizes), prepared.add("m", _noise(16, 16)[..., 0], "mask")]
     pictures.insert(2, pictures.pop())
@@ -248,7 +250,7 @@ def test_items_are_stored_in_the_order_of_their_unit(family: Family, prepared: P
 
 
 def test_pictures_of_one_size_go_together_as_many_as_memory_allows(
-    family: Family, prepared: Prepared, make_job: Callable[..., Job]
+    family: Family, prepared: Prepared, make_job: Callable[..., EncodeJob]
 ) -> None:
     pictures = _pictures(prepared, [(64, 64), (32, 64), (64, 32)] * 5)
     job = make_job(memory_gib=(2 * 64 * 64 + 1) / GIB)
@@ -259,7 +261,7 @@ def test_pictures_of_one_size_go_together_as_many_as_memory_allows(
 
 
 def test_a_picture_larger_than_the_memory_is_tried_alone(
-    family: Family, prepared: Prepared, make_job: Callable[..., Job]
+    family: Family, prepared: Prepared, make_job: Callable[..., EncodeJob]
 ) -> None:
     encode.encode_unit(make_job(memory_gib=1 / GIB), _unit(_pictures(prepared, [(16, 16)] * 3)))
     assert family.batches == [(1, 3, 16, 16)] * 3
@@ -267,18 +269,20 @@ def test_a_picture_larger_than_the_memory_is_tried_alone(
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_image_batch_is_taken_instead_of_the_memory(
-    family: Family, prepared: Prepared, make_job: Callable[..., Job], size: int
+    family: Family, prepared: Prepared, make_job: Callable[..., EncodeJob], size: int
 ) -> None:
     encode.encode_unit(make_job(memory_gib=1 / GIB, image_batch=size), _unit(_pictures(prepared, [(16, 16)] * 5)))
     assert [batch[0] for batch in family.batches] == [size] * (5 // size) + ([5 % size] if 5 % size else [])
 
 
-def test_no_batch_grows_without_bound(family: Family, make_job: Callable[..., Job]) -> None:
+def test_no_batch_grows_without_bound(family: Family, make_job: Callable[..., EncodeJob]) -> None:
     encode.encode_unit(make_job("texts", memory_gib=1000), _unit(_texts(*(f"{n:03}" for n in range(600)))))
     assert [len(batch) for batch in family.batches] == [256, 256, 88]
 
 
-def test_captions_of_like_length_go_together_as_many_as_memory_allows(family: Family, make_job: Callable[..., Job]) -> None:
+def test_captions_of_like_length_go_together_as_many_as_memory_allows(
+    family: Family, make_job: Callable[..., EncodeJob]
+) -> None:
     captions = [letter * length for length in (9, 1, 4, 19) for letter in "abcdefgh"]
     encode.encode_unit(make_job("texts", memory_gib=200 / GIB), _unit(_texts(*captions)))
     lengths = [[len(caption) + 1 for caption in batch] for batch in family.batches]
@@ -288,14 +292,14 @@ def test_captions_of_like_length_go_together_as_many_as_memory_allows(family: Fa
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_text_batch_is_taken_instead_of_the_memory(family: Family, make_job: Callable[..., Job], size: int) -> None:
+def test_text_batch_is_taken_instead_of_the_memory(family: Family, make_job: Callable[..., EncodeJob], size: int) -> None:
     encode.encode_unit(make_job("texts", memory_gib=1 / GIB, text_batch=size), _unit(_texts("a", "bb", "ccc", "dddd")))
     assert [len(batch) for batch in family.batches] == ([1] * 4 if size == 1 else [3, 1])
 
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_a_unit_has_the_same_batches_and_bytes_whoever_encodes_it(
-    family: Family, prepared: Prepared, make_job: Callable[..., Job], workers: int
+    family: Family, prepared: Prepared, make_job: Callable[..., EncodeJob], workers: int
 ) -> None:
     job = make_job(image_batch=3)
     units = [_unit(_pictures(prepared, [(16, 16), (8, 16)] * 4, first=8 * number), number) for number in range(4)]
@@ -313,7 +317,9 @@ def test_a_unit_has_the_same_batches_and_bytes_whoever_encodes_it(
     assert _bytes(alone.folder).items() <= _bytes(job.folder).items()
 
 
-def test_texts_of_a_unit_are_the_same_bytes_whatever_is_encoded_beside(family: Family, make_job: Callable[..., Job]) -> None:
+def test_texts_of_a_unit_are_the_same_bytes_whatever_is_encoded_beside(
+    family: Family, make_job: Callable[..., EncodeJob]
+) -> None:
     units = [_unit(_texts(*(f"{number}{'x' * n}" for n in range(7, 0, -1))), number) for number in range(3)]
     job, alone = make_job("texts", text_batch=3), make_job("texts", folder="alone", text_batch=3)
     list(encode.encode_units(job, units, lambda *_: None))
@@ -321,14 +327,14 @@ def test_texts_of_a_unit_are_the_same_bytes_whatever_is_encoded_beside(family: F
     assert _bytes(alone.folder).items() <= _bytes(job.folder).items()
 
 
-def test_progress_counts_every_item(family: Family, prepared: Prepared, make_job: Callable[..., Job]) -> None:
+def test_progress_counts_every_item(family: Family, prepared: Prepared, make_job: Callable[..., EncodeJob]) -> None:
     counted: list[int] = []
     units = [_unit(_pictures(prepared, [(16, 16)] * 5, first=5 * number), number) for number in range(2)]
     list(encode.encode_units(make_job(image_batch=2), units, lambda count, note: counted.append(count)))
     assert counted == [2, 2, 1, 2, 2, 1]
 
 
-def test_stored_precision_is_of_floats_alone(family: Family, make_job: Callable[..., Job]) -> None:
+def test_stored_precision_is_of_floats_alone(family: Family, make_job: Callable[..., EncodeJob]) -> None:
     job = make_job("texts", text_stored="float16")
     encode.encode_unit(job, _unit(_texts("ab")))
     stored = _stored(job.folder)
@@ -338,9 +344,9 @@ def test_stored_precision_is_of_floats_alone(family: Family, make_job: Callable[
     assert stored["text-ab.embeds"][:, 0].tolist() == [0.5, ord("a"), ord("b")]
 
 
-def test_a_text_is_stored_without_the_padding_of_its_batch(family: Family, make_job: Callable[..., Job]) -> None:
+def test_a_text_is_stored_without_the_padding_of_its_batch(family: Family, make_job: Callable[..., EncodeJob]) -> None:
     job = make_job("texts")
-    done = encode.encode_unit(job, _unit([*_texts("a"), Text("long", "b" * 5000)]))
+    done = encode.encode_unit(job, _unit([*_texts("a"), TextItem("long", "b" * 5000)]))
     assert _stored(job.folder)["text-a.embeds"].shape == (2, 4)
     assert done.num_bytes < (5001 + 2) * (4 * 4 + 8) + 1000
 
@@ -356,7 +362,7 @@ def test_a_text_is_stored_without_the_padding_of_its_batch(family: Family, make_
 def test_out_of_memory_halves_the_batch_and_encodes_everything(
     family: Family,
     prepared: Prepared,
-    make_job: Callable[..., Job],
+    make_job: Callable[..., EncodeJob],
     error: Exception,
     caplog: pytest.LogCaptureFixture,
     freed: list[str],
@@ -378,7 +384,7 @@ def test_out_of_memory_halves_the_batch_and_encodes_everything(
 
 
 def test_pictures_of_another_size_are_not_halved_with_those(
-    family: Family, prepared: Prepared, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+    family: Family, prepared: Prepared, make_job: Callable[..., EncodeJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     note = family._note
     monkeypatch.setattr(family, "_note", lambda batch, size: note(batch, size if batch[2:] == (32, 32) else 1))
@@ -387,7 +393,7 @@ def test_pictures_of_another_size_are_not_halved_with_those(
     assert family.batches == [(2, 3, 32, 32)] * 4 + [(4, 3, 16, 16)] * 2
 
 
-def test_captions_are_halved_too(family: Family, make_job: Callable[..., Job], caplog: pytest.LogCaptureFixture) -> None:
+def test_captions_are_halved_too(family: Family, make_job: Callable[..., EncodeJob], caplog: pytest.LogCaptureFixture) -> None:
     units = [_unit(_texts(*(f"{number}{'x' * n}" for n in range(9))), number) for number in range(2)]
     list(encode.encode_units(make_job("texts", folder="whole"), units, lambda *_: None))
     family.batches.clear()
@@ -404,7 +410,7 @@ def test_captions_are_halved_too(family: Family, make_job: Callable[..., Job], c
 
 
 def test_an_image_that_does_not_fit_alone_is_a_fault_with_advice(
-    family: Family, prepared: Prepared, make_job: Callable[..., Job]
+    family: Family, prepared: Prepared, make_job: Callable[..., EncodeJob]
 ) -> None:
     units = [_unit(_pictures(prepared, [(16, 16)] * 2), 0), _unit(_pictures(prepared, [(16, 32)] * 2, first=2), 1)]
     job = make_job()
@@ -420,7 +426,7 @@ def test_an_image_that_does_not_fit_alone_is_a_fault_with_advice(
     assert len(shards.receipts(job.folder, {})[0]) == 1
 
 
-def test_a_caption_that_does_not_fit_alone_is_a_fault(family: Family, make_job: Callable[..., Job]) -> None:
+def test_a_caption_that_does_not_fit_alone_is_a_fault(family: Family, make_job: Callable[..., EncodeJob]) -> None:
     family.limit = 0
     with pytest.raises(EnvironmentFault, match=r"encoding one caption: .*cache\.text_dtype"):
         encode.encode_unit(make_job("texts"), _unit(_texts("a")))
@@ -428,7 +434,7 @@ def test_a_caption_that_does_not_fit_alone_is_a_fault(family: Family, make_job: 
 
 @pytest.mark.parametrize("kind", ["latents", "texts"])
 def test_another_error_of_the_model_goes_through(
-    family: Family, prepared: Prepared, make_job: Callable[..., Job], kind: str
+    family: Family, prepared: Prepared, make_job: Callable[..., EncodeJob], kind: str
 ) -> None:
     family.limit, family.error = 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     items = _pictures(prepared, [(16, 16)] * 4) if kind == "latents" else _texts("a", "b")
@@ -439,7 +445,12 @@ def test_another_error_of_the_model_goes_through(
 
 @pytest.mark.parametrize(("place", "value"), [("mean", math.nan), ("mean", 1e6), ("std", math.inf), ("std", -math.inf)])
 def test_an_image_whose_latents_are_no_numbers_is_refused_by_its_key(
-    family: Family, prepared: Prepared, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, place: str, value: float
+    family: Family,
+    prepared: Prepared,
+    make_job: Callable[..., EncodeJob],
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    value: float,
 ) -> None:
     encoded = family.encode_images
 
@@ -456,7 +467,7 @@ def test_an_image_whose_latents_are_no_numbers_is_refused_by_its_key(
 
 
 def test_a_caption_whose_embedding_is_no_number_is_refused_by_its_text(
-    family: Family, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+    family: Family, make_job: Callable[..., EncodeJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded = family.encode_texts
 
@@ -472,7 +483,7 @@ def test_a_caption_whose_embedding_is_no_number_is_refused_by_its_text(
 
 
 def test_a_refused_item_stops_the_run_and_keeps_the_shards_before(
-    family: Family, prepared: Prepared, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+    family: Family, prepared: Prepared, make_job: Callable[..., EncodeJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded = family.encode_images
     monkeypatch.setattr(
@@ -489,7 +500,7 @@ def test_a_refused_item_stops_the_run_and_keeps_the_shards_before(
 
 
 def test_a_component_is_loaded_once_for_all_units_and_freed_for_the_next(
-    family: Family, prepared: Prepared, make_job: Callable[..., Job]
+    family: Family, prepared: Prepared, make_job: Callable[..., EncodeJob]
 ) -> None:
     texts, latents = make_job("texts", text_dtype="bfloat16"), make_job("latents", vae_dtype="float32")
     for n in range(3):
@@ -503,7 +514,7 @@ def test_a_component_is_loaded_once_for_all_units_and_freed_for_the_next(
     assert [one() is None for one in family.living] == [True, True]
 
 
-def test_a_component_can_be_loaded_ahead(family: Family, make_job: Callable[..., Job]) -> None:
+def test_a_component_can_be_loaded_ahead(family: Family, make_job: Callable[..., EncodeJob]) -> None:
     job = make_job("texts")
     encode.load(job)
     assert family.loaded == ["text torch.bfloat16"]
@@ -512,7 +523,7 @@ def test_a_component_can_be_loaded_ahead(family: Family, make_job: Callable[...,
 
 
 def test_a_failed_unit_does_not_keep_the_component_from_being_freed(
-    family: Family, prepared: Prepared, make_job: Callable[..., Job]
+    family: Family, prepared: Prepared, make_job: Callable[..., EncodeJob]
 ) -> None:
     family.limit = 0
     with pytest.raises(EnvironmentFault):
@@ -522,7 +533,7 @@ def test_a_failed_unit_does_not_keep_the_component_from_being_freed(
     assert [one() for one in family.living] == [None]
 
 
-def test_decoding_runs_ahead_within_bounds(family: Family, prepared: Prepared, make_job: Callable[..., Job]) -> None:
+def test_decoding_runs_ahead_within_bounds(family: Family, prepared: Prepared, make_job: Callable[..., EncodeJob]) -> None:
     workers, size, count = 2, 3, 90
     ahead: list[int] = []
 
@@ -543,7 +554,7 @@ def test_decoding_runs_ahead_within_bounds(family: Family, prepared: Prepared, m
 
 
 def test_one_unit_is_encoded_while_a_shard_is_written_and_no_more(
-    family: Family, prepared: Prepared, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+    family: Family, prepared: Prepared, make_job: Callable[..., EncodeJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, ahead = shards.write, []
 
@@ -565,7 +576,7 @@ def test_one_unit_is_encoded_while_a_shard_is_written_and_no_more(
 
 
 def test_an_error_in_writing_is_raised(
-    family: Family, prepared: Prepared, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+    family: Family, prepared: Prepared, make_job: Callable[..., EncodeJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -576,7 +587,9 @@ def test_an_error_in_writing_is_raised(
 
 
 @pytest.mark.parametrize(("settings", "gib"), [({}, 1.0), ({"memory_gib": 0.25}, 0.25)])
-def test_a_cpu_works_in_a_gibibyte_unless_told(make_job: Callable[..., Job], settings: dict[str, Any], gib: float) -> None:
+def test_a_cpu_works_in_a_gibibyte_unless_told(
+    make_job: Callable[..., EncodeJob], settings: dict[str, Any], gib: float
+) -> None:
     assert make_job(**settings).memory_bytes == gib * GIB
 
 
@@ -594,17 +607,17 @@ def _rows(count: int) -> list[SampleRow]:
 
 @pytest.fixture
 def real(
-    written_dataset: Callable[..., PreparedDataset], tiny_model: Path, make_job: Callable[..., Job], tmp_path: Path
-) -> Job:
+    written_dataset: Callable[..., PreparedDataset], tiny_model: Path, make_job: Callable[..., EncodeJob], tmp_path: Path
+) -> EncodeJob:
     """A job on a prepared dataset of five images of one colour, with the tiny model."""
     written_dataset(tmp_path / "prepared", [_rows(5)])
     return replace(make_job(latents_dtype="float16"), model=tiny_model)
 
 
-REAL = tuple(Picture(f"k{n}-image", "00000", f"k{n}", "image", 32, 48) for n in range(5))
+REAL = tuple(ImageItem(f"k{n}-image", "00000", f"k{n}", "image", 32, 48) for n in range(5))
 
 
-def test_the_stored_latents_are_the_familys_of_the_prepared_pixels(real: Job) -> None:
+def test_the_stored_latents_are_the_familys_of_the_prepared_pixels(real: EncodeJob) -> None:
     encode.encode_unit(real, _unit(REAL))
     stored = _stored(real.folder)
     family = families.get("qwen-image")
@@ -620,7 +633,7 @@ def test_the_stored_latents_are_the_familys_of_the_prepared_pixels(real: Job) ->
         assert torch.equal(stored[f"{row.image_id}.std"], std[n].half())
 
 
-def test_halved_batches_of_a_model_differ_by_rounding_at_most(real: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_halved_batches_of_a_model_differ_by_rounding_at_most(real: EncodeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, halved = (replace(real, folder=real.folder / name) for name in ("whole", "halved"))
     texts = _texts("a photo of a red fox", "", "größe 猫", "a dog")
     captions = [
@@ -648,7 +661,7 @@ def test_halved_batches_of_a_model_differ_by_rounding_at_most(real: Job, monkeyp
             assert torch.allclose(expected[name].float(), found[name].float(), rtol=2e-3, atol=2e-3)
 
 
-def test_a_damaged_prepared_shard_is_refused(real: Job) -> None:
+def test_a_damaged_prepared_shard_is_refused(real: EncodeJob) -> None:
     path = real.prepared / "shards" / "00000.tar"
     data = bytearray(path.read_bytes())
     data[700] ^= 1

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from ftk.cache import plan
-from ftk.cache.plan import Picture, Text
+from ftk.cache.plan import ImageItem, TextItem
 from ftk.configs.schema import SampleConfig
 from ftk.contracts import SampleRow
 from ftk.models import base as families
 from ftk.models.base import LatentGeometry
 from ftk.pipeline import dataset
-from ftk.pipeline.engine import Part
+from ftk.pipeline.engine import JobPart
 
 GEOMETRY = LatentGeometry(channels=16, factor=8, patch=2)
 
-Sized = list[tuple[Text, int]]
+Sized = list[tuple[TextItem, int]]
 
 
 def _row(key: str, **changes: object) -> SampleRow:
@@ -32,7 +32,7 @@ def _row(key: str, **changes: object) -> SampleRow:
     return replace(row, **changes)  # type: ignore[arg-type]
 
 
-def _pictures(*tables: list[SampleRow]) -> list[Picture]:
+def _pictures(*tables: list[SampleRow]) -> list[ImageItem]:
     return list(plan.needed_pictures([dataset.sample_table(rows) for rows in tables]))
 
 
@@ -41,16 +41,18 @@ def _captions(*samples: list[str]) -> pa.ChunkedArray:
     return pa.chunked_array([samples[:half], samples[half:]], pa.list_(pa.string()))
 
 
-def _texts(captions: pa.ChunkedArray, **settings: object) -> list[Text]:
+def _texts(captions: pa.ChunkedArray, **settings: object) -> list[TextItem]:
     return list(plan.needed_texts(captions, SampleConfig(**settings)))
 
 
-def _sized(count: int, seed: int = 0) -> tuple[list[Text], dict[str, int]]:
+def _sized(count: int, seed: int = 0) -> tuple[list[TextItem], dict[str, int]]:
     draw = random.Random(seed)
-    return [Text(f"t{n}", str(n)) for n in range(count)], {f"t{n}": draw.randint(1, 60) for n in range(count)}
+    return [TextItem(f"t{n}", str(n)) for n in range(count)], {f"t{n}": draw.randint(1, 60) for n in range(count)}
 
 
-def _units(items: list[Text], sizes: dict[str, int], there: set[str] | None = None, limit: int = 100) -> dict[int, list[str]]:
+def _units(
+    items: list[TextItem], sizes: dict[str, int], there: set[str] | None = None, limit: int = 100
+) -> dict[int, list[str]]:
     made = plan.units(items, lambda item: sizes[item.id], limit, there or set())
     return {unit.number: [item.id for item in unit.items] for unit in made}
 
@@ -100,7 +102,7 @@ def test_units_of_fewer_items_are_those_of_more_but_for_the_last(more: int) -> N
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_parts_share_all_units_among_them(count: int) -> None:
     numbers = list(_units(*_sized(150)))
-    shares = [[number for number in numbers if Part(index=index, count=count).has(number)] for index in range(count)]
+    shares = [[number for number in numbers if JobPart(index=index, count=count).has(number)] for index in range(count)]
     assert sorted(number for share in shares for number in share) == numbers
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -111,11 +113,11 @@ def test_pictures_are_image_controls_and_mask_of_each_sample() -> None:
         _row("b", bucket_width=96, bucket_height=128),
     ]
     assert _pictures(rows) == [
-        Picture("a-image", "00001", "a", "image", 64, 32),
-        Picture("c0", "00001", "a", "control0", 64, 32),
-        Picture("c1", "00001", "a", "control1", 64, 32),
-        Picture("m", "00001", "a", "mask", 64, 32),
-        Picture("b-image", "00000", "b", "image", 96, 128),
+        ImageItem("a-image", "00001", "a", "image", 64, 32),
+        ImageItem("c0", "00001", "a", "control0", 64, 32),
+        ImageItem("c1", "00001", "a", "control1", 64, 32),
+        ImageItem("m", "00001", "a", "mask", 64, 32),
+        ImageItem("b-image", "00000", "b", "image", 96, 128),
     ]
     assert [picture.is_mask for picture in _pictures(rows)] == [False, False, False, True, False]
 
@@ -172,21 +174,21 @@ def test_the_bytes_of_a_picture_are_those_that_the_encoder_gives(tiny_model: Pat
     vae = family.load_vae(tiny_model, torch.float32, torch.device("cpu"))
     width, height, kind = 48, 32, getattr(torch, dtype)
     mean, std = family.encode_images(vae, torch.zeros(1, 3, height, width))
-    image, mask = (Picture("p", "00000", "k", part, width, height) for part in ("image", "mask"))
+    image, mask = (ImageItem("p", "00000", "k", part, width, height) for part in ("image", "mask"))
     num_bytes = mean[0].to(kind).nbytes + std[0].to(kind).nbytes
     assert plan.picture_bytes(image, family.geometry, kind.itemsize) == num_bytes
     assert plan.picture_bytes(mask, family.geometry, kind.itemsize) == mean[0, 0].to(kind).nbytes
 
 
 def test_the_guess_at_a_text_grows_with_its_bytes() -> None:
-    sizes = [plan.text_bytes(Text("t", caption), 100) for caption in ("", "a" * 40, "猫" * 40, "\udcff" * 40)]
+    sizes = [plan.text_bytes(TextItem("t", caption), 100) for caption in ("", "a" * 40, "猫" * 40, "\udcff" * 40)]
     assert sizes == [800, 1800, 3800, 1800]
 
 
 def test_a_size_is_asked_for_once_an_item_or_little_more() -> None:
     asked = 0
 
-    def size(_: Text) -> int:
+    def size(_: TextItem) -> int:
         nonlocal asked
         asked += 1
         return 10

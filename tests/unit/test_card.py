@@ -12,12 +12,13 @@ from PIL import Image
 from ftk import storage
 from ftk.configs.load import validate
 from ftk.configs.schema import RunConfig
+from ftk.deliver import card, metadata
+from ftk.deliver.metadata import Subject
 from ftk.errors import ConfigError
 from ftk.methods import base as methods
 from ftk.models import base as families
-from ftk.train import card, metadata, sample
+from ftk.train import sheet
 from ftk.train.hooks.recorder import ValidationLog
-from ftk.train.metadata import Subject
 
 SECRET = "hf_abcdefgh12345678"
 COUNTS = {
@@ -55,9 +56,9 @@ def about(tiny_models: Callable[[str], Path], tmp_path: Path) -> Make:
     return make
 
 
-def sheet(subject: Subject, step: int, prompts: list[str], size: int = 64) -> None:
+def write_sheet(subject: Subject, step: int, prompts: list[str], size: int = 64) -> None:
     images = [Image.new("RGB", (size, size), (step % 256, 40 * number, 7)) for number in range(len(prompts))]
-    data = sample.png_bytes(sample.grid([[image] for image in images], prompts, [f"step {step}"]))
+    data = sheet.png_bytes(sheet.grid([[image] for image in images], prompts, [f"step {step}"]))
     storage.commit_bytes(subject.run / f"samples/step-{step:08d}.png", data)
 
 
@@ -82,7 +83,7 @@ def test_the_card_says_what_the_hub_and_its_reader_want_to_know(about: Make, tmp
     for step, loss, is_best in ((100, 0.5, True), (200, 0.25, True), (250, 0.375, False), (300, 0.125, True)):
         log.append({"step": step, "loss": loss, "band_losses": None, "is_best": is_best})
     log.commit()
-    sheet(subject, 250, ["sks dog | on\nthe moon", "two <b>dogs</b>"])
+    write_sheet(subject, 250, ["sks dog | on\nthe moon", "two <b>dogs</b>"])
     found, names = written(subject, tmp_path / "adapter")
     data = found.data.to_dict()
     assert {key: data[key] for key in ("base_model", "base_model_relation", "library_name", "license", "pipeline_tag")} == {
@@ -122,7 +123,7 @@ def test_nothing_in_it_names_a_place_on_this_machine(about: Make, tmp_path: Path
 
 def test_secrets_are_redacted(about: Make, tmp_path: Path) -> None:
     subject = about(card={"description": f"made with {SECRET}", "author": SECRET, "title": SECRET})
-    sheet(subject, 250, [f"a dog {SECRET}"])
+    write_sheet(subject, 250, [f"a dog {SECRET}"])
     written(subject, tmp_path / "adapter")
     assert SECRET not in json.dumps(metadata.of(subject))
     for path in (tmp_path / "adapter").rglob("*"):
@@ -132,15 +133,15 @@ def test_secrets_are_redacted(about: Make, tmp_path: Path) -> None:
 def test_the_newest_pictures_up_to_the_step_are_shown(about: Make, tmp_path: Path) -> None:
     subject, place = about(), tmp_path / "adapter"
     assert written(subject, place)[1] == ["README.md"]
-    sheet(subject, 100, ["one", "two", "three"])
-    sheet(subject, 300, ["later"])
+    write_sheet(subject, 100, ["one", "two", "three"])
+    write_sheet(subject, 300, ["later"])
     found, names = written(subject, place)
     assert "Drawn at step 100" in found.content
     assert names == ["README.md", "images/0.png", "images/1.png", "images/2.png"]
     with Image.open(place / "images/1.png") as image:
         assert image.getpixel((0, 0)) == (100, 40, 7)
         assert image.info == {}
-    sheet(subject, 250, ["only"], size=2000)
+    write_sheet(subject, 250, ["only"], size=2000)
     (place / "images/7.png").write_bytes(b"somebody's own")
     card.write(subject, place, "")
     # What the earlier card showed is gone, and nothing else.
@@ -151,7 +152,7 @@ def test_the_newest_pictures_up_to_the_step_are_shown(about: Make, tmp_path: Pat
     assert "Drawn at step 250" in found.content
     with Image.open(place / "images/0.png") as image:
         assert image.size == (512, 512)
-    sheet(subject, 250, [f"prompt {number}" for number in range(20)])
+    write_sheet(subject, 250, [f"prompt {number}" for number in range(20)])
     assert len(written(subject, place)[1]) == 9
 
 
@@ -175,7 +176,7 @@ def test_a_sheet_of_an_earlier_ftk_is_shown_whole_and_a_damaged_one_not_at_all(
 
 def test_equal_runs_write_equal_bytes(about: Make, tmp_path: Path) -> None:
     subject = about()
-    sheet(subject, 200, ["a dog"])
+    write_sheet(subject, 200, ["a dog"])
     for name in ("one", "two"):
         written(subject, tmp_path / name)
     for path in (tmp_path / "one").rglob("*"):
@@ -316,8 +317,8 @@ def test_wrong_settings_of_the_card_are_refused(about: Make, settings: dict[str,
 def test_cells_of_a_sheet_are_its_pictures(tmp_path: Path) -> None:
     images = [[Image.new("RGB", (32, 16), (row, column, 0)) for column in range(2)] for row in range(2)]
     path = tmp_path / "sheet.png"
-    path.write_bytes(sample.png_bytes(sample.grid(images, ["a", "b" * 300], ["base", "a title that is far too long" * 9])))
-    cells = sample.cells(path)
+    path.write_bytes(sheet.png_bytes(sheet.grid(images, ["a", "b" * 300], ["base", "a title that is far too long" * 9])))
+    cells = sheet.cells(path)
     assert [prompt for _, prompt in cells] == ["a", "a", "b" * 300, "b" * 300]
     assert [image.getpixel((5, 5)) for image, _ in cells] == [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)]
     assert {image.width / image.height for image, _ in cells} == {2.0}

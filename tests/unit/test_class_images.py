@@ -9,11 +9,11 @@ import yaml
 
 from ftk.configs import load
 from ftk.configs.schema import RunConfig, SourceConfig
+from ftk.deliver import draw_class_images as drawing
 from ftk.errors import ConfigError, SourceError
 from ftk.pipeline import class_images, dataset, stage
 from ftk.pipeline.class_images import ClassImages
 from ftk.pipeline.sources import base as sources
-from ftk.train import class_images as drawing
 
 REPOSITORY = Path(__file__).parents[2]
 GENERATE = {"prompt": "a photo of a dog", "count": 6}

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageCms
 from ftk.contracts import RejectReason
 from ftk.pipeline import decode
 from ftk.pipeline.decode import Unfit, is_animated, open_image
-from ftk.pipeline.render import Picture
+from ftk.pipeline.render import Rendering
 
 # What each EXIF orientation says was done to the upright picture, so that undoing it gives the picture back.
 STORED_AS = {
@@ -36,7 +36,7 @@ Noise = Callable[..., Image.Image]
 def _pixels(data: bytes, background: tuple[int, int, int] = WHITE, *, is_mask: bool = False, **options: Any) -> np.ndarray:
     """The pixels at the image's own size."""
     opened = open_image(data)
-    picture = Picture(opened, is_mask=is_mask, background=background, **{"max_pixels": 1_000_000, **options})
+    picture = Rendering(opened, is_mask=is_mask, background=background, **{"max_pixels": 1_000_000, **options})
     image = picture.at(opened.width, opened.height)
     assert image.mode == ("L" if is_mask else "RGB")
     return np.asarray(image).astype(int)
@@ -139,7 +139,7 @@ def test_every_exif_orientation_gives_the_same_upright_picture(
 def test_a_resized_picture_is_upright_too(noise_image: Noise, encoded: Encoded, orientation: int, image_format: str) -> None:
     upright = noise_image(30, 20).resize((300, 200), Image.Resampling.BICUBIC)
     opened = open_image(_oriented(upright, orientation, encoded, image_format))
-    small = Picture(opened, max_pixels=1_000_000).at(60, 40)
+    small = Rendering(opened, max_pixels=1_000_000).at(60, 40)
     expected = upright.resize((60, 40), Image.Resampling.LANCZOS)
     assert np.abs(np.asarray(small).astype(int) - np.asarray(expected)).max() <= 6
 
@@ -397,7 +397,7 @@ def test_the_profile_outlives_resize_and_rotation(encoded: Encoded, orientation:
     image = Image.new("RGB", (300, 200), (200, 100, 100))
     data = encoded(image, image_format, icc_profile=_display_p3(), exif=_exif(orientation))
     opened = open_image(data)
-    small = Picture(opened, max_pixels=1_000_000).at(opened.width // 5, opened.height // 5)
+    small = Rendering(opened, max_pixels=1_000_000).at(opened.width // 5, opened.height // 5)
     assert np.abs(np.asarray(small).astype(int) - [216, 93, 97]).max() <= 2
 
 

@@ -22,7 +22,7 @@ import pytest
 from ftk.contracts import RejectReason
 from ftk.errors import ConfigError, EnvironmentFault
 from ftk.pipeline import engine
-from ftk.pipeline.engine import WHOLE, Lost, Part, WorkerPool, map_units, worker_place
+from ftk.pipeline.engine import WHOLE, JobPart, Lost, WorkerPool, map_units, worker_place
 
 MIB = 2**20
 
@@ -501,7 +501,7 @@ def test_an_exception_of_a_unit_is_not_tried_again() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_parts_share_units_without_a_word(count: int) -> None:
-    parts = [Part.parse(f"{number}/{count}") for number in range(1, count + 1)]
+    parts = [JobPart.parse(f"{number}/{count}") for number in range(1, count + 1)]
     for unit in range(50):
         assert sum(part.has(unit) for part in parts) == 1
     assert len({part.label for part in parts}) == count
@@ -509,17 +509,17 @@ def test_parts_share_units_without_a_word(count: int) -> None:
 
 
 def test_the_whole_has_every_unit_and_no_label() -> None:
-    assert Part.parse("1/1") == WHOLE
+    assert JobPart.parse("1/1") == WHOLE
     assert WHOLE.label == ""
     assert all(WHOLE.has(unit) for unit in range(50))
-    assert Part.parse("3/8") == Part(index=2, count=8)
-    assert Part.parse("3/8").label == "3-of-8"
+    assert JobPart.parse("3/8") == JobPart(index=2, count=8)
+    assert JobPart.parse("3/8").label == "3-of-8"
 
 
 @pytest.mark.parametrize("text", ["", "3", "0/8", "9/8", "-1/8", "1/0", "1/", "/8", "a/b", "1/2/3", "1.0/2", " 1/2", "1/-2"])
 def test_a_part_that_is_none_is_a_configuration_error(text: str) -> None:
     with pytest.raises(ConfigError, match=rf"--part {text}: expected I/N with I from 1 to N, for example --part 3/8"):
-        Part.parse(text)
+        JobPart.parse(text)
 
 
 def test_ray_that_is_not_installed_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:

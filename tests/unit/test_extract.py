@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ftk.deliver import extract, low_rank
+from ftk.deliver.extract import ExtractConfig
 from ftk.errors import ConfigError, ModelError
 from ftk.methods import base as methods
 from ftk.models import base as families
-from ftk.train import extract, low_rank
-from ftk.train.extract import ExtractConfig
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -14,7 +14,7 @@ from ftk import storage
 from ftk.cli import inspect as command
 from ftk.contracts import Reject, RejectReason, SampleRow
 from ftk.errors import CacheError, ConfigError, DatasetError
-from ftk.pipeline import inspect, inspect_page
+from ftk.pipeline import prepared_page, prepared_summary
 from ftk.pipeline.dataset import PreparedDataset
 
 HOSTILE = '<script>document.title = "ran"</script>'
@@ -39,7 +39,7 @@ def colour_of(key: str) -> tuple[int, int, int]:
 
 
 def html(prepared: PreparedDataset) -> str:
-    return inspect_page.page(prepared)[1].decode()
+    return prepared_page.page(prepared)[1].decode()
 
 
 def shown_keys(page: str) -> list[str]:
@@ -58,7 +58,7 @@ def test_totals_are_those_of_manifest_and_rows(tmp_path, written_dataset):
         [reject("z.png")],
         num_upscaled=3, num_copied=1, num_long_captions=2,
     )  # fmt: skip
-    summary = inspect.summarise(prepared)
+    summary = prepared_summary.summarise(prepared)
     assert (summary.num_inputs, summary.num_samples, summary.num_rejects, summary.num_shards) == (5, 4, 1, 2)
     assert (summary.num_upscaled, summary.num_copied, summary.num_long_captions) == (3, 1, 2)
     assert (summary.num_flipped, summary.num_masks, summary.num_controls) == (2, 1, 2)
@@ -68,14 +68,14 @@ def test_totals_are_those_of_manifest_and_rows(tmp_path, written_dataset):
 
 def test_crop_loss_is_the_share_of_the_resized_image_that_was_left_out(tmp_path, written_dataset):
     rows = [sample("a"), sample("b", resize_width=80, crop_x=8), sample("c", resize_height=128, crop_y=32)]
-    loss = inspect.summarise(written_dataset(tmp_path, [rows])).crop_loss
+    loss = prepared_summary.summarise(written_dataset(tmp_path, [rows])).crop_loss
     assert loss is not None
     assert (loss.least, loss.median, loss.most) == pytest.approx((0, 0.2, 0.5))
 
 
 def test_original_sizes_are_of_all_shards(tmp_path, written_dataset):
     rows = [[sample("a", width=1000, height=500)], [sample("b", width=4000, height=2000), sample("c", width=2000, height=1000)]]
-    size = inspect.summarise(written_dataset(tmp_path, rows)).original_megapixels
+    size = prepared_summary.summarise(written_dataset(tmp_path, rows)).original_megapixels
     assert size is not None
     assert (size.least, size.median, size.most) == (0.5, 2, 8)
 
@@ -83,36 +83,36 @@ def test_original_sizes_are_of_all_shards(tmp_path, written_dataset):
 def test_buckets_go_from_tall_to_wide_with_their_share(tmp_path, written_dataset):
     wide = [sample(f"w{n}", bucket_width=96, bucket_height=48, resize_width=96) for n in range(3)]
     tall = sample("t", bucket_width=48, bucket_height=96, resize_height=96)
-    buckets = inspect.summarise(written_dataset(tmp_path, [wide[:2], [tall, wide[2]]])).buckets
+    buckets = prepared_summary.summarise(written_dataset(tmp_path, [wide[:2], [tall, wide[2]]])).buckets
     assert [(one.width, one.height, one.num_samples, one.share) for one in buckets] == [(48, 96, 1, 0.25), (96, 48, 3, 0.75)]
 
 
 def test_captions_are_counted_and_measured(tmp_path, written_dataset):
     rows = [sample("a", captions=["1234", "1234567", "ä"]), sample("b", captions=["123456"]), sample("c", captions=["12345"])]
-    captions = inspect.summarise(written_dataset(tmp_path, [rows])).captions
+    captions = prepared_summary.summarise(written_dataset(tmp_path, [rows])).captions
     assert captions.num_captions == 5
     assert captions.captions_a_sample == {1: 2, 3: 1}
-    assert captions.characters == inspect.Spread(least=1, median=5, most=7)
+    assert captions.characters == prepared_summary.Spread(least=1, median=5, most=7)
     assert captions.leading_tags == {}
 
 
 def test_leading_tags_are_those_that_many_captions_share(tmp_path, written_dataset):
     rows = [sample(f"k{n}", captions=[f"sks dog, number {n}"]) for n in range(4)]
     rows += [sample(f"o{n}", captions=[f"tag {n}, other"]) for n in range(4)]
-    assert inspect.summarise(written_dataset(tmp_path, [rows[:5], rows[5:]])).captions.leading_tags == {"sks dog": 4}
+    assert prepared_summary.summarise(written_dataset(tmp_path, [rows[:5], rows[5:]])).captions.leading_tags == {"sks dog": 4}
 
 
 def test_leading_tags_end_at_the_separator_of_the_recipe(tmp_path, written_dataset):
     rows = [sample(f"k{n}", captions=[f"red, blue ; {n}"]) for n in range(3)]
     prepared = written_dataset(tmp_path, [rows], recipe={"captions": {"tag_separator": ";"}})
-    assert inspect.summarise(prepared).captions.leading_tags == {"red, blue": 3}
+    assert prepared_summary.summarise(prepared).captions.leading_tags == {"red, blue": 3}
 
 
 def test_leading_tags_that_are_all_different_do_not_fill_the_memory(tmp_path, monkeypatch, written_dataset):
-    monkeypatch.setattr(inspect, "_LEADING_TAGS_HELD", 10)
+    monkeypatch.setattr(prepared_summary, "_LEADING_TAGS_HELD", 10)
     rows = [sample(f"k{n}", captions=[f"sks, {n}", f"sks, {n}", f"tag {n}, other"]) for n in range(40)]
     prepared = written_dataset(tmp_path, [rows[:20], rows[20:]])
-    scan = inspect.scan(prepared)
+    scan = prepared_summary.scan(prepared)
     assert scan.leading_tags["sks"] == 80
     assert len(scan.leading_tags) <= 10
 
@@ -120,7 +120,7 @@ def test_leading_tags_that_are_all_different_do_not_fill_the_memory(tmp_path, mo
 def test_sources_have_their_samples_and_rejects(tmp_path, written_dataset):
     rows = [sample("a"), sample("b"), sample("c", source="men", repeats=3, role="class")]
     rejects = [reject("1", source="men"), reject("2", source="gone"), reject("3", source="gone")]
-    sources = inspect.summarise(written_dataset(tmp_path, [rows], rejects)).sources
+    sources = prepared_summary.summarise(written_dataset(tmp_path, [rows], rejects)).sources
     assert [(one.name, one.num_samples, one.num_rejects, one.repeats, one.role) for one in sources] == [
         ("dogs", 2, 0, 1, "instance"),
         ("men", 1, 1, 3, "class"),
@@ -130,7 +130,7 @@ def test_sources_have_their_samples_and_rejects(tmp_path, written_dataset):
 
 def test_rejects_are_grouped_with_the_first_examples(tmp_path, written_dataset):
     rejects = [reject(f"{n}.png", detail=f"detail {n}") for n in range(5)] + [reject("s.png", RejectReason.TOO_SMALL)]
-    groups = inspect.summarise(written_dataset(tmp_path, [[sample("a")]], rejects)).rejects
+    groups = prepared_summary.summarise(written_dataset(tmp_path, [[sample("a")]], rejects)).rejects
     assert [(group.reason, group.num_inputs, len(group.examples)) for group in groups] == [
         ("unreadable", 5, 3),
         ("too_small", 1, 1),
@@ -140,14 +140,14 @@ def test_rejects_are_grouped_with_the_first_examples(tmp_path, written_dataset):
 
 def test_duplicates_show_both_kinds(tmp_path, written_dataset):
     pairs = [(f"e{n}", "a", -1) for n in range(9)] + [(f"n{n}", "a", n) for n in range(5)]
-    summary = inspect.summarise(written_dataset(tmp_path, [[sample("a")]], pairs=pairs))
+    summary = prepared_summary.summarise(written_dataset(tmp_path, [[sample("a")]], pairs=pairs))
     assert (summary.num_duplicates, summary.num_near_duplicates) == (9, 5)
     assert [pair["key"] for pair in summary.duplicates] == ["e0", "e1", "e2", "n0", "n1", "n2"]
 
 
 def test_a_dataset_of_rejects_alone(tmp_path, capsys, written_dataset):
     prepared = written_dataset(tmp_path, [[]], [reject("broken.png", detail="the file is empty")])
-    summary, page = inspect_page.page(prepared)
+    summary, page = prepared_page.page(prepared)
     assert (summary.num_samples, summary.crop_loss, summary.original_megapixels) == (0, None, None)
     assert summary.captions.characters is None
     assert b"the file is empty" in page
@@ -157,7 +157,7 @@ def test_a_dataset_of_rejects_alone(tmp_path, capsys, written_dataset):
 
 
 def test_a_dataset_without_shards(tmp_path, written_dataset):
-    summary, page = inspect_page.page(written_dataset(tmp_path, []))
+    summary, page = prepared_page.page(written_dataset(tmp_path, []))
     assert summary.num_inputs == 0
     assert b"There are none." in page
 
@@ -178,7 +178,7 @@ def test_the_page_allows_its_own_script_and_no_other(tmp_path, written_dataset):
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page).group(1)
     assert "default-src 'none'" in policy
     script = re.search(r"<script>(.*?)</script>", page, re.DOTALL).group(1)
-    assert f"script-src 'sha256-{inspect_page._template().environment.filters['sha256'](script)}'" in policy
+    assert f"script-src 'sha256-{prepared_page._template().environment.filters['sha256'](script)}'" in policy
     assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?(https?:)?//""", page)
 
 
@@ -258,7 +258,7 @@ def test_of_a_large_dataset_a_few_shards_are_read_and_every_bucket_is_shown(tmp_
     shards = [[sample(f"k{n}-{m}") for m in range(4)] for n in range(12)]
     shards[7].append(sample("rare", bucket_width=96, resize_width=96))
     prepared = written_dataset(tmp_path, shards, pairs=[("k11-0", "k10-0", 1), ("k0-1", "k0-0", 2)])
-    monkeypatch.setattr(inspect_page, "_READ_BYTES", prepared.manifest.shards[0].bytes + 1)
+    monkeypatch.setattr(prepared_page, "_READ_BYTES", prepared.manifest.shards[0].bytes + 1)
     page = html(prepared)
     assert set(prepared._members) == {"00000", "00007"}
     assert shown_keys(page) == [*(f"k0-{m}" for m in range(4)), *(f"k7-{m}" for m in range(4)), "rare"]
@@ -268,10 +268,10 @@ def test_of_a_large_dataset_a_few_shards_are_read_and_every_bucket_is_shown(tmp_
 
 
 def test_captions_are_binned_in_round_steps():
-    assert inspect.length_bins(np.array([3, 9, 10, 11, 12, 14], np.int32)) == [
+    assert prepared_summary.length_bins(np.array([3, 9, 10, 11, 12, 14], np.int32)) == [
         (low, low + 1, number) for low, number in enumerate([0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 1])
     ]
-    long = inspect.length_bins(np.array([40] * 99 + [60_000], np.int32))
+    long = prepared_summary.length_bins(np.array([40] * 99 + [60_000], np.int32))
     assert long[-1] == (120, None, 1)
     assert sum(number for *_, number in long) == 100
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from ftk.cache import gc, inspect, inspect_page, shards, view
+from ftk.cache import cache_page, cache_summary, gc, shards, view
 from ftk.cache.store import CacheStore
 from ftk.cli import inspect as command
 from ftk.contracts import SampleRow
@@ -78,7 +78,7 @@ def built(
 
 
 def html(store: CacheStore, **options: Any) -> str:
-    return inspect_page.page(store, **options)[1].decode()
+    return cache_page.page(store, **options)[1].decode()
 
 
 def prepared_row(key: str, **changes: Any) -> SampleRow:
@@ -105,7 +105,7 @@ def test_items_that_samples_share_are_counted_once(tmp_path):
         sample(3),
     ]
     held = {**{item(number): latents([[[0.0]]]) for number in (1, 3, 7, 8)}, item(9): {"mask": torch.zeros(1, 1)}}
-    summary = inspect.summarise(built(tmp_path, samples, [held]))
+    summary = cache_summary.summarise(built(tmp_path, samples, [held]))
     assert (summary.num_samples, summary.num_images, summary.num_controls, summary.num_masks) == (3, 2, 2, 1)
     assert (summary.num_texts, summary.text_lengths.num_captions) == (3, 4)
     assert summary.latents.num_read == 4
@@ -119,7 +119,7 @@ def test_storage_is_what_lies_on_disk_and_what_of_it_is_garbage(tmp_path):
     for name in ("latents/aaaa/x.damaged", "latents/old/y.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"0" * 1000)
-    latents_on_disk, texts_on_disk = inspect.summarise(CacheStore.open(tmp_path)).storage
+    latents_on_disk, texts_on_disk = cache_summary.summarise(CacheStore.open(tmp_path)).storage
     assert (latents_on_disk.kind, latents_on_disk.num_items, latents_on_disk.num_shards) == ("latents", 3, 2)
     assert latents_on_disk.num_bytes == sum(path.stat().st_size for path in (tmp_path / "latents").rglob("*.*"))
     # Mean and std in fp32: two values of each in the one item, one in the other.
@@ -131,7 +131,7 @@ def test_storage_is_what_lies_on_disk_and_what_of_it_is_garbage(tmp_path):
 
 def test_prompts_are_no_garbage(tmp_path):
     texts = {item(1): text(1), item(2): text(1), item(3): text(1), EMPTY: text(1)}
-    summary = inspect.summarise(built(tmp_path, [sample(1)], texts=texts, prompts={"a cat": item(2)}))
+    summary = cache_summary.summarise(built(tmp_path, [sample(1)], texts=texts, prompts={"a cat": item(2)}))
     assert summary.storage[1].num_unnamed == 1
     assert (summary.prompts, summary.num_texts) == (["a cat"], 1)
 
@@ -139,13 +139,13 @@ def test_prompts_are_no_garbage(tmp_path):
 def test_buckets_go_from_tall_to_wide_with_their_share(tmp_path):
     wide, tall = {"bucket_width": 96, "bucket_height": 48}, {"bucket_width": 48, "bucket_height": 96}
     samples = [sample(1, **wide), sample(2, **tall), sample(3, **wide), sample(4, **wide)]
-    found = inspect.summarise(built(tmp_path, samples)).buckets
+    found = cache_summary.summarise(built(tmp_path, samples)).buckets
     assert [(one.width, one.height, one.num_samples, one.share) for one in found] == [(48, 96, 1, 0.25), (96, 48, 3, 0.75)]
 
 
 def test_text_lengths_are_of_every_caption_of_every_sample(tmp_path):
     samples = [sample(2, texts=[item(2), item(8)], text_lengths=[2, 8]), sample(4), sample(5), sample(8)]
-    lengths = inspect.summarise(built(tmp_path, samples)).text_lengths
+    lengths = cache_summary.summarise(built(tmp_path, samples)).text_lengths
     assert (lengths.num_captions, lengths.least, lengths.median, lengths.most) == (5, 2, 5, 8)
     assert lengths.percentile_95 == pytest.approx(8)
     assert (lengths.limit, lengths.num_at_limit) == (8, 2)
@@ -155,14 +155,14 @@ def test_text_lengths_are_of_every_caption_of_every_sample(tmp_path):
 @pytest.mark.parametrize(("family", "limit", "cut"), [("qwen-image", 1024, 1), ("of-the-future", None, 0)])
 def test_a_limit_that_was_not_recorded_is_the_familys(tmp_path, family, limit, cut):
     store = built(tmp_path, [sample(2), sample(1024)], family=family, encoders={})
-    lengths = inspect.summarise(store).text_lengths
+    lengths = cache_summary.summarise(store).text_lengths
     assert (lengths.limit, lengths.num_at_limit) == (limit, cut)
 
 
 def test_moments_of_each_channel_and_of_all(tmp_path):
     first = latents([[[1.0, 3.0]], [[-2.0, -2.0]]], std=0.25)
     second = latents([[[5.0], [7.0]], [[-2.0], [6.0]]], std=0.75)  # another bucket
-    found = inspect.summarise(built(tmp_path, [sample(1), sample(2)], [{item(1): first, item(2): second}])).latents
+    found = cache_summary.summarise(built(tmp_path, [sample(1), sample(2)], [{item(1): first, item(2): second}])).latents
     assert [(one.mean, one.posterior_std) for one in found.channels] == [(4, 0.5), (0, 0.5)]
     # 1 3 5 7 about 4: squares 9 1 1 9; -2 -2 -2 6 about 0: squares 4 4 4 36.
     assert [one.std for one in found.channels] == pytest.approx([math.sqrt(5), math.sqrt(12)])
@@ -175,7 +175,7 @@ def test_moments_of_each_channel_and_of_all(tmp_path):
 def test_latents_near_zero_and_one_are_normalised(tmp_path):
     for number, (centre, spread, verdict) in enumerate([(0, 1, True), (0.3, 0.6, True), (0, 0.3, False), (0.8, 1, False)]):
         held = {item(1): latents([[[centre - spread, centre + spread]]], dtype=torch.float16)}
-        found = inspect.summarise(built(tmp_path / str(number), [sample(1)], [held])).latents
+        found = cache_summary.summarise(built(tmp_path / str(number), [sample(1)], [held])).latents
         assert (found.is_normalised, found.dtype) == (verdict, "float16"), (centre, spread)
 
 
@@ -184,7 +184,7 @@ def test_what_is_not_finite_is_counted_and_left_out(tmp_path):
         "mean": torch.tensor([[[1.0, float("nan"), 3.0, float("inf")]]]),
         "std": torch.tensor([[[0.5, 1.0, float("inf"), 1.0]]]),
     }
-    summary = inspect.summarise(built(tmp_path, [sample(1)], [{item(1): broken}]))
+    summary = cache_summary.summarise(built(tmp_path, [sample(1)], [{item(1): broken}]))
     assert summary.latents.non_finite_share == 3 / 8
     assert (summary.latents.mean, summary.latents.posterior_std, summary.latents.largest) == (1, 0.5, 1)
     assert sum(number for *_, number in summary.latents.histogram) == 1
@@ -203,29 +203,29 @@ def test_the_sample_of_latents_is_bounded_seeded_and_from_all_shards(tmp_path, m
     numbers = [list(range(start, start + 10)) for start in range(1, 81, 10)]
     held = [{item(number): latents([[[float(number)]]]) for number in shard} for shard in numbers]
     store = built(tmp_path, [sample(number) for shard in numbers for number in shard], held)
-    monkeypatch.setattr(inspect, "_LATENTS_READ", 8)
+    monkeypatch.setattr(cache_summary, "_LATENTS_READ", 8)
     read: list[int] = []
     monkeypatch.setattr(CacheStore, "latents", lambda store, number: (read.append(number), latents([[[1.0]]]).values())[1])
-    assert inspect.summarise(store).latents.num_read == 8
+    assert cache_summary.summarise(store).latents.num_read == 8
     assert [number // 10 for number in read] == list(range(8))
     first = list(read)
-    inspect.summarise(store)
+    cache_summary.summarise(store)
     assert read == first * 2
 
 
 def test_control_images_take_their_share_of_the_sample(tmp_path, monkeypatch):
     samples = [sample(number, controls=[item(100 + number)]) for number in range(1, 21)]
     held = {item(number): latents([[[0.0]]]) for number in (*range(1, 21), *range(101, 121))}
-    monkeypatch.setattr(inspect, "_LATENTS_READ", 10)
-    assert inspect.summarise(built(tmp_path, samples, [held])).latents.num_read == 10
+    monkeypatch.setattr(cache_summary, "_LATENTS_READ", 10)
+    assert cache_summary.summarise(built(tmp_path, samples, [held])).latents.num_read == 10
 
 
 def test_spread_takes_one_of_each_stretch():
     generator = np.random.default_rng(0)
-    assert inspect.spread(3, 5, generator).tolist() == [0, 1, 2]
-    assert inspect.spread(0, 5, generator).tolist() == []
+    assert cache_summary.spread(3, 5, generator).tolist() == [0, 1, 2]
+    assert cache_summary.spread(0, 5, generator).tolist() == []
     for number in (24, 25, 37, 1000):
-        positions = inspect.spread(number, 24, generator)
+        positions = cache_summary.spread(number, 24, generator)
         edges = np.arange(25) * number // 24
         assert ((edges[:-1] <= positions) & (positions < edges[1:])).all()
 
@@ -233,7 +233,7 @@ def test_spread_takes_one_of_each_stretch():
 @pytest.mark.parametrize(("scale", "step"), [(0.01, 1 / 32), (0.9, 1 / 16), (3.9, 0.25), (500.0, 4.0)])
 def test_values_are_binned_over_the_range_where_they_lie(tmp_path, scale, step):
     values = [[[-scale, -scale / 2, scale / 2, scale]]]
-    bins = inspect.summarise(built(tmp_path, [sample(1)], [{item(1): latents(values)}])).latents.histogram
+    bins = cache_summary.summarise(built(tmp_path, [sample(1)], [{item(1): latents(values)}])).latents.histogram
     assert (len(bins), bins[0][0], bins[-1][1], bins[16][:2]) == (32, None, None, (0, step))
     assert sum(number for *_, number in bins) == 4
     expected = [number for value in values[0][0] for number, (low, high, _) in enumerate(bins)
@@ -243,7 +243,7 @@ def test_values_are_binned_over_the_range_where_they_lie(tmp_path, scale, step):
 
 def test_a_few_values_far_away_are_in_the_outermost_bins(tmp_path):
     values = [[[-60.0, -1.0] + [0.1] * 5000 + [90.0]]]
-    bins = inspect.summarise(built(tmp_path, [sample(1)], [{item(1): latents(values)}])).latents.histogram
+    bins = cache_summary.summarise(built(tmp_path, [sample(1)], [{item(1): latents(values)}])).latents.histogram
     assert [(low, high, number) for low, high, number in bins if number] == [
         (None, -15 / 32, 2), (3 / 32, 4 / 32, 5000), (15 / 32, None, 1),
     ]  # fmt: skip
@@ -251,19 +251,19 @@ def test_a_few_values_far_away_are_in_the_outermost_bins(tmp_path):
 
 def test_psnr():
     dark, light = np.full((2, 2, 3), 100, np.uint8), np.full((2, 2, 3), 110, np.uint8)
-    assert inspect_page.psnr(dark, light) == inspect_page.psnr(light, dark) == pytest.approx(20 * math.log10(25.5))
-    assert inspect_page.psnr(dark, dark) == math.inf
-    assert inspect_page.psnr(dark, light[:1]) is None
+    assert cache_page.psnr(dark, light) == cache_page.psnr(light, dark) == pytest.approx(20 * math.log10(25.5))
+    assert cache_page.psnr(dark, dark) == math.inf
+    assert cache_page.psnr(dark, light[:1]) is None
 
 
 def test_every_bucket_has_pictures_on_the_sheet(tmp_path):
     sizes = [(64, 64)] * 60 + [(96, 48)] * 30 + [(48, 96)] * 2
     samples = [sample(n + 1, bucket_width=width, bucket_height=height) for n, (width, height) in enumerate(sizes)]
-    picks = inspect_page._picks(built(tmp_path, samples).table)
+    picks = cache_page._picks(built(tmp_path, samples).table)
     assert len(picks) == len(set(picks)) == 24
     assert [sizes[pick] for pick in picks] == [(48, 96)] * 2 + [(64, 64)] * 11 + [(96, 48)] * 11
     many = [sample(n + 1, bucket_width=64 + n) for n in range(40)]
-    assert len(set(inspect_page._picks(built(tmp_path / "many", many).table))) == 24
+    assert len(set(cache_page._picks(built(tmp_path / "many", many).table))) == 24
 
 
 def test_the_page_without_a_model_says_how_to_see_pictures(tmp_path):
@@ -315,11 +315,11 @@ def test_sources_are_of_the_same_pixels_and_of_the_dataset_that_is_named(tmp_pat
 def test_a_folder_without_a_vae_is_named_with_what_it_holds(tmp_path, tiny_model):
     store = built(tmp_path / "cache", [sample(1)])
     with pytest.raises(ModelError, match=r"no vae folder of a qwen-image model in it \(found: no such folder\)"):
-        inspect_page.page(store, tmp_path / "nowhere")
+        cache_page.page(store, tmp_path / "nowhere")
     (tmp_path / "weights").mkdir()
     with pytest.raises(ModelError, match="found: cache, weights"):
-        inspect_page.page(store, tmp_path)
-    assert inspect_page.Decoder.load(store.manifest, tiny_model / "vae").model == str(tiny_model)
+        cache_page.page(store, tmp_path)
+    assert cache_page.Decoder.load(store.manifest, tiny_model / "vae").model == str(tiny_model)
 
 
 def test_the_terminal_shows_names_as_they_are(tmp_path, capsys):

@@ -17,7 +17,7 @@ from PIL import Image
 from ftk import storage
 from ftk.cli import inspect as command
 from ftk.errors import ConfigError, DatasetError
-from ftk.train import checkpoint, inspect, inspect_page
+from ftk.train import checkpoint, run_page, run_summary
 from ftk.train.hooks.recorder import METRICS_SCHEMA, VALIDATION_SCHEMA
 
 HOSTILE = '</script><script>document.title = "ran"</script>'
@@ -62,7 +62,7 @@ def measurement(step: int, loss: float, is_best: bool = False) -> dict[str, Any]
 
 
 def page(directory: Path) -> str:
-    return inspect_page.page(directory)[1].decode()
+    return run_page.page(directory)[1].decode()
 
 
 def data(directory: Path) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def data(directory: Path) -> dict[str, Any]:
 def test_the_numbers_are_those_of_the_rows(tmp_path):
     rows = [row(step, loss=1.0 if step <= 30 else 0.5) for step in range(1, 61)]
     rows[40] = row(41, math.nan, memory_bytes=3 << 30)
-    found = inspect.summarise(
+    found = run_summary.summarise(
         run(tmp_path, rows, measured=[measurement(0, 0.1), measurement(30, 0.4, True), measurement(60, 0.5)])
     )
     assert (found.step, found.num_steps, found.num_samples, found.seconds) == (60, 100, 120, 60.0)
@@ -88,7 +88,7 @@ def test_the_numbers_are_those_of_the_rows(tmp_path):
 
 
 def test_bands_compare_the_first_steps_with_the_last(tmp_path):
-    found = inspect.summarise(run(tmp_path, [row(step, loss=1.0 if step <= 200 else 0.5) for step in range(1, 501)]))
+    found = run_summary.summarise(run(tmp_path, [row(step, loss=1.0 if step <= 200 else 0.5) for step in range(1, 501)]))
     assert (found.num_band_steps, found.bands[0].first, found.bands[0].now) == (200, 1.0, 0.5)
 
 
@@ -97,7 +97,7 @@ def test_bands_compare_the_first_steps_with_the_last(tmp_path):
 )
 def test_the_state_is_known_without_the_process(tmp_path, rows, report, state):
     run(tmp_path, [row(step) for step in range(1, rows + 1)], report=report)
-    assert inspect.summarise(tmp_path).state == state
+    assert run_summary.summarise(tmp_path).state == state
 
 
 def test_a_run_that_another_process_trains_is_running_and_says_what_is_left(tmp_path):
@@ -108,20 +108,20 @@ def test_a_run_that_another_process_trains_is_running_and_says_what_is_left(tmp_
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
         assert holder.stdout.readline() == "held\n"
-        found = inspect.summarise(tmp_path)
+        found = run_summary.summarise(tmp_path)
         assert (found.state, found.seconds_left) == ("running", 30.0)
         assert found.holder.startswith(f"process {holder.pid} on ")
         holder.stdin.close()
     # The lock's file stays behind; the lock does not.
     assert (tmp_path / ".lock").exists()
-    assert inspect.summarise(tmp_path).state == "stopped"
+    assert run_summary.summarise(tmp_path).state == "stopped"
 
 
 def test_looking_takes_no_lock_away(tmp_path):
     run(tmp_path, [row(1)])
     with storage.lock(tmp_path):
         pass
-    inspect.summarise(tmp_path)
+    run_summary.summarise(tmp_path)
     with storage.lock(tmp_path):
         assert storage.holder(tmp_path) is not None
 
@@ -131,23 +131,23 @@ def test_the_newest_checkpoint_is_read_and_a_damaged_one_named(tmp_path):
     saved(tmp_path, 10)
     saved(tmp_path, 20)
     checkpoint.mark_best(tmp_path / "checkpoints", 10, 0.5)
-    found = inspect.summarise(tmp_path).checkpoints
+    found = run_summary.summarise(tmp_path).checkpoints
     assert [(one.step, one.is_best, one.problem) for one in found] == [(10, True, None), (20, False, None)]
     assert found[1].num_bytes == sum(path.stat().st_size for path in (tmp_path / "checkpoints" / "00000020").iterdir())
     saved(tmp_path, 30, is_whole=False)
-    assert inspect.summarise(tmp_path).checkpoints[-1].problem == "adapter.safetensors does not have its checksum"
-    assert inspect.summarise(tmp_path, verify=False).checkpoints[-1].problem is None
+    assert run_summary.summarise(tmp_path).checkpoints[-1].problem == "adapter.safetensors does not have its checksum"
+    assert run_summary.summarise(tmp_path, verify=False).checkpoints[-1].problem is None
     assert "is damaged: adapter.safetensors does not have its checksum" in page(tmp_path)
 
 
 def test_a_run_without_its_metrics_is_known_by_its_checkpoint(tmp_path, caplog):
     run(tmp_path)
     saved(tmp_path, 20)
-    found = inspect.summarise(tmp_path)
+    found = run_summary.summarise(tmp_path)
     assert (found.step, found.num_samples, found.loss, found.bands) == (20, 140, None, [])
     (tmp_path / "metrics.parquet").write_bytes(b"PAR1")
     with caplog.at_level(logging.WARNING, "ftk"):
-        assert inspect.summarise(tmp_path).num_samples == 140
+        assert run_summary.summarise(tmp_path).num_samples == 140
     assert "metrics.parquet is damaged" in caplog.text
 
 
@@ -166,7 +166,7 @@ def test_the_page_of_a_run_that_lacks_a_file_says_so(tmp_path, missing):
 def test_a_configuration_that_cannot_be_read_is_left_out(tmp_path, text):
     run(tmp_path, [row(1)])
     (tmp_path / "config.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
-    assert inspect.summarise(tmp_path).num_steps is None
+    assert run_summary.summarise(tmp_path).num_steps is None
     assert "config.yaml, as resolved" in page(tmp_path)
 
 
@@ -182,11 +182,11 @@ def test_a_short_run_is_drawn_step_by_step(tmp_path):
     assert curves["validation"]["best"] == 3
 
 
-def long_history(number: int) -> inspect.History:
+def long_history(number: int) -> run_summary.History:
     steps = np.arange(1, number + 1)
     losses = np.sin(steps / 1000) + (steps % 7) / 10
     is_good = steps % 1000 != 0
-    return inspect.History(
+    return run_summary.History(
         step_N=steps, loss_N=np.where(is_good, losses, np.nan), learning_rate_N=steps * 1e-9, grad_norm_N=losses,
         num_samples_N=np.full(number, 2), seconds_N=np.ones(number), data_seconds_N=np.zeros(number),
         memory_bytes_N=steps * 1024.0, is_good_N=is_good, band_losses_NK=np.stack([losses] * 4, 1),
@@ -196,8 +196,8 @@ def long_history(number: int) -> inspect.History:
 
 def test_a_million_steps_are_drawn_as_means_with_their_least_and_largest(tmp_path):
     number = 1_000_003
-    rows, measured = long_history(number), inspect.validation(tmp_path)
-    curves = inspect_page.curves(rows, measured, inspect.summary(tmp_path, rows, measured), {})
+    rows, measured = long_history(number), run_summary.validation(tmp_path)
+    curves = run_page.curves(rows, measured, run_summary.summary(tmp_path, rows, measured), {})
     assert len(json.dumps(curves)) < 500_000
     assert len(curves["step"]) == 1500
     assert (curves["step"][-1], sum(curves["count"])) == (number, number - 1000)
@@ -245,7 +245,7 @@ def test_large_sheets_are_made_smaller_until_the_page_is_small(tmp_path, monkeyp
     noise = np.random.default_rng(0).integers(0, 256, (700, 900, 3), np.uint8)
     for step in (1, 2):
         Image.fromarray(noise).save(tmp_path / "samples" / f"step-{step:08d}.png")
-    monkeypatch.setattr(inspect_page, "_SHEETS_BYTES", 200_000)
+    monkeypatch.setattr(run_page, "_SHEETS_BYTES", 200_000)
     pictures = re.findall(r'src="(data:image/jpeg;base64,[^"]+)"', page(tmp_path))
     assert len(pictures) == 2
     assert all(10_000 < len(picture) <= 100_000 for picture in pictures)
@@ -263,7 +263,7 @@ def test_a_sheet_that_cannot_be_read_is_said(tmp_path):
     ("seconds", "text"), [(0.0123, "0.0123 s"), (59.9, "59.9 s"), (60, "1 min 0 s"), (7384, "2 h 3 min"), (190000, "2 d 4 h")]
 )
 def test_durations_are_for_people(seconds, text):
-    assert inspect_page.duration(seconds) == text
+    assert run_page.duration(seconds) == text
 
 
 def test_the_command_shows_a_run_as_tables_json_and_page(tmp_path, capsys):

@@ -454,10 +454,10 @@ def test_files_with_an_underscore_are_no_methods() -> None:
 
 @pytest.mark.parametrize("name", ["lora", "oft", "boft", "loha", "lokr"])
 def test_taking_the_adapter_out_restores_the_base(case: Callable[..., Case], name: str) -> None:
-    from ftk.methods import _injection
+    from ftk.methods.adapters import injection
 
     made = case(name, **({"block_size": 4} if name in ("oft", "boft") else {"rank": 2}))
-    _injection.unload(made.denoiser)
+    injection.unload(made.denoiser)
     after = made.denoiser.state_dict()
     assert after.keys() == made.before.keys()
     assert all(torch.equal(after[key], value) for key, value in made.before.items())

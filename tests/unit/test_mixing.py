@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from ftk.configs.schema import AdapterConfig, MethodConfig
+from ftk.configs.schema import AddedAdapterConfig, MethodConfig
+from ftk.deliver import mixing
 from ftk.errors import CheckpointError, ConfigError
 from ftk.methods import base as methods
 from ftk.methods.base import DENOISER
 from ftk.models import base as families
-from ftk.train import mixing
 from ftk.train.inputs import load_components
 
 CPU = torch.device("cpu")
@@ -106,7 +106,7 @@ def summed(name: str, pipeline: Any, parts: list[tuple[Adapter, float]]) -> torc
 
 def mixed(pipeline: Any, own: Adapter, strength: float, added: list[tuple[Adapter, float]]) -> Any:
     found = [
-        mixing.find(AdapterConfig(path=str(one.folder), strength=each), f"sample.adapters.{number}")
+        mixing.find(AddedAdapterConfig(path=str(one.folder), strength=each), f"sample.adapters.{number}")
         for number, (one, each) in enumerate(added)
     ]
     mixing.check_fits(pipeline, found)
@@ -167,7 +167,7 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_drawn(
     adapter: Callable[..., Adapter], pipeline: Callable[..., Any]
 ) -> None:
     other = adapter("lora", 1, family="stable-diffusion", targets=("to_q",))
-    found = mixing.find(AdapterConfig(path=str(other.folder)), "sample.adapters.0")
+    found = mixing.find(AddedAdapterConfig(path=str(other.folder)), "sample.adapters.0")
     with pytest.raises(CheckpointError, match="trained on another base model"):
         mixing.check_fits(pipeline(), [found])
 
@@ -176,7 +176,7 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_drawn(
 def test_what_does_not_add_up_is_refused_by_its_type(adapter: Callable[..., Adapter], kind: str) -> None:
     folder = adapter(kind, 1).folder
     with pytest.raises(ConfigError, match=rf"sample.adapters.1.path .* is of type {kind.upper()}, which does not add up"):
-        mixing.find(AdapterConfig(path=str(folder)), "sample.adapters.1")
+        mixing.find(AddedAdapterConfig(path=str(folder)), "sample.adapters.1")
     with pytest.raises(ConfigError, match=f"0.5 has no meaning .* of type {kind.upper()}"):
         mixing.check_own_strength(0.5, folder, kind)
     mixing.check_own_strength(1.0, folder, kind)
@@ -197,6 +197,6 @@ def test_where_no_adapter_lies_is_said(adapter: Callable[..., Adapter], tmp_path
         (tmp_path / "broken", "cannot be read"),
     ):
         with pytest.raises(ConfigError, match=message):
-            mixing.find(AdapterConfig(path=str(path)), "sample.adapters.0")
+            mixing.find(AddedAdapterConfig(path=str(path)), "sample.adapters.0")
     with pytest.raises(ConfigError, match="full, whose weights are the model's own"):
         mixing.check_own_strength(2.0, full, "full")

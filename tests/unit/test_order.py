@@ -12,7 +12,7 @@ from ftk import storage
 from ftk.cache.view import SAMPLE_SCHEMA
 from ftk.configs.schema import TrainConfig
 from ftk.errors import CacheError, ConfigError
-from ftk.pipeline.shards import sample_key
+from ftk.pipeline.shard_writer import sample_key
 from ftk.train.order import EMPTY_CAPTION, Order, keyed_permutation, keyed_seed, share
 
 EMPTY_LENGTH = 5

@@ -7,8 +7,8 @@ import huggingface_hub
 import pytest
 from hub_server import TOKEN, HubServer, hub_server
 
+from ftk.deliver import push
 from ftk.errors import ConfigError, EnvironmentFault
-from ftk.train import push
 
 CARD = "---\nlicense: apache-2.0\nbase_model: Qwen/Qwen-Image\n---\n# dog\n"
 

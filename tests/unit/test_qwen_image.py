@@ -13,7 +13,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from ftk.errors import ModelError
 from ftk.models import qwen_image
-from ftk.models.qwen_image import FAMILY, PREFIX_TOKENS, TEMPLATE, TextEncoder
+from ftk.models.qwen_image import FAMILY, PREFIX_TOKENS, TEMPLATE, QwenTextEncoder
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a photo of a red cat on a chair", "", "größe 猫", "{} <|im_end|>", "a dog, " * 20, "word " * 3000]
@@ -248,5 +248,5 @@ def test_text_memory_is_what_encoding_takes(text_folder: Path, dtype: torch.dtyp
 
 def test_the_cached_prefix_is_the_start_of_the_template(text_folder: Path) -> None:
     encoder = FAMILY.load_text_encoder(text_folder, torch.float32, CPU)
-    assert isinstance(encoder, TextEncoder)
+    assert isinstance(encoder, QwenTextEncoder)
     assert encoder.tokenizer.decode(encoder.prefix_ids) == TEMPLATE.split("{}")[0]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ftk.deliver.run_delivery import RunDelivery
 from ftk.train import stage
 from ftk.train.hooks.recorder import read_metrics
 
@@ -92,7 +93,7 @@ def test_a_made_workspace_trains_and_resumes_at_its_checkpoint(tmp_path):
     config = setup.make_workspace(tmp_path, setup.SIZES["many"], num_samples=12, train=resume.settings_of("by bucket"))
     resume.save(tmp_path, "by bucket", 1000)
     going_on = config.model_copy(update={"train": config.train.model_copy(update={"steps": 1002})})
-    stage.run(going_on)
+    stage.run(going_on, RunDelivery)
     assert [row["step"] for row in read_metrics(tmp_path / "runs" / "benchmark")] == [1001, 1002]
 
 

@@ -18,7 +18,7 @@ from ftk.demo.scenes import generator
 from ftk.errors import CheckpointError, ModelError
 from ftk.methods import base as methods
 from ftk.models.qwen_image import FAMILY, PREFIX_TOKENS, TEMPLATE
-from ftk.train import inspect
+from ftk.train import run_summary
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "world"))
 
@@ -260,7 +260,7 @@ def trained_run(monkeypatch):
     counts_NK = np.array([12.0, 12.0, 24.0, 0.0]) * np.ones((2000, 1))
     losses_NK = np.where(counts_NK > 0, 1.0 / steps[:, None], np.nan)
     ones = np.ones(2000)
-    rows = inspect.History(
+    rows = run_summary.History(
         step_N=steps, loss_N=1 / steps, learning_rate_N=ones, grad_norm_N=ones, num_samples_N=steps, seconds_N=0.3 * ones,
         data_seconds_N=ones, memory_bytes_N=ones, is_good_N=ones.astype(bool), band_losses_NK=losses_NK,
         band_counts_NK=counts_NK,

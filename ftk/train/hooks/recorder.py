@@ -76,7 +76,7 @@ class Recorder:
         self._num_bad_steps = 0
         self._window_started = self._shown_at = 0.0
         self._num_unshown = 0
-        self._progress: progress.Tracker | None = None
+        self._progress: progress.ProgressBar | None = None
         self._stack = contextlib.ExitStack()
 
     def on_start(self, trainer: Trainer) -> None:

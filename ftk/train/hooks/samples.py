@@ -14,7 +14,7 @@ from ftk.cache.store import CacheStore
 from ftk.configs.load import run_path
 from ftk.configs.schema import RunConfig
 from ftk.errors import CacheError
-from ftk.train import sample
+from ftk.train import drawing, sheet
 from ftk.train.hooks.recorder import Recorder
 from ftk.train.loop import StepResult, Trainer
 
@@ -28,7 +28,7 @@ def check(config: RunConfig, store: CacheStore) -> None:
     """
     if not (config.sample.every and config.sample.prompts):
         return
-    sample.size(config)
+    drawing.size(config)
     wanted = {**dict.fromkeys(config.sample.prompts, "prompts"), config.sample.negative_prompt: "negative_prompt"}
     missing = [prompt for prompt in wanted if prompt not in store.manifest.prompts]
     if missing:
@@ -96,8 +96,8 @@ class Samples:
             images = self._draw(trainer)
         if trainer.ranks.is_main:
             prompts = list(self._config.sample.prompts)
-            sheet = sample.grid([[image] for image in images], prompts, [f"step {trainer.step}"])
-            storage.commit_bytes(self._sheet(trainer.step), sample.png_bytes(sheet))
+            page = sheet.grid([[image] for image in images], prompts, [f"step {trainer.step}"])
+            storage.commit_bytes(self._sheet(trainer.step), sheet.png_bytes(page))
             self._recorder.images(trainer.step, images, prompts)
             self._renew_cards(trainer.step)
 
@@ -109,7 +109,7 @@ class Samples:
         vae = weakref.ref(pipeline.vae)
         with torch.no_grad(), trainer.evaluating():
             images = [
-                sample.generate(pipeline, family, self._config, self._texts(trainer, prompt), position)
+                drawing.generate(pipeline, family, self._config, self._texts(trainer, prompt), position)
                 for position, prompt in enumerate(self._config.sample.prompts)
             ]
         del pipeline

@@ -15,13 +15,14 @@ import torch
 from ftk import locations, storage
 from ftk.configs.load import run_path
 from ftk.configs.schema import RunConfig
+from ftk.deliver import card, metadata
 from ftk.errors import CheckpointError, ConfigError, ModelError
 from ftk.methods import base as methods
 from ftk.methods.base import DENOISER
 from ftk.models import base as models
 from ftk.models.base import Family, TrainsEncoders
 from ftk.progress import human_bytes
-from ftk.train import card, checkpoint, metadata, optim
+from ftk.train import checkpoint, optim
 from ftk.train.checkpoint import Checkpoint
 from ftk.train.inputs import load_components, open_cache, with_rates
 from ftk.train.order import keyed_seed

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftk import storage
 from ftk.errors import CheckpointError
-from ftk.methods import _injection, _targets
+from ftk.methods.adapters import injection, targets
 from ftk.methods.base import DENOISER, Components
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ def export_directories(directory: Path, components: Components, metadata: Mappin
     """The adapters as they are, `export_directory` of each: the denoiser's in the folder itself, others in one of their own."""
     files = []
     for name, module in components.items():
-        settings = for_delivery(module.peft_config[_injection.ADAPTER])
-        files += export_directory(folder(directory, name), settings, _injection.state(module), metadata)
+        settings = for_delivery(module.peft_config[injection.ADAPTER])
+        files += export_directory(folder(directory, name), settings, injection.state(module), metadata)
     return files
 
 
@@ -43,7 +43,7 @@ def export_directory(
     return [directory / CONFIG_FILE, commit_tensors(directory / WEIGHTS_FILE, named, metadata)]
 
 
-def load_directories(pipeline: Any, directory: Path, adapter: str = _injection.ADAPTER) -> None:
+def load_directories(pipeline: Any, directory: Path, adapter: str = injection.ADAPTER) -> None:
     """Inject what `export_directories` wrote into a pipeline that has no adapter of this name.
 
     Raises:
@@ -53,13 +53,13 @@ def load_directories(pipeline: Any, directory: Path, adapter: str = _injection.A
     load_encoders(pipeline, directory, adapter)
 
 
-def load_encoders(pipeline: Any, directory: Path, adapter: str = _injection.ADAPTER) -> None:
+def load_encoders(pipeline: Any, directory: Path, adapter: str = injection.ADAPTER) -> None:
     """The same for its text encoders alone."""
     for name in sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}")):
         load_directory(encoder_of(pipeline, name, directory), directory / name, adapter)
 
 
-def load_directory(model: Any, directory: Path, adapter: str = _injection.ADAPTER) -> None:
+def load_directory(model: Any, directory: Path, adapter: str = injection.ADAPTER) -> None:
     """Inject what `export_directory` wrote into a model that has no adapter of this name.
 
     Raises:
@@ -73,14 +73,14 @@ def load_directory(model: Any, directory: Path, adapter: str = _injection.ADAPTE
         config = PeftConfig.from_peft_type(**json.loads((directory / CONFIG_FILE).read_bytes()))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"{directory / CONFIG_FILE} cannot be read as an adapter's settings: {_injection.first_line(error)}"
+            f"{directory / CONFIG_FILE} cannot be read as an adapter's settings: {injection.first_line(error)}"
         ) from error
     check_fits(model, tensors, path)
     is_training = model.training
     with explaining(path):
         model.add_adapter(config, adapter_name=adapter)
-        left_over = _injection.set_state(model, tensors, adapter)
-        left_over += sorted(tensors.keys() ^ _injection.state(model, adapter).keys())
+        left_over = injection.set_state(model, tensors, adapter)
+        left_over += sorted(tensors.keys() ^ injection.state(model, adapter).keys())
     if left_over:
         raise CheckpointError(
             f"{path} was trained on another base model: {left_over[0]} is in one of the two alone. Load it into the "
@@ -136,7 +136,7 @@ def read_tensors(path: Path) -> "dict[str, torch.Tensor]":
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: `ftk train` or `ftk export` writes it.") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged: {_injection.first_line(error)}. Export it again.") from error
+        raise CheckpointError(f"{path} is damaged: {injection.first_line(error)}. Export it again.") from error
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors. Export it again.")
     return tensors
@@ -148,7 +148,7 @@ def check_fits(model: Any, tensors: "Mapping[str, torch.Tensor]", path: Path) ->
     Raises:
         CheckpointError: it was trained on another base model.
     """
-    within = tuple(f"{name}." for name in _injection.adapted(model))
+    within = tuple(f"{name}." for name in injection.adapted(model))
     modules = {name: module for name, module in model.named_modules() if not name.startswith(within)}
     for name in tensors:
         parts = name.split(".")
@@ -165,7 +165,7 @@ def check_fits(model: Any, tensors: "Mapping[str, torch.Tensor]", path: Path) ->
 def _holds_weights(module: "torch.nn.Module") -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return _targets.is_layer(module) or isinstance(module, BaseTunerLayer) or bool(dict(module.named_parameters(recurse=False)))
+    return targets.is_layer(module) or isinstance(module, BaseTunerLayer) or bool(dict(module.named_parameters(recurse=False)))
 
 
 @contextlib.contextmanager
@@ -175,7 +175,7 @@ def explaining(path: Path) -> Iterator[None]:
         yield
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} does not fit this model: {_injection.first_line(error)}. Load it into the model that it was trained on."
+            f"{path} does not fit this model: {injection.first_line(error)}. Load it into the model that it was trained on."
         ) from error
 
 

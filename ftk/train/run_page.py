@@ -16,8 +16,8 @@ from PIL import Image, UnidentifiedImageError
 from ftk import storage
 from ftk.pipeline import page_parts
 from ftk.progress import track
-from ftk.train import inspect
-from ftk.train.inspect import Floats, History, RunSummary, Validation
+from ftk.train import run_summary
+from ftk.train.run_summary import Floats, History, RunSummary, ValidationHistory
 
 _MOST_POINTS = 1500
 _DIGITS = 5
@@ -35,9 +35,9 @@ _SETTINGS = (
 
 def page(directory: Path) -> tuple[RunSummary, bytes]:
     """The run's numbers, and one self-contained HTML page of them."""
-    rows, measured = inspect.history(directory), inspect.validation(directory)
-    summary = inspect.summary(directory, rows, measured)
-    settings = inspect.settings(directory)
+    rows, measured = run_summary.history(directory), run_summary.validation(directory)
+    summary = run_summary.summary(directory, rows, measured)
+    settings = run_summary.settings(directory)
     name = page_parts.short_name(directory)
     html = page_parts.environment("ftk.train").get_template("run.html").render(
         name=f"{name}, step {summary.step:,}" + (f" of {summary.num_steps:,}" if summary.num_steps else ""),
@@ -48,7 +48,7 @@ def page(directory: Path) -> tuple[RunSummary, bytes]:
         sheets=_sheets(directory),
         num_sheets=len(summary.sample_sheets),
         settings=[(name, _shown(_at(settings, name))) for name in _SETTINGS if _at(settings, name) is not None],
-        config=_text(directory / inspect.CONFIG),
+        config=_text(directory / run_summary.CONFIG),
         environment=_flat(_environment(directory)),
         duration=duration,
     )  # fmt: skip
@@ -63,7 +63,7 @@ class _Sheet:
     image: str | None
 
 
-def curves(rows: History, measured: Validation, summary: RunSummary, settings: Mapping[str, Any]) -> dict[str, Any]:
+def curves(rows: History, measured: ValidationHistory, summary: RunSummary, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the page's script draws, as plain values: each curve in at most 1500 points, whatever the number of steps.
 
     A point stands for the steps after the one before it. `count` are its good steps, `band_counts` their samples; `low`
@@ -152,7 +152,7 @@ def _plain(values: Floats) -> list[float | None]:
 
 def _sheets(directory: Path) -> list[_Sheet]:
     """The sheets from all over the run, made smaller so that the page has at most about 20 MB."""
-    paths = inspect.sample_sheets(directory)
+    paths = run_summary.sample_sheets(directory)
     shown = min(len(paths), _MOST_SHEETS)
     # The first and the last one are always among them.
     paths = [paths[position * (len(paths) - 1) // max(shown - 1, 1)] for position in range(shown)]
@@ -182,7 +182,7 @@ def _thumbnail(path: Path, most_bytes: int) -> str | None:
 
 def _environment(directory: Path) -> Any:
     try:
-        return storage.read_json(directory / inspect.ENVIRONMENT)
+        return storage.read_json(directory / run_summary.ENVIRONMENT)
     except (OSError, ValueError):
         return {}
 

@@ -138,7 +138,7 @@ class History:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Validation:
+class ValidationHistory:
     """The columns of `validation.parquet`, M measurements."""
 
     step_M: Integers
@@ -177,10 +177,10 @@ def history(directory: Path) -> History:
     )
 
 
-def validation(directory: Path) -> Validation:
+def validation(directory: Path) -> ValidationHistory:
     """The run's measurements of held-out samples; none as in `history`."""
     table = validation_table(directory)
-    return Validation(
+    return ValidationHistory(
         step_M=table["step"].to_numpy(),
         loss_M=_floats(table["loss"]),
         band_losses_MK=_bands(table["band_losses"]),
@@ -188,7 +188,7 @@ def validation(directory: Path) -> Validation:
     )
 
 
-def summary(directory: Path, rows: History, measured: Validation, verify: bool = True) -> RunSummary:
+def summary(directory: Path, rows: History, measured: ValidationHistory, verify: bool = True) -> RunSummary:
     """As `summarise`, of what was read already."""
     checkpoints = _checkpoints(directory, verify)
     num_steps = _number(settings(directory), "train", "steps")
@@ -331,7 +331,7 @@ def _band_summaries(rows: History, num_steps: int) -> list[BandSummary]:
     ]
 
 
-def _validation(measured: Validation) -> ValidationSummary | None:
+def _validation(measured: ValidationHistory) -> ValidationSummary | None:
     if not len(measured):
         return None
     best = np.flatnonzero(measured.is_best_M)[-1:].tolist()

@@ -20,7 +20,7 @@ Duplicates = dict[int, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unit:
+class SourceUnit:
     """A partition of a source, and what of it is left out as duplicate. Plain values: it can be sent to another machine."""
 
     number: int
@@ -53,7 +53,7 @@ class Unit:
         return storage.digest([PREPARED_SCHEMA, IMAGES_VERSION, *parts])
 
 
-def units(data: DataConfig, duplicates: dict[int, Duplicates]) -> Iterator[Unit]:
+def units(data: DataConfig, duplicates: dict[int, Duplicates]) -> Iterator[SourceUnit]:
     """All units, in the order of the sources; lists the sources anew each time, and holds one unit at a time.
 
     Raises:
@@ -64,7 +64,7 @@ def units(data: DataConfig, duplicates: dict[int, Duplicates]) -> Iterator[Unit]
     for config in data.sources:
         source, settings = sources.parse(config)
         for partition in source.partitions(config, settings, data.shard_samples):
-            yield Unit(number=number, source=config, partition=partition, duplicates=duplicates.get(number, {}))
+            yield SourceUnit(number=number, source=config, partition=partition, duplicates=duplicates.get(number, {}))
             number += 1
 
 
@@ -80,7 +80,7 @@ def look(data: DataConfig) -> None:
             next(source.partitions(config, settings, data.shard_samples), None)
 
 
-def records(unit: Unit) -> Iterator[Record | Reject]:
+def records(unit: SourceUnit) -> Iterator[Record | Reject]:
     """The unit's inputs in order, with those left out that repeat an earlier one."""
     source, settings = sources.parse(unit.source)
     taken: set[str] = set()
@@ -97,7 +97,7 @@ def records(unit: Unit) -> Iterator[Record | Reject]:
             taken.add(item.identity)
 
 
-def reject(unit: Unit, record: Record, reason: RejectReason, detail: str) -> Reject:
+def reject(unit: SourceUnit, record: Record, reason: RejectReason, detail: str) -> Reject:
     """A record that gives no sample. Names may hold bytes that are no UTF-8; tables may not."""
     path = record.identity.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return Reject(source=unit.source.source_name, path=path, reason=reason, detail=detail)

@@ -17,13 +17,14 @@ import ftk
 from ftk import storage
 from ftk.configs.load import parse_yaml, redact
 from ftk.configs.schema import CardConfig, ModelConfig
+from ftk.deliver import metadata
+from ftk.deliver.metadata import Subject
 from ftk.errors import ConfigError
-from ftk.methods import _peft
+from ftk.methods.adapters import peft_method
 from ftk.methods.base import Method
 from ftk.models.base import Family
-from ftk.train import metadata, sample
+from ftk.train import sheet
 from ftk.train.hooks.recorder import validation_table
-from ftk.train.metadata import Subject
 
 LOGGER = logging.getLogger("ftk")
 CARD = "README.md"
@@ -43,7 +44,7 @@ _OTHER_READERS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
+class CardImage:
     """A picture beside the card, and the prompt that it was drawn for, if that is known."""
 
     file: str
@@ -60,8 +61,8 @@ def write(subject: Subject, directory: Path, loading: str, *, merged: bool = Fal
     step, images = _pictures(subject)
     pictures = []
     for number, (image, prompt) in enumerate(images):
-        picture = Picture(file=f"{PICTURES}/{number}.png", prompt=prompt)
-        storage.commit_bytes(directory / picture.file, sample.png_bytes(image))
+        picture = CardImage(file=f"{PICTURES}/{number}.png", prompt=prompt)
+        storage.commit_bytes(directory / picture.file, sheet.png_bytes(image))
         pictures.append(picture)
     _remove_stale(directory, [picture.file for picture in pictures])
     storage.commit_bytes(directory / CARD, redact(text(subject, loading, pictures, step, merged=merged)).encode())
@@ -103,8 +104,8 @@ def how_to_load(method: Method, settings: Any, family: Family, base: str, form: 
         return _OTHER_READERS[form]
     if form == method.FORMATS[0]:
         return _python(base, method.usage(family, settings))
-    assert isinstance(method, _peft.PeftMethod)
-    return _python(base, _peft.PeftMethod.usage(method, family, settings))
+    assert isinstance(method, peft_method.PeftMethod)
+    return _python(base, peft_method.PeftMethod.usage(method, family, settings))
 
 
 def _python(base: str, usage: str) -> str:
@@ -124,7 +125,7 @@ def merged_loading() -> str:
     return f'```python\n{start}\npipeline = DiffusionPipeline.from_pretrained("{HERE}")\n```'
 
 
-def text(subject: Subject, loading: str, pictures: Sequence[Picture], step: int, *, merged: bool = False) -> str:
+def text(subject: Subject, loading: str, pictures: Sequence[CardImage], step: int, *, merged: bool = False) -> str:
     """README.md as the Hub reads it: YAML, then Markdown.
 
     Args:
@@ -199,7 +200,7 @@ def _what(subject: Subject, merged: bool) -> str:
     return f"{shown} ({family}), fine-tuned" if subject.is_whole else f"An adapter ({name}) for {shown} ({family})"
 
 
-def _gallery(pictures: Sequence[Picture], step: int) -> list[str]:
+def _gallery(pictures: Sequence[CardImage], step: int) -> list[str]:
     if not pictures:
         return []
     rows = [f"| ![{number}]({one.file}) | {_cell(one.prompt)} |" for number, one in enumerate(pictures)]
@@ -259,7 +260,7 @@ def _pictures(subject: Subject) -> tuple[int, list[tuple[Image.Image, str]]]:
     if not step:
         return 0, []
     try:
-        cells = sample.cells(sheets[step])
+        cells = sheet.cells(sheets[step])
     except (OSError, ValueError) as error:
         LOGGER.warning("%s is damaged (%s), so the model card shows no pictures", sheets[step], error)
         return 0, []

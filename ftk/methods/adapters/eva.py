@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ftk.methods import _injection
+from ftk.methods.adapters import injection
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ def start(models: Iterable[Any], predictions: "Iterable[Callable[[], torch.Tenso
             predict()
     num_left = 0
     for layer, seen in found:
-        A, directions = layer.lora_A[_injection.ADAPTER].weight, getattr(seen.pca, "components_", None)
+        A, directions = layer.lora_A[injection.ADAPTER].weight, getattr(seen.pca, "components_", None)
         if directions is None:
             num_left += 1
             continue
@@ -68,13 +68,13 @@ def _linear(model: Any) -> list[Any]:
     """The layers that are looked at. Convolutions, whose inputs overlap, start as `default` does."""
     import torch
 
-    return [layer for layer in _injection.adapted(model).values() if isinstance(layer.get_base_layer(), torch.nn.Linear)]
+    return [layer for layer in injection.adapted(model).values() if isinstance(layer.get_base_layer(), torch.nn.Linear)]
 
 
 def _pca(layer: Any) -> Any:
     from peft.utils.incremental_pca import IncrementalPCA
 
-    rank = len(layer.lora_A[_injection.ADAPTER].weight)
+    rank = len(layer.lora_A[injection.ADAPTER].weight)
     return IncrementalPCA(n_components=rank, copy=False, lowrank=True, lowrank_seed=_SEED)
 
 

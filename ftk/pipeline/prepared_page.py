@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from ftk.contracts import PreparedManifest, Reject, SampleRow, ShardRecord
-from ftk.pipeline import inspect, page_parts
+from ftk.pipeline import page_parts, prepared_summary
 from ftk.pipeline.dataset import PreparedDataset
 from ftk.progress import track
 
@@ -26,24 +26,24 @@ _THUMBNAIL_PX = 192
 _READ_BYTES = 4 << 30
 
 
-def page(dataset: PreparedDataset) -> tuple[inspect.Summary, bytes]:
+def page(dataset: PreparedDataset) -> tuple[prepared_summary.PreparedSummary, bytes]:
     """The dataset's numbers, and one self-contained HTML page of them with samples to look at.
 
     Raises:
         DatasetError: a table, or a shard that is shown, is missing or damaged.
     """
-    pairs = inspect.pairs(dataset, _MOST_PAIRS)
-    scan = inspect.scan(dataset, {pair[side] for pair in pairs for side in ("key", "like")})
-    summary = inspect.summary(dataset, scan, pairs[: inspect.EXAMPLES * 2])
+    pairs = prepared_summary.pairs(dataset, _MOST_PAIRS)
+    scan = prepared_summary.scan(dataset, {pair[side] for pair in pairs for side in ("key", "like")})
+    summary = prepared_summary.summary(dataset, scan, pairs[: prepared_summary.EXAMPLES * 2])
     opened = _shards_to_open(dataset.manifest)
     sheets = _sheets(dataset, opened)
     html = _template().render(
         summary=summary,
         name=page_parts.short_name(dataset.directory),
         recipe=json.dumps(dataset.manifest.recipe, indent=2, ensure_ascii=False),
-        long_chars=inspect.caption_settings(dataset.manifest).get("long_chars"),
+        long_chars=prepared_summary.caption_settings(dataset.manifest).get("long_chars"),
         sizes=_size_plot(scan, summary.buckets),
-        lengths=inspect.length_bins(scan.characters.joined()),
+        lengths=prepared_summary.length_bins(scan.characters.joined()),
         sheets=[(bucket, sheets[f"{bucket.width}x{bucket.height}"]) for bucket in summary.buckets],
         num_opened=len(opened),
         rejects=_some_rejects(dataset.manifest),
@@ -112,7 +112,7 @@ def _picks(manifest: PreparedManifest, opened: Sequence[ShardRecord]) -> dict[st
 
 
 def _picked_rows(dataset: PreparedDataset, shard: ShardRecord, picks: Mapping[str, Sequence[int]]) -> list[SampleRow]:
-    table = inspect.samples(dataset, shard)
+    table = prepared_summary.samples(dataset, shard)
     widths, heights = (table[name].to_numpy() for name in ("bucket_width", "bucket_height"))
     chosen: list[int] = []
     for bucket, positions in picks.items():
@@ -159,7 +159,7 @@ def _pair_cards(
     cards: dict[str, _Card] = {}
     with track("draw pairs", sum(map(len, wanted.values())), "image") as progress:
         for name, keys in sorted(wanted.items()):
-            table = inspect.samples(dataset, shards[name])
+            table = prepared_summary.samples(dataset, shards[name])
             for row in table.filter(pc.is_in(table["key"], value_set=pa.array(sorted(keys)))).to_pylist():
                 cards[row["key"]] = _card(dataset, SampleRow(**row))
                 progress.advance(1)
@@ -168,8 +168,8 @@ def _pair_cards(
 
 def _some_rejects(manifest: PreparedManifest) -> list[Reject]:
     """As many of each reason as there is room for; the rarest reason first, which the others would bury."""
-    groups: dict[str, list[Reject]] = {group.reason: [] for group in reversed(inspect.rejects_by_reason(manifest))}
-    for reject in inspect.rejects(manifest):
+    groups: dict[str, list[Reject]] = {group.reason: [] for group in reversed(prepared_summary.rejects_by_reason(manifest))}
+    for reject in prepared_summary.rejects(manifest):
         if len(groups[reject.reason]) < _MOST_REJECTS:
             groups[reject.reason].append(reject)
     shown: list[Reject] = []
@@ -178,7 +178,7 @@ def _some_rejects(manifest: PreparedManifest) -> list[Reject]:
     return shown
 
 
-def _size_plot(scan: inspect.Scan, buckets: Sequence[inspect.BucketSummary]) -> dict[str, Any]:
+def _size_plot(scan: prepared_summary.Scan, buckets: Sequence[prepared_summary.BucketSummary]) -> dict[str, Any]:
     """Original sizes on two logarithmic axes from 0 to 1: (x, y, width, height, samples) of each cell that has any."""
     sides = np.stack([scan.widths.joined(), scan.heights.joined()])
     if not sides.size:

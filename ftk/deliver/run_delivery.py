@@ -6,12 +6,13 @@ from typing import Any
 from ftk import storage
 from ftk.configs.load import run_path
 from ftk.configs.schema import RunConfig
-from ftk.train import card, checkpoint, metadata
+from ftk.deliver import card, metadata
+from ftk.train import checkpoint
 from ftk.train.inputs import Inputs
 from ftk.train.ranks import Ranks
 
 
-class Deliveries:
+class RunDelivery:
     """Each file is written whole or not at all, and a run that goes on writes them again: equal states give equal bytes."""
 
     def __init__(self, config: RunConfig, inputs: Inputs, components: Mapping[str, Any], ranks: Ranks) -> None:

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 from ftk import storage
 from ftk.configs.schema import DataConfig
 from ftk.contracts import Reject, RejectReason, SampleRow, ShardRecord
-from ftk.pipeline import captions, dataset, decode, images, plan
+from ftk.pipeline import captions, dataset, decode, images, source_units
 from ftk.pipeline.engine import Lost, WorkerPool
-from ftk.pipeline.plan import Unit
+from ftk.pipeline.source_units import SourceUnit
 from ftk.pipeline.sources.base import Blob, Record
 
 _BY_LIMITS = {RejectReason.WORKER_CRASHED, RejectReason.WORKER_TIMED_OUT, RejectReason.WORKER_OUT_OF_MEMORY}
@@ -27,7 +27,7 @@ Receipt = tuple[ShardRecord, str | None, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class PrepareJob:
     """What all units of a run have in common. Plain values: it can be sent to another machine."""
 
     directory: Path
@@ -50,14 +50,14 @@ def shard_files(directory: Path, name: str) -> tuple[Path, Path, Path]:
     return folder / f"{name}.tar", folder / f"{name}.parquet", folder / f"{name}.json"
 
 
-def committed(job: Job, unit: Unit) -> Made | None:
+def committed(job: PrepareJob, unit: SourceUnit) -> Made | None:
     """The unit's shards if all are there, whole, and made of the same inputs; reads no source."""
     made = _receipts(job, unit, deep=True)
     same = unit.signature is not None and all(signature == unit.signature for _, signature, _ in made)
     return _made(unit, made) if made and same else None
 
 
-def committed_by_others(job: Job, unit: Unit) -> Made | None:
+def committed_by_others(job: PrepareJob, unit: SourceUnit) -> Made | None:
     """The shards of a unit that another part of the job array makes, if all are there and made of inputs of these names.
 
     Whether those inputs have changed since, and whether the shards are still whole, is for that part to see.
@@ -66,11 +66,11 @@ def committed_by_others(job: Job, unit: Unit) -> Made | None:
     return _made(unit, made) if made and all(listing == unit.listing for _, _, listing in made) else None
 
 
-def _made(unit: Unit, receipts: list[Receipt]) -> Made:
+def _made(unit: SourceUnit, receipts: list[Receipt]) -> Made:
     return Made(unit=unit.number, shards=tuple(record for record, _, _ in receipts), num_reused=len(receipts))
 
 
-def _receipts(job: Job, unit: Unit, deep: bool) -> list[Receipt]:
+def _receipts(job: PrepareJob, unit: SourceUnit, deep: bool) -> list[Receipt]:
     """Of all shards of the unit; empty when one is missing."""
     receipts: list[Receipt] = []
     while not receipts or not receipts[-1][0].is_last:
@@ -81,7 +81,7 @@ def _receipts(job: Job, unit: Unit, deep: bool) -> list[Receipt]:
     return receipts
 
 
-def make_unit(job: Job, unit: Unit, pool: WorkerPool, advance: Callable[[int], Any]) -> Made:
+def make_unit(job: PrepareJob, unit: SourceUnit, pool: WorkerPool, advance: Callable[[int], Any]) -> Made:
     """Make the unit's shards, but for those that are there and were made of the same inputs.
 
     Idempotent: made twice, or by two machines at once, the shards have the same bytes.
@@ -92,7 +92,7 @@ def make_unit(job: Job, unit: Unit, pool: WorkerPool, advance: Callable[[int], A
     """
     shards: list[ShardRecord] = []
     num_reused = 0
-    inputs = _Inputs(plan.records(unit))
+    inputs = _Inputs(source_units.records(unit))
     while not shards or inputs.has_more():
         name = unit.shard_name(len(shards))
         piece: Iterable[Record | Reject] = islice(inputs, job.data.shard_samples)
@@ -125,7 +125,7 @@ class _Inputs(Iterator[Record | Reject]):
         return bool(self._ahead)
 
 
-def _receipt(job: Job, unit: Unit, name: str, deep: bool) -> Receipt | None:
+def _receipt(job: PrepareJob, unit: SourceUnit, name: str, deep: bool) -> Receipt | None:
     """A whole shard's record, if it was made with this recipe."""
     tar, table, receipt = shard_files(job.directory, name)
     try:
@@ -143,25 +143,25 @@ def _receipt(job: Job, unit: Unit, name: str, deep: bool) -> Receipt | None:
     return None if damaged else (record, signature, listing)
 
 
-def _unchanged(job: Job, unit: Unit, receipt: Receipt, inputs: list[Record | Reject], is_last: bool) -> bool:
+def _unchanged(job: PrepareJob, unit: SourceUnit, receipt: Receipt, inputs: list[Record | Reject], is_last: bool) -> bool:
     """Whether a committed shard is of these inputs: same signature, or else, read and hashed, the same bytes."""
     record, signature, _ = receipt
     if record.is_last != is_last:
         return False
     if signature is not None and signature == unit.signature:
         return True
-    if plan.contents_digest([_input_line(item, _hashes(item)) for item in inputs]) != record.contents_fingerprint:
+    if source_units.contents_digest([_input_line(item, _hashes(item)) for item in inputs]) != record.contents_fingerprint:
         return False
     _commit_receipt(job, unit, record)
     return True
 
 
-def _commit_receipt(job: Job, unit: Unit, record: ShardRecord) -> None:
+def _commit_receipt(job: PrepareJob, unit: SourceUnit, record: ShardRecord) -> None:
     seen = {"signature": unit.signature, "listing": unit.listing, "conditions": _conditions(job, record.rejects)}
     storage.commit_json(shard_files(job.directory, record.name)[2], {**asdict(record), **seen})
 
 
-def _conditions(job: Job, rejects: Iterable[Reject]) -> list[Any]:
+def _conditions(job: PrepareJob, rejects: Iterable[Reject]) -> list[Any]:
     """What of this machine and its limits decided rejects: under others the same inputs may give samples."""
     reasons = {reject.reason for reject in rejects}
     limits = [job.data.worker_seconds, job.data.worker_memory_gib] if reasons & _BY_LIMITS else []
@@ -192,7 +192,7 @@ def _sha256(blob: Blob) -> str:
 class _Shard:
     """What accumulates while a shard is being made."""
 
-    def __init__(self, job: Job, unit: Unit, name: str) -> None:
+    def __init__(self, job: PrepareJob, unit: SourceUnit, name: str) -> None:
         self.job, self.unit, self.name = job, unit, name
         self.rows: list[SampleRow] = []
         self.rejects: list[Reject] = []
@@ -204,7 +204,7 @@ class _Shard:
             self.rejects.append(item)
             self.lines.append(_input_line(item, ()))
         elif isinstance(result, (images.ImageProblem, Lost)):
-            self.rejects.append(plan.reject(self.unit, item, result.reason, result.detail))
+            self.rejects.append(source_units.reject(self.unit, item, result.reason, result.detail))
             # What a lost worker was reading is not known: its shard is made again when the signature changes.
             self.lines.append(_input_line(item, result.contents if isinstance(result, images.ImageProblem) else ["lost"]))
         else:
@@ -221,7 +221,7 @@ class _Shard:
             name=self.name,
             is_last=is_last,
             recipe_fingerprint=self.unit.recipe_fingerprint(self.job.recipe, self.job.data),
-            contents_fingerprint=plan.contents_digest(self.lines),
+            contents_fingerprint=source_units.contents_digest(self.lines),
             num_inputs=len(self.lines),
             num_samples=len(self.rows),
             num_upscaled=self.num_upscaled,
@@ -236,8 +236,8 @@ class _Shard:
 
 
 def _make_shard(
-    job: Job,
-    unit: Unit,
+    job: PrepareJob,
+    unit: SourceUnit,
     name: str,
     piece: Iterable[Record | Reject],
     inputs: _Inputs,

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ftk.methods import _directory, _injection, _targets, base
-from ftk.methods.base import Components, Part, Targets, TextEncoderConfig, check_format
+from ftk.methods import base
+from ftk.methods.adapters import injection, peft_directory, targets
+from ftk.methods.base import Components, Targets, TextEncoderConfig, TrainedComponent, check_format
 from ftk.models.base import Family
 
 if TYPE_CHECKING:
     import torch
 
 
-class AdapterConfig(BaseModel):
+class PeftMethodConfig(BaseModel):
     """The settings under `method:` that all adapters have."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,9 +40,9 @@ class PeftMethod:
 
     def refusal(self, layer: "torch.nn.Module") -> str | None:
         """Why the method cannot carry a layer; None if it can. Linear layers and convolutions, if it does not say otherwise."""
-        return _targets.linear_or_convolution(layer)
+        return targets.linear_or_convolution(layer)
 
-    def peft_config(self, part: Part, names: Sequence[str], config: Any) -> Any:
+    def peft_config(self, part: TrainedComponent, names: Sequence[str], config: Any) -> Any:
         """PEFT's settings for the layers called `names`.
 
         Raises:
@@ -49,9 +50,9 @@ class PeftMethod:
         """
         raise NotImplementedError
 
-    def inject(self, part: Part, settings: Any, config: Any, seed: int) -> "dict[str, torch.nn.Parameter]":
+    def inject(self, part: TrainedComponent, settings: Any, config: Any, seed: int) -> "dict[str, torch.nn.Parameter]":
         """Inject one component's adapter; returns what is trained of it, by its own names."""
-        return _injection.inject(part.module, settings, seed)
+        return injection.inject(part.module, settings, seed)
 
     def needs(self, family: Family, config: Any) -> tuple[str, ...]:
         """The denoiser, and by `text_encoder` the text encoders."""
@@ -64,9 +65,9 @@ class PeftMethod:
     def attach(self, components: Components, family: Family, config: Any, seed: int) -> "dict[str, torch.nn.Parameter]":
         """Inject the adapters."""
         parts = base.parts(components, family, config)
-        chosen = [_targets.select(part, self.refusal) for part in parts]
+        chosen = [targets.select(part, self.refusal) for part in parts]
         for pattern in ("rank_pattern", "alpha_pattern"):
-            _targets.check_patterns(getattr(config, pattern, {}), [name for names in chosen for name in names], pattern)
+            targets.check_patterns(getattr(config, pattern, {}), [name for names in chosen for name in names], pattern)
         parameters: dict[str, torch.nn.Parameter] = {}
         for part, names in zip(parts, chosen, strict=True):
             own = self.inject(part, self.peft_config(part, names, config), config, seed)
@@ -77,13 +78,13 @@ class PeftMethod:
         """PEFT's names, with a text encoder's before its own."""
         tensors: dict[str, torch.Tensor] = {}
         for name, module in components.items():
-            tensors |= {base.prefix(name) + key: tensor for key, tensor in _injection.state(module).items()}
+            tensors |= {base.prefix(name) + key: tensor for key, tensor in injection.state(module).items()}
         return tensors
 
     def load_state(self, components: Components, state: "Mapping[str, torch.Tensor]") -> None:
         """Inverse of `state`."""
         for name, module in components.items():
-            _injection.load_state(module, base.tensors_of(name, components, state))
+            injection.load_state(module, base.tensors_of(name, components, state))
 
     def export(
         self,
@@ -96,19 +97,19 @@ class PeftMethod:
     ) -> list[Path]:
         """A PEFT directory, with one of its own in it for each text encoder."""
         check_format(self.name, self.FORMATS, form, self.REASONS)
-        return _directory.export_directories(directory, components, metadata)
+        return peft_directory.export_directories(directory, components, metadata)
 
-    def load_into(self, pipeline: Any, directory: Path, adapter: str = _injection.ADAPTER) -> None:
+    def load_into(self, pipeline: Any, directory: Path, adapter: str = injection.ADAPTER) -> None:
         """PEFT's settings and tensors, injected under the adapter's name."""
-        _directory.load_directories(pipeline, directory, adapter)
+        peft_directory.load_directories(pipeline, directory, adapter)
 
     def merge(self, components: Components) -> None:
         """Fold the adapters into the weights and remove them."""
         for module in components.values():
-            _injection.merge(module)
+            injection.merge(module)
 
     def usage(self, family: Family, config: Any) -> str:
         """PEFT's loader."""
         line = f'PeftModel.from_pretrained(pipeline.{family.denoiser_components[0]}, "path/to/this/folder")'
-        others = _directory.usage_of_encoders(self.needs(family, config)) or [_directory.IMPORT]
+        others = peft_directory.usage_of_encoders(self.needs(family, config)) or [peft_directory.IMPORT]
         return "\n".join([others[0], line, *others[1:]])

@@ -19,12 +19,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 
 from ftk import locations
-from ftk.configs.schema import AdapterConfig
+from ftk.configs.schema import AddedAdapterConfig
 from ftk.errors import ConfigError
-from ftk.methods import _directory, _formats, _injection, _peft
 from ftk.methods import base as methods
+from ftk.methods.adapters import formats, injection, peft_directory, peft_method
 
-OWN = _injection.ADAPTER
+OWN = injection.ADAPTER
 """The name under which a method loads its run's adapter."""
 ADDING = ("LORA", "LOHA", "LOKR")
 """PEFT's types that add to a layer's output, in proportion to their strength."""
@@ -34,7 +34,7 @@ _PREFIX = re.compile(r"^(base_model\.model|transformer|unet)\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class DeliveredAdapter:
     """A delivered adapter: its folder, PEFT's name of its type, and whether it is a PEFT directory."""
 
     folder: Path
@@ -43,7 +43,7 @@ class Found:
     strength: float = 1.0
 
 
-def find(config: AdapterConfig, setting: str) -> Found:
+def find(config: AddedAdapterConfig, setting: str) -> DeliveredAdapter:
     """What lies at a path, which can be added to others.
 
     Raises:
@@ -57,30 +57,30 @@ def find(config: AdapterConfig, setting: str) -> Found:
         inner = folder / "adapter"
         meant = f" Did you mean {inner}?" if inner.is_dir() and look(inner) is not None else ""
         raise ConfigError(
-            f"{setting}.path {config.path} holds no adapter in diffusers' or PEFT's format (neither {_formats.SINGLE_FILE} nor "
-            f"{_directory.CONFIG_FILE}).{meant}"
+            f"{setting}.path {config.path} holds no adapter in diffusers' or PEFT's format (neither {formats.SINGLE_FILE} nor "
+            f"{peft_directory.CONFIG_FILE}).{meant}"
         )
     if found.kind not in ADDING:
         raise ConfigError(
             f"{setting}.path {config.path} is of type {found.kind}, which does not add up with others: only LoRA, LoHa and "
             f"LoKr do. Draw it alone, as `ftk sample` of its own run does."
         )
-    return Found(folder=folder, kind=found.kind, is_directory=found.is_directory, strength=config.strength)
+    return DeliveredAdapter(folder=folder, kind=found.kind, is_directory=found.is_directory, strength=config.strength)
 
 
-def look(folder: Path) -> Found | None:
+def look(folder: Path) -> DeliveredAdapter | None:
     """The adapter in a folder, None if there is none.
 
     Raises:
         ConfigError: its files cannot be read.
     """
     try:
-        if (folder / _directory.CONFIG_FILE).exists():
-            settings = json.loads((folder / _directory.CONFIG_FILE).read_bytes())
+        if (folder / peft_directory.CONFIG_FILE).exists():
+            settings = json.loads((folder / peft_directory.CONFIG_FILE).read_bytes())
             kind = _DORA if settings.get("use_dora") else str(settings["peft_type"])
-            return Found(folder=folder, kind=kind, is_directory=True)
-        if (folder / _formats.SINGLE_FILE).exists():
-            return Found(folder=folder, kind=_kind(folder / _formats.SINGLE_FILE), is_directory=False)
+            return DeliveredAdapter(folder=folder, kind=kind, is_directory=True)
+        if (folder / formats.SINGLE_FILE).exists():
+            return DeliveredAdapter(folder=folder, kind=_kind(folder / formats.SINGLE_FILE), is_directory=False)
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise ConfigError(f"{folder} holds an adapter that cannot be read: {error}. Export it again.") from error
     return None
@@ -103,20 +103,20 @@ def check_own_strength(strength: float, adapter: Path, method: str) -> None:
         )
 
 
-def check_fits(pipeline: Any, added: Sequence[Found]) -> None:
+def check_fits(pipeline: Any, added: Sequence[DeliveredAdapter]) -> None:
     """Refuse adapters of another base, before anything is drawn.
 
     Raises:
         CheckpointError: a file is damaged, or was trained on another base model.
     """
     for one in added:
-        path = one.folder / (_directory.WEIGHTS_FILE if one.is_directory else _formats.SINGLE_FILE)
-        tensors = {_PREFIX.sub("", name): tensor for name, tensor in _directory.read_tensors(path).items()}
+        path = one.folder / (peft_directory.WEIGHTS_FILE if one.is_directory else formats.SINGLE_FILE)
+        tensors = {_PREFIX.sub("", name): tensor for name, tensor in peft_directory.read_tensors(path).items()}
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith("text_encoder")}
-        _directory.check_fits(_directory.denoiser_of(pipeline), own, path)
+        peft_directory.check_fits(peft_directory.denoiser_of(pipeline), own, path)
 
 
-def add(pipeline: Any, own: Mapping[str, float], added: Sequence[Found]) -> None:
+def add(pipeline: Any, own: Mapping[str, float], added: Sequence[DeliveredAdapter]) -> None:
     """Load adapters on top of the run's own, which are loaded, and set all strengths.
 
     Raises:
@@ -126,10 +126,10 @@ def add(pipeline: Any, own: Mapping[str, float], added: Sequence[Found]) -> None
     for number, one in enumerate(added):
         name = f"added_{number}"
         if one.is_directory:
-            _directory.load_directories(pipeline, one.folder, name)
+            peft_directory.load_directories(pipeline, one.folder, name)
         else:
             method = methods.get(one.kind.lower())
-            assert isinstance(method, _peft.PeftMethod)
+            assert isinstance(method, peft_method.PeftMethod)
             method.load_into(pipeline, one.folder, name)
         strengths[name] = one.strength
     set_strengths(pipeline, strengths)
@@ -137,11 +137,11 @@ def add(pipeline: Any, own: Mapping[str, float], added: Sequence[Found]) -> None
 
 def _fold_in(pipeline: Any) -> bool:
     """Fold the run's own adapter into the weights if it does more than add; returns whether it does."""
-    adapted = [one for one in pipeline.components.values() if isinstance(one, torch.nn.Module) and _injection.adapted(one)]
+    adapted = [one for one in pipeline.components.values() if isinstance(one, torch.nn.Module) and injection.adapted(one)]
     settings = [one.peft_config[OWN] for one in adapted]
     only_adds = all(one.peft_type.value in ADDING and not getattr(one, "use_dora", False) for one in settings)
     for component in () if only_adds else adapted:
-        _injection.merge(component)
+        injection.merge(component)
     return not only_adds
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ConfigError
-from ftk.methods.base import EVERYTHING, Part, TargetPattern, target_modules
+from ftk.methods.base import EVERYTHING, TargetPattern, TrainedComponent, target_modules
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ def linear_or_pointwise(layer: "torch.nn.Module") -> str | None:
     return linear_or_convolution(layer)
 
 
-def select(part: Part, refusal: Callable[["torch.nn.Module"], str | None]) -> list[str]:
+def select(part: TrainedComponent, refusal: Callable[["torch.nn.Module"], str | None]) -> list[str]:
     """Names of the layers that the part's targets mean, in the model's order.
 
     A pattern passes over containers and norms, which hold no layer's weights; `all` also over what cannot be carried.
@@ -68,7 +68,7 @@ def is_layer(module: "torch.nn.Module") -> bool:
     return isinstance(module, torch.nn.Linear) or (weight is not None and weight.ndim > 1)
 
 
-def _with_suffixes(part: Part, modules: Mapping[str, Any], suffixes: Sequence[str]) -> list[str]:
+def _with_suffixes(part: TrainedComponent, modules: Mapping[str, Any], suffixes: Sequence[str]) -> list[str]:
     found: set[str] = set()
     layers = [name for name, module in modules.items() if is_layer(module)]
     for suffix in suffixes:
@@ -95,7 +95,7 @@ def _some(modules: Mapping[str, Any]) -> str:
     return f"It must match whole names, such as {re.escape(layers[len(layers) // 2])}"
 
 
-def as_peft_targets(part: Part, names: Sequence[str]) -> list[str] | str:
+def as_peft_targets(part: TrainedComponent, names: Sequence[str]) -> list[str] | str:
     """`names` as PEFT's `target_modules`: the suffixes that they came from, or an expression that matches them alone."""
     wanted = target_modules(part)
     if not isinstance(wanted, TargetPattern):

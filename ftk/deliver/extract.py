@@ -18,15 +18,16 @@ from ftk import locations, storage
 from ftk.cache.fingerprint import weights_digest
 from ftk.configs import load
 from ftk.configs.schema import CardConfig, ModelConfig
+from ftk.deliver import card, metadata
+from ftk.deliver.low_rank import decompose, squared_norm
 from ftk.errors import ConfigError, ModelError
-from ftk.methods import _targets, lora
 from ftk.methods import base as methods
-from ftk.methods.base import DENOISER, Part, TargetPattern, Targets
+from ftk.methods import lora
+from ftk.methods.adapters import targets
+from ftk.methods.base import DENOISER, TargetPattern, Targets, TrainedComponent
 from ftk.models import base as models
 from ftk.models.base import Family
 from ftk.progress import track
-from ftk.train import card, metadata
-from ftk.train.low_rank import decompose, squared_norm
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 _FILE = "diffusion_pytorch_model.safetensors"
@@ -153,7 +154,7 @@ def run(config: ExtractConfig) -> ExtractReport:
     before, after = (_Weights(place / family.denoiser_components[0]) for place in places)
     _refuse_other_shapes(before, after)
     shapes: Any = family.load_denoiser(places[0], torch.float32, torch.device("meta"))
-    chosen = set(_targets.select(_part(shapes, family, _parsed_targets(config.targets)), _refusal))
+    chosen = set(targets.select(_part(shapes, family, _parsed_targets(config.targets)), _refusal))
     extracted = _extract(config, before, after, chosen)
     left_out = [*_left_out(extracted.others, shapes), *_other_components(family, places)]
     if not extracted.factors:
@@ -230,8 +231,8 @@ def _locate(family_name: str, path: str, family: Family) -> Path:
     return models.locate(ModelConfig(family=family_name, path=path), family.denoiser_components)
 
 
-def _part(denoiser: Any, family: Family, targets: Targets) -> Part:
-    return Part(
+def _part(denoiser: Any, family: Family, targets: Targets) -> TrainedComponent:
+    return TrainedComponent(
         name=DENOISER,
         module=denoiser,
         owner=family.name,
@@ -255,7 +256,7 @@ def _refusal(layer: torch.nn.Module) -> str | None:
     """Why a LoRA cannot carry a layer."""
     if getattr(layer, "groups", 1) != 1:
         return "it is a grouped convolution"
-    return _targets.linear_or_convolution(layer)
+    return targets.linear_or_convolution(layer)
 
 
 def _refuse_other_shapes(before: _Weights, after: _Weights) -> None:
@@ -298,7 +299,7 @@ def _write(config: ExtractConfig, family: Family, base: Path, denoiser: Any, ext
     settings = peft.LoraConfig(
         r=common,
         lora_alpha=common,
-        target_modules=_targets.as_peft_targets(every_layer, list(found)),
+        target_modules=targets.as_peft_targets(every_layer, list(found)),
         rank_pattern=others,
         alpha_pattern=dict(others),
     )

@@ -22,7 +22,7 @@ from ftk.models.base import Family
 from ftk.pipeline import class_images
 from ftk.pipeline.class_images import RECORD, RECORD_SCHEMA, ClassImages, stem
 from ftk.progress import track
-from ftk.train.sample import png_bytes
+from ftk.train.sheet import png_bytes
 
 LOGGER = logging.getLogger("ftk")
 _SEED_DIGITS = 15

@@ -79,7 +79,7 @@ class RejectSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
+class PreparedSummary:
     """What is in a prepared dataset.
 
     `crop_loss`: the share of a resized image's pixels that its crop leaves out. `num_duplicates` counts samples whose file
@@ -111,7 +111,7 @@ class Summary:
     duplicates: list[dict[str, Any]]
 
 
-def summarise(dataset: PreparedDataset) -> Summary:
+def summarise(dataset: PreparedDataset) -> PreparedSummary:
     """The dataset's numbers.
 
     Raises:
@@ -219,12 +219,12 @@ def pairs(dataset: PreparedDataset, most: int) -> list[dict[str, Any]]:
     return [*taken, *table.filter(pc.invert(equal)).slice(0, most - len(taken)).to_pylist()]
 
 
-def summary(dataset: PreparedDataset, scan: Scan, pairs: list[dict[str, Any]]) -> Summary:
+def summary(dataset: PreparedDataset, scan: Scan, pairs: list[dict[str, Any]]) -> PreparedSummary:
     manifest = dataset.manifest
     losses = 1 - scan.kept_pixels.joined() / scan.resized_pixels.joined()
     megapixels = scan.widths.joined().astype(np.float64) * scan.heights.joined() / 1e6
     same = ("fingerprint", "num_inputs", "num_samples", "num_rejects", "num_upscaled", "num_copied")
-    return Summary(
+    return PreparedSummary(
         directory=str(dataset.directory),
         **{name: getattr(manifest, name) for name in same},
         num_shards=len(manifest.shards),

@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 import torch
 from PIL import Image
 
-from ftk.cache import fingerprint, inspect
-from ftk.cache.inspect import SEED, ChannelSummary, LatentSummary
+from ftk.cache import cache_summary, fingerprint
+from ftk.cache.cache_summary import SEED, ChannelSummary, LatentSummary
 from ftk.cache.store import CacheStore
 from ftk.contracts import CachedSample, CacheManifest, SampleRow
 from ftk.errors import ModelError
@@ -37,7 +37,7 @@ Pixels = npt.NDArray[np.uint8]
 
 def page(
     store: CacheStore, model: Path | None = None, prepared: PreparedDataset | None = None
-) -> tuple[inspect.Summary, bytes]:
+) -> tuple[cache_summary.CacheSummary, bytes]:
     """The cache's numbers, and one self-contained HTML page of them.
 
     Args:
@@ -50,7 +50,7 @@ def page(
         ModelError: there is no VAE of the cache's family in `model`.
     """
     decoder = None if model is None else Decoder.load(store.manifest, model)
-    summary = inspect.summarise(store)
+    summary = cache_summary.summarise(store)
     directory, manifest = Path(store.location), store.manifest
     recorded = {
         "encoders": manifest.encoders,
@@ -64,7 +64,7 @@ def page(
     html = _template().render(
         summary=summary,
         name=page_parts.short_name(directory),
-        encoders={kind: inspect.flat_parts(parts) for kind, parts in summary.encoders.items()},
+        encoders={kind: cache_summary.flat_parts(parts) for kind, parts in summary.encoders.items()},
         recorded=json.dumps(recorded, indent=2, ensure_ascii=False),
         values=_value_plot(summary.latents),
         intervals=_intervals(summary.latents.channels),
@@ -173,7 +173,7 @@ def _picks(table: pa.Table) -> list[int]:
     generator = np.random.default_rng(SEED)
     picks: list[int] = []
     for bucket in np.lexsort((sizes[0], sizes[0] / sizes[1])):
-        positions = inspect.spread(int(counts[bucket]), int(shown[bucket]), generator)
+        positions = cache_summary.spread(int(counts[bucket]), int(shown[bucket]), generator)
         if len(positions):
             picks += np.flatnonzero(bucket_of == bucket)[positions].tolist()
     return picks

@@ -18,7 +18,7 @@ from ftk.cache.shards import KINDS, RECEIPT, SHARD
 from ftk.cache.store import CacheStore
 from ftk.contracts import CacheManifest
 from ftk.models import base as models
-from ftk.pipeline.inspect import BucketSummary, buckets, length_bins
+from ftk.pipeline.prepared_summary import BucketSummary, buckets, length_bins
 from ftk.progress import track
 
 SEED = 0
@@ -100,7 +100,7 @@ class LatentSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
+class CacheSummary:
     """What is in a cache. Images, control images, masks and texts are counted once each, however many samples name them.
 
     `num_texts` leaves out the empty caption and the prompts, which no sample needs to name. `encoders` are the parts of
@@ -124,7 +124,7 @@ class Summary:
     prepared_fingerprint: str
 
 
-def summarise(store: CacheStore) -> Summary:
+def summarise(store: CacheStore) -> CacheSummary:
     """The cache's numbers.
 
     Raises:
@@ -135,7 +135,7 @@ def summarise(store: CacheStore) -> Summary:
     controls = pc.unique(pc.list_flatten(table["controls"]))
     masks = pc.unique(table["mask"].filter(pc.not_equal(table["mask"], "")))
     fingerprints = {"latents": manifest.latents_fingerprint, "texts": manifest.texts_fingerprint}
-    return Summary(
+    return CacheSummary(
         directory=store.location,
         digest=manifest.digest,
         family=manifest.family,
