@@ -31,6 +31,7 @@ from rich.table import Table
 from train_loops import DiffusersLoop, RawLoop, Sample
 from train_setup import SIZES, Size, spread
 
+from ftk import devices
 from ftk.configs.schema import MethodConfig, TrainConfig
 from ftk.errors import FtkError
 from ftk.methods import base as methods
@@ -245,7 +246,7 @@ def measure(bench: Bench, case: Case, expected: Gradients, options: argparse.Nam
     try:
         return {**asdict(case), **(ours if case.loop == "ftk" else theirs)(bench, case, expected, options)}
     except (RuntimeError, FtkError) as error:  # also torch.compile's own
-        reason = "does not fit" if isinstance(error, RuntimeError) and models.is_out_of_memory(error) else "fails"
+        reason = "does not fit" if isinstance(error, RuntimeError) and devices.is_out_of_memory(error) else "fails"
         return {**asdict(case), "failed": f"{reason}: {str(error).splitlines()[0]}"}
     finally:
         bench.reset()

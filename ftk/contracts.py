@@ -54,8 +54,9 @@ class SampleRow:
     """One prepared sample; sizes in pixels, `width` and `height` those of the original after its EXIF orientation.
 
     `content_sha256` is of the file's bytes; `image_id` names the pixels that the sample holds (content and geometry), and so
-    do `mask_id` (empty when there is no mask) and `control_ids`. `perceptual_hash` is 64 bits as 16 hex digits, of the whole
-    image: images that look alike differ in few bits. `flipped`: mirrored after the crop. `copied`: the source's own bytes.
+    do `mask_id` (empty when there is no mask), `control_ids`, and `reference_ids` of an edit model's input images.
+    `perceptual_hash` is 64 bits as 16 hex digits, of the whole image: images that look alike differ in few bits. `flipped`:
+    mirrored after the crop. `copied`: the source's own bytes.
     """
 
     key: str
@@ -81,6 +82,9 @@ class SampleRow:
     has_mask: bool
     mask_id: str
     shard: str
+    reference_ids: list[str] = field(default_factory=list)
+    reference_widths: list[int] = field(default_factory=list)
+    reference_heights: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +137,9 @@ class CacheManifest:
     """`cache.json`: what encoded the items, from which prepared dataset, and the tables that list them. No absolute path.
 
     `encoders` maps `latents` and `texts` to the parts of their fingerprint, so that a mismatch can be shown part by part.
-    `tables` maps `samples`, `latents`, `texts` and `shards` to the BLAKE3 of the Parquet file; `digest` is the BLAKE3 of
-    this file with an empty `digest`.
+    `prompts` maps prompts to items of `texts`; `prompt_images` maps those that have images to `references` and `controls`,
+    items of `latents`, and is left out of the file where it is empty. `tables` maps `samples`, `latents`, `texts` and `shards`
+    to the BLAKE3 of the Parquet file; `digest` is the BLAKE3 of this file with an empty `digest`.
     """
 
     schema_version: int
@@ -150,6 +155,7 @@ class CacheManifest:
     prompts: dict[str, str]
     tables: dict[str, str]
     digest: str = ""
+    prompt_images: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +163,9 @@ class CachedSample:
     """One row of the samples' table: which cached items a training sample consists of, and its geometry in pixels.
 
     `latents`, `controls` and `mask` (empty when there is none) are items of `latents`; `texts` has an item of `texts` for
-    each caption and `text_lengths` their tokens. Sizes, crop and flip are those of the prepared sample.
+    each caption and `text_lengths` their tokens. Sizes, crop and flip are those of the prepared sample. The last four are
+    columns of caches with references alone: items of `latents`, their sides in pixels, and the empty caption beside them,
+    which is "" where texts do not depend on references.
     """
 
     key: str
@@ -177,3 +185,7 @@ class CachedSample:
     flipped: bool
     repeats: int
     role: Role
+    references: list[str] = field(default_factory=list)
+    reference_widths: list[int] = field(default_factory=list)
+    reference_heights: list[int] = field(default_factory=list)
+    empty_text: str = ""

@@ -16,6 +16,8 @@ A message says what is wrong, where, what was found, and what to do. The command
 (`--log-level debug` shows one). A bad image raises nothing: it becomes a counted reject with a reason.
 """
 
+from collections.abc import Iterable
+
 __all__ = [
     "CacheError",
     "CheckpointError",
@@ -28,6 +30,7 @@ __all__ = [
     "SourceError",
     "TooManyRejects",
     "TrainingError",
+    "did_you_mean",
 ]
 
 
@@ -95,3 +98,16 @@ class Preempted(FtkError):
     """Stopped by a signal after a checkpoint; the same command resumes."""
 
     exit_code = 75
+
+
+def did_you_mean(given: str, valid: Iterable[str], folder: str = ".") -> str:
+    """The sentence that names the valid word nearest to a misspelt one, with a space in front; empty when none is near.
+
+    Args:
+        folder: where files of these names lie; the nearest one is named with it.
+    """
+    import difflib  # here, because almost no run of a command needs it
+
+    near = difflib.get_close_matches(given, list(valid), n=1)
+    place = "" if folder == "." else f"{folder.rstrip('/')}/"
+    return f" Did you mean `{place}{near[0]}`?" if near else ""

@@ -1,4 +1,6 @@
-"""Reads what a location names: a local path or an fsspec URL. The only place that opens a source's files.
+"""Reads what a location names: a local path or an fsspec URL.
+
+Sources open their files here alone, except datasets of the Hub, which the `datasets` library opens.
 
 A network that fails is never a file that is missing: it is tried again, and then ends the run as `EnvironmentFault`.
 """
@@ -126,6 +128,12 @@ def printable(name: str) -> str:
 def redacted(text: str) -> str:
     """`text` without what may be a secret in its URLs: user name and password, and the query."""
     return re.sub(r"(://[^\s?'\"]+)\?[^\s'\"]*", r"\1?***", re.sub(r"(?<=://)[^/@\s]+@", "***@", text))
+
+
+def file_name(location: str) -> str:
+    """The last part of a location, printable: no folder, and of a URL no query, which may hold a secret."""
+    path = location.partition("?")[0] if is_url(location) else location
+    return printable(path.rpartition("/")[2])
 
 
 def read_bytes(location: str, max_bytes: int | None = None) -> bytes:

@@ -1,4 +1,7 @@
-"""The only place that opens, commits, hashes and locks files.
+"""Commits and locks the files of a workspace, and has the hashes that name and check them.
+
+What stages keep is written through here, and nothing else takes locks. Two kinds of files are not committed here: shards that
+`cache/fetch.py` downloads, under a temporary name for which other processes wait, and what the trackers' libraries write.
 
 Commit protocol: write to a temporary name in the same directory, flush, fsync the file, set the umask's mode, rename,
 fsync the directory. A final name therefore implies a complete file. Temporary names start with `.tmp-`; `sweep` removes
@@ -9,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -156,6 +160,24 @@ def lock(directory: Path, part: str = "") -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def reading(directory: Path) -> Iterator[None]:
+    """Keep writers out of `directory` while it is read, without writing anything there: also where nobody may write.
+
+    Raises:
+        EnvironmentFault: a process is writing to it; the message names the process.
+    """
+    whole = directory / ".lock"
+    with contextlib.ExitStack() as held:
+        # Writers of parts share the lock of the whole, so theirs are looked at too.
+        for path in (whole, *sorted(directory.glob(".lock-*"))):
+            # Without a lock file nobody has written here; one that may not be opened is not this user's to wait for.
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                if not _is_locked(held.enter_context(path.open("rb")), fcntl.LOCK_SH):
+                    raise _being_written(whole)
+        yield
+
+
 def holder(directory: Path) -> str | None:
     """Which process writes to `directory` now, as it called itself; None when no process does."""
     try:
@@ -173,11 +195,8 @@ def holder(directory: Path) -> str | None:
 def _flock(path: Path, mode: int) -> Iterator[None]:
     with path.open("a+") as file:
         if not _is_locked(file, mode):
-            raise EnvironmentFault(
-                f"{path.parent} is being written by {_holder(path)}. Wait for it to end, or use another --workspace or run "
-                f"name."
-            )
-        if not _is_at(file, path):
+            raise _being_written(path)
+        if not is_at(file, path):
             raise EnvironmentFault(f"{path.parent} was set aside or removed by another process just now. Start again.")
         # Of those that share a lock each is named in its part's.
         if mode == fcntl.LOCK_EX:
@@ -188,7 +207,7 @@ def _flock(path: Path, mode: int) -> Iterator[None]:
         yield
 
 
-def _is_locked(file: IO[str], mode: int) -> bool:
+def _is_locked(file: IO[Any], mode: int) -> bool:
     """Take the lock if nobody holds it. Who asks whose it is holds it too, for a moment, so it is tried a few times."""
     for _ in range(_LOCK_TRIES):
         try:
@@ -202,12 +221,44 @@ def _is_locked(file: IO[str], mode: int) -> bool:
     return False
 
 
-def _is_at(file: IO[str], path: Path) -> bool:
+@contextlib.contextmanager
+def locked(path: Path, waits: bool = True) -> Iterator[io.FileIO | None]:
+    """The file at `path`, created if need be, open and locked; None when it is locked elsewhere and `waits` is False.
+
+    For short exclusive work between threads and processes, which wait for each other; `lock` is for writers, of which a
+    second one is refused. It may be removed or renamed while it is held: whoever waited for it then locks the new one.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with os.fdopen(descriptor, "r+b", buffering=0) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield None
+                return
+            try:
+                # Who held it before may have removed or renamed it.
+                if is_at(file, path):
+                    yield file
+                    return
+            finally:
+                # Closing is not enough: a forked child would hold it on.
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def is_at(file: IO[Any], path: Path) -> bool:
     """Whether an open file is still the one at a path: its folder may have been renamed between opening and locking."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _being_written(path: Path) -> EnvironmentFault:
+    """The error for whoever meets a lock that another process holds."""
+    return EnvironmentFault(
+        f"{path.parent} is being written by {_holder(path)}. Wait for it to end, or use another --workspace or run name."
+    )
 
 
 def _holder(path: Path) -> str:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import torch
 from PIL import Image
 
+from ftk import devices
 from ftk.cache import cache_summary, fingerprint
 from ftk.cache.cache_summary import SEED, ChannelSummary, LatentSummary
 from ftk.cache.store import CacheStore
@@ -93,7 +94,7 @@ class Decoder:
         expected = manifest.encoders.get("latents", {}).get("weights", {})
         is_full = fingerprint.is_full({"weights": expected})
         found = {name: fingerprint.weights_digest(model / name, is_full) for name in expected if (model / name).is_dir()}
-        vae = family.load_vae(model, torch.float32, models.resolve_device("auto"))
+        vae = family.load_vae(model, torch.float32, devices.resolve_device("auto"))
         return cls(family, vae, str(model), fingerprint.differences(expected, found))
 
     def decode(self, latents_Chw: torch.Tensor) -> Pixels:

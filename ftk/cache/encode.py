@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,13 +24,15 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from ftk import devices
 from ftk.cache import shards
 from ftk.cache.plan import ImageItem, TextItem, Unit
 from ftk.configs.load import default_workers
-from ftk.configs.schema import CacheConfig
-from ftk.errors import CacheError, EnvironmentFault
+from ftk.configs.schema import CacheConfig, ModelConfig
+from ftk.errors import CacheError, ConfigError, EnvironmentFault
 from ftk.models import base as models
-from ftk.models.base import Family
+from ftk.models.base import AddsTokens, Family
+from ftk.pipeline import prompt_images
 from ftk.pipeline.dataset import PreparedDataset
 from ftk.pipeline.engine import worker_place
 from ftk.progress import human_bytes
@@ -56,23 +58,24 @@ class EncodeJob:
     """All that a process needs to encode units of one kind, here or on another machine."""
 
     kind: str
-    family: str
+    base: ModelConfig
     model: Path
     folder: Path
     prepared: Path
     config: CacheConfig
     workers: int
+    placeholder_tokens: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
         """The device of this process: with several GPUs, the one of its place among its pool's workers."""
-        device = models.resolve_device(self.config.device)
+        device = devices.resolve_device(self.config.device)
         return torch.device("cuda", worker_place() % torch.cuda.device_count()) if device.type == "cuda" else device
 
     @property
     def memory_bytes(self) -> float:
         """The working memory that a batch may take."""
-        default = _DEFAULT_MEMORY_GIB.get(models.resolve_device(self.config.device).type, _DEFAULT_GPU_MEMORY_GIB)
+        default = _DEFAULT_MEMORY_GIB.get(devices.resolve_device(self.config.device).type, _DEFAULT_GPU_MEMORY_GIB)
         return (self.config.memory_gib or default) * _GIB
 
 
@@ -107,11 +110,12 @@ class _Encoder:
 
     @classmethod
     def load(cls, job: EncodeJob) -> "_Encoder":
-        family, device = models.get(job.family), job.device
+        family, device = models.parse(job.base), job.device
         if job.kind == "latents":
             component = family.load_vae(job.model, getattr(torch, job.config.loaded_vae_dtype), device)
         else:
             component = family.load_text_encoder(job.model, getattr(torch, job.config.text_dtype), device)
+            _add_tokens(family, component, job.placeholder_tokens)
         return cls(job, family, component, device)
 
     def encode(self, batch: _Batch) -> list[Tensors]:
@@ -119,17 +123,29 @@ class _Encoder:
         if batch.pixels_BHWC is None:
             return self._halving((0,), batch.items, self._texts)
         key = tuple(batch.pixels_BHWC.shape[1:])
-        return self._halving(key, batch.pixels_BHWC, self._masks if batch.items[0].is_mask else self._pictures)
+        by_form = {"latents": self._latents, "mask": self._masks, "pixels": self._pixels}
+        return self._halving(key, batch.pixels_BHWC, by_form[batch.items[0].form])
 
     def _texts(self, texts: Sequence[TextItem]) -> list[Tensors]:
         dtype = getattr(torch, self.job.config.stored_text_dtype)
-        encoded = self.family.encode_texts(self.component, [text.caption for text in texts])
+        captions, references = [text.caption for text in texts], [self._seen(text) for text in texts]
+        # Most families' texts see no references, and those take none.
+        seen = (references,) if any(references) else ()
+        encoded = self.family.encode_texts(self.component, captions, *seen)
         return [
             {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in item.items()}
             for item in encoded
         ]
 
-    def _pictures(self, pixels_BHWC: torch.Tensor) -> list[Tensors]:
+    def _seen(self, text: TextItem) -> list[torch.Tensor]:
+        """The references that the text encoder sees beside a caption: [3,H,W] in [-1, 1]."""
+        if not text.references:
+            return []
+        dataset = PreparedDataset.open(self.job.prepared)
+        images = [torch.from_numpy(_decode((dataset, reference))) for reference in text.references]
+        return [image_HWC.permute(2, 0, 1).float().to(self.device) / 127.5 - 1.0 for image_HWC in images]
+
+    def _latents(self, pixels_BHWC: torch.Tensor) -> list[Tensors]:
         dtype = getattr(torch, self.job.config.latents_dtype)
         pixels_BCHW = pixels_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1.0
         # By default torch lets a GPU's convolutions round fp32 to 10 bits, and choose other kernels from run to run.
@@ -137,6 +153,10 @@ class _Encoder:
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=is_fast):
             mean, std = self.family.encode_images(self.component, pixels_BCHW)
         return [{"mean": one_mean, "std": one_std} for one_mean, one_std in zip(mean.to(dtype), std.to(dtype), strict=True)]
+
+    def _pixels(self, pixels_BHWC: torch.Tensor) -> list[Tensors]:
+        """[3,H,W] in 8 bits: what a control network reads."""
+        return [{"pixels": image} for image in pixels_BHWC.permute(0, 3, 1, 2).contiguous()]
 
     def _masks(self, pixels_BHWC: torch.Tensor) -> list[Tensors]:
         dtype = getattr(torch, self.job.config.latents_dtype)
@@ -153,7 +173,7 @@ class _Encoder:
                 encoded += encode(batch[len(encoded) : len(encoded) + size])
                 continue
             except RuntimeError as error:
-                if not models.is_out_of_memory(error):
+                if not devices.is_out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
             free_memory()
@@ -170,6 +190,14 @@ class _Encoder:
     @staticmethod
     def _describe(key: tuple[int, ...]) -> str:
         return f"image of {key[1]}x{key[0]} px" if len(key) > 1 else "caption"
+
+
+def _add_tokens(family: Family, encoder: Any, tokens: Mapping[str, str]) -> None:
+    if not tokens:
+        return
+    if not isinstance(family, AddsTokens):
+        raise ConfigError(f"{family.name}: its text encoder cannot be given new words, such as {next(iter(tokens))!r}.")
+    family.add_tokens(encoder, tokens)
 
 
 _loaded: dict[str, _Encoder] = {}
@@ -278,9 +306,9 @@ def _batches(encoder: _Encoder, units: Sequence[Unit[Any]]) -> Iterator[_Batch]:
 
 def _picture_batches(encoder: _Encoder, unit: Unit[ImageItem]) -> list[Sequence[ImageItem]]:
     """Pictures of one size and kind together, as many as the memory allows."""
-    groups: dict[tuple[int, int, bool], list[ImageItem]] = {}
+    groups: dict[tuple[int, int, str], list[ImageItem]] = {}
     for picture in unit.items:
-        groups.setdefault((picture.height, picture.width, picture.is_mask), []).append(picture)
+        groups.setdefault((picture.height, picture.width, picture.form), []).append(picture)
     batches: list[Sequence[ImageItem]] = []
     for (height, width, _), pictures in groups.items():
         size = encoder.job.config.image_batch
@@ -330,6 +358,9 @@ def _mapped(
 def _decode(task: tuple[PreparedDataset, ImageItem]) -> npt.NDArray[np.uint8]:
     """[H,W,3] of an image, [H,W,1] of a mask, 8 bits."""
     dataset, picture = task
+    if not picture.shard:
+        # An image of a prompt, which is in no dataset.
+        return np.asarray(prompt_images.load(Path(picture.key), picture.width, picture.height))
     with Image.open(io.BytesIO(dataset.span(picture.shard, picture.key, picture.part).read())) as image:
         pixels = np.asarray(image.convert("L" if picture.is_mask else "RGB"))
     return pixels[..., None] if picture.is_mask else pixels
@@ -399,7 +430,7 @@ def _wait(device: torch.device) -> None:
 
 def memory_bytes(device: torch.device, peak: bool = False) -> int:
     """Memory in use: what torch allocated on a GPU, elsewhere this process's resident set."""
-    return models.memory_bytes(device) if peak or device.type != "cuda" else int(torch.cuda.memory_allocated(device))
+    return devices.memory_bytes(device) if peak or device.type != "cuda" else int(torch.cuda.memory_allocated(device))
 
 
 def free_memory() -> None:

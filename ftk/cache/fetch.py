@@ -7,7 +7,6 @@ the file system alone, threads and processes that share the folder wait for each
 
 import atexit
 import contextlib
-import fcntl
 import io
 import logging
 import math
@@ -225,21 +224,21 @@ class RemoteShards:
         temporary = file.path.with_name(storage.TEMPORARY_PREFIX + file.path.name)
         with _disk(file.path), contextlib.ExitStack() as held:
             # Whoever looks for orphans locks them for a moment: who does not wait must not meet that.
-            with contextlib.nullcontext() if is_needed else _locked(room_lock):
+            with contextlib.nullcontext() if is_needed else storage.locked(room_lock):
                 claim = held.enter_context(_claimed(temporary, is_needed))
             if claim is None or file.is_there() or not self._reserve(claim, self._sizes[shard], is_needed):
                 return
             _download(file, claim, (lambda: False) if is_needed else self._closed.is_set)
             os.fsync(claim.fileno())
             # Under the lock, so that whoever adds up the folder finds the file under one of its names.
-            with _locked(room_lock):
+            with storage.locked(room_lock):
                 temporary.replace(file.path)
             storage.fsync_directory(file.path.parent)
 
     def _reserve(self, claim: io.FileIO, num_bytes: int, is_needed: bool) -> bool:
         """Make the claimed file as long as it will be, after removing what must go for it."""
         while True:
-            with _locked(self._folder / _ROOM_LOCK):
+            with storage.locked(self._folder / _ROOM_LOCK):
                 removed = self._make_room(num_bytes, is_needed)
                 if removed is not None:
                     claim.truncate(num_bytes)
@@ -296,9 +295,9 @@ def open_remote(url: str, download: Download) -> tuple[CacheManifest, dict[str, 
     folder = download.directory.expanduser().absolute() / name
     with _disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / _OPEN_LOCK):
+        with storage.locked(folder / _OPEN_LOCK):
             manifest, tables = _mirror(url, folder)
-            with _locked(folder / _ROOM_LOCK):
+            with storage.locked(folder / _ROOM_LOCK):
                 return manifest, tables, RemoteShards(url, folder, tables["shards"], download.max_bytes)
 
 
@@ -421,47 +420,19 @@ def _write(file: BinaryIO | io.FileIO, chunk: bytes) -> None:
 def _claimed(path: Path, waits: bool) -> Iterator[io.FileIO | None]:
     """The temporary file at `path` for its one writer, removed unless it got another name; None when there is another."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path, waits) as file:
+    with storage.locked(path, waits) as file:
         try:
             if file is not None:
                 file.truncate(0)
             yield file
         finally:
-            if file is not None and _is_at(file, path):
+            if file is not None and storage.is_at(file, path):
                 path.unlink()
-
-
-@contextlib.contextmanager
-def _locked(path: Path, waits: bool = True) -> Iterator[io.FileIO | None]:
-    """The file at `path`, made if need be and locked; None when it is locked elsewhere and not to be waited for."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        with os.fdopen(descriptor, "r+b", buffering=0) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield None
-                return
-            try:
-                # Who held it before may have removed or renamed it.
-                if _is_at(file, path):
-                    yield file
-                    return
-            finally:
-                # Closing is not enough: a forked child would hold it on.
-                fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _is_at(file: io.FileIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _bytes_of_living(path: Path) -> int:
     """The size of a temporary file that is being written; one that nobody writes is removed."""
-    with _locked(path, waits=False) as orphan:
+    with storage.locked(path, waits=False) as orphan:
         if orphan is None:
             return path.stat().st_size
         path.unlink()

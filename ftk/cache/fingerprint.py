@@ -10,9 +10,8 @@ from typing import Any
 import blake3
 
 from ftk import storage
-from ftk.configs.schema import CacheConfig
 from ftk.errors import ModelError
-from ftk.models.base import Family
+from ftk.run import Run
 
 Parts = dict[str, Any]
 _SAMPLED, _FULL = "sampled:", "full:"
@@ -23,17 +22,20 @@ _RELEVANT = frozenset({".safetensors", ".json", ".txt", ".model"})
 _LIBRARIES = {"latents": ("torch", "diffusers"), "texts": ("torch", "transformers", "tokenizers")}
 
 
-def encoder_parts(kind: str, family: Family, config: CacheConfig, directory: Path | None, full: bool | None = None) -> Parts:
+def encoder_parts(kind: str, run: Run, directory: Path | None, full: bool | None = None) -> Parts:
     """The parts of an encoder's fingerprint; `directory` is the model's, or None where its weights are not at hand.
 
     Args:
         full: digest all bytes of the weights instead of samples of each tensor; `cache.full_hash` when None.
     """
+    family, config = run.family, run.config.cache
     parts: Parts = {"family": family.name, "encoder_version": family.encoder_version}
     if kind == "latents":
         parts |= {"dtype": config.vae_dtype, "stored": config.latents_dtype}
     else:
         parts |= {"dtype": config.text_dtype, "stored": config.stored_text_dtype, **family.text_options()}
+        if run.needs.placeholder_tokens:
+            parts["placeholder_tokens"] = dict(run.needs.placeholder_tokens)
     if directory is not None:
         components = family.latent_components if kind == "latents" else family.text_components
         full = config.full_hash if full is None else full

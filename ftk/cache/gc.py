@@ -81,7 +81,7 @@ def run(directory: Path, remove: bool) -> GcReport:
     """
     if not (directory / view.MANIFEST).exists():
         raise CacheError(f"{directory} holds no finished cache: no {view.MANIFEST} in it. Name the folder of a cache.")
-    with storage.lock(directory):
+    with storage.lock(directory) if remove else storage.reading(directory):
         plan = _plan(directory)
         report = _report(directory, plan, removed=remove)
         if remove and report.garbage:

@@ -1,27 +1,35 @@
 """What has to be encoded: what the samples need, cut into units, less what is there. Pure functions."""
 
-from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Literal, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ftk import storage
-from ftk.configs.schema import SampleConfig
-from ftk.models.base import LatentGeometry
+from ftk.methods.base import CacheNeeds
+from ftk.models.components.geometry import LatentGeometry
+from ftk.pipeline.dataset import REFERENCE_FIELDS
 
 IMAGE_COLUMNS = [
     *("key", "shard", "bucket_width", "bucket_height", "image_id", "num_controls", "control_ids", "has_mask", "mask_id"),
 ]
 
+_REFERENCE_COLUMNS = [column.name for column in REFERENCE_FIELDS]
 _TOKENS_OF_A_TEMPLATE = 8
 _BYTES_A_TOKEN = 4
+Form = Literal["latents", "mask", "pixels"]
+"""What is stored of an image: the VAE's latents, a mask averaged over latent cells, or its pixels in 8 bits."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageItem:
-    """An image, control image or mask to encode: where it lies in the prepared dataset, and its size in pixels."""
+    """An image, control image, reference or mask to encode: where it lies, and its size in pixels.
+
+    In the prepared dataset it is a part of a sample in a shard; of a prompt's image `shard` is empty and `key` its file.
+    """
 
     id: str
     shard: str
@@ -29,19 +37,21 @@ class ImageItem:
     part: str
     width: int
     height: int
+    form: Form = "latents"
 
     @property
     def is_mask(self) -> bool:
         """Masks are averaged over each latent cell; the VAE sees the rest."""
-        return self.part == "mask"
+        return self.form == "mask"
 
 
 @dataclass(frozen=True, slots=True)
 class TextItem:
-    """A caption, the empty one or a prompt."""
+    """A caption, the empty one or a prompt; with the references that the text encoder sees beside it, if it sees any."""
 
     id: str
     caption: str
+    references: tuple[ImageItem, ...] = ()
 
 
 Item = TypeVar("Item", ImageItem, TextItem)
@@ -55,40 +65,90 @@ class Unit(Generic[Item]):
     items: tuple[Item, ...]
 
 
-def text_id(caption: str) -> str:
-    """Names a caption by its content: equal captions are stored once."""
-    return storage.digest(["text", caption])
+def text_id(caption: str, references: Sequence[str] = ()) -> str:
+    """Names a caption, with the ids of the references that its encoding depends on: equal ones are stored once."""
+    return storage.digest(["text", caption, *([list(references)] if references else [])])
 
 
-def prompts(sample: SampleConfig) -> list[str]:
-    """The prompts that sample images are drawn from, the negative one too."""
-    return list(dict.fromkeys([*sample.prompts, sample.negative_prompt])) if sample.prompts else []
+def pixels_id(image: str) -> str:
+    """Names the pixels of an image, which are another item than its latents."""
+    return storage.digest(["pixels", image])
 
 
-def needed_texts(captions: pa.ChunkedArray, sample: SampleConfig) -> Iterator[TextItem]:
-    """Every text that training and its sample images need, each once: captions (lists, a sample each), empty, prompts."""
+def control_ids(ids: pa.ChunkedArray, needs: CacheNeeds) -> pa.ChunkedArray:
+    """The items of each sample's control images, from the ids that the prepared dataset has for them."""
+    if needs.controls == "latents":
+        return ids
+    flat = pa.array([pixels_id(each) for each in pc.list_flatten(ids).to_pylist()], pa.string())
+    lengths = pc.fill_null(pc.list_value_length(ids), 0).to_numpy()
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+    return pa.chunked_array([pa.ListArray.from_arrays(offsets, flat)])
+
+
+def needed_texts(captions: pa.ChunkedArray, prompts: Iterable[TextItem]) -> Iterator[TextItem]:
+    """Every text that training and its sample images need, each once: captions (lists, one per sample), empty, prompts."""
     distinct: list[str] = pc.unique(pc.list_flatten(captions)).to_pylist()
-    for caption in dict.fromkeys([*distinct, "", *prompts(sample)]):
-        yield TextItem(text_id(caption), caption)
+    yield from _each_once([*(TextItem(text_id(caption), caption) for caption in [*distinct, ""]), *prompts])
 
 
-def needed_pictures(tables: Iterable[pa.Table]) -> Iterator[ImageItem]:
-    """Every image, control image and mask, each once: equal pixels are stored once."""
+def needed_texts_of_edits(tables: Iterable[pa.Table], prompts: Iterable[TextItem]) -> Iterator[TextItem]:
+    """The same where texts depend on references: each sample's captions, and the empty one, beside its own references."""
+
+    def all_of() -> Iterator[TextItem]:
+        for table in tables:
+            for row in table.select([*IMAGE_COLUMNS, "captions", *_REFERENCE_COLUMNS]).to_pylist():
+                references = tuple(_references(row))
+                for caption in [*row["captions"], ""]:
+                    yield TextItem(text_id(caption, [each.id for each in references]), caption, references)
+        yield TextItem(text_id(""), "")
+        yield from prompts
+
+    return _each_once(all_of())
+
+
+def needed_pictures(tables: Iterable[pa.Table], needs: CacheNeeds, prompts: Iterable[ImageItem] = ()) -> Iterator[ImageItem]:
+    """Every image, control image, reference and mask, each once: equal pixels are stored once."""
+
+    def all_of() -> Iterator[ImageItem]:
+        for table in tables:
+            references = [name for name in _REFERENCE_COLUMNS if name in table.column_names]
+            for row in table.select([*IMAGE_COLUMNS, *references]).to_pylist():
+                place, size = (row["shard"], row["key"]), (row["bucket_width"], row["bucket_height"])
+                yield ImageItem(row["image_id"], *place, "image", *size)
+                for number, control in enumerate(row["control_ids"]):
+                    item = ImageItem(control, *place, f"control{number}", *size)
+                    yield item if needs.controls == "latents" else as_pixels(item)
+                yield from _references(row) if references else ()
+                if row["has_mask"]:
+                    yield ImageItem(row["mask_id"], *place, "mask", *size, form="mask")
+        yield from prompts
+
+    return _each_once(all_of())
+
+
+def as_pixels(image: ImageItem) -> ImageItem:
+    """The pixels of an image in place of its latents."""
+    return replace(image, id=pixels_id(image.id), form="pixels")
+
+
+def _references(row: Mapping[str, Any]) -> Iterator[ImageItem]:
+    columns = zip(*(row[name] for name in _REFERENCE_COLUMNS), strict=True)
+    for number, (reference, width, height) in enumerate(columns):
+        yield ImageItem(reference, row["shard"], row["key"], f"reference{number}", width, height)
+
+
+def _each_once(items: Iterable[Item]) -> Iterator[Item]:
     seen: set[str] = set()
-    for table in tables:
-        for row in table.select(IMAGE_COLUMNS).to_pylist():
-            size = (row["bucket_width"], row["bucket_height"])
-            parts = [(row["image_id"], "image")]
-            parts += [(control, f"control{number}") for number, control in enumerate(row["control_ids"])]
-            parts += [(row["mask_id"], "mask")] if row["has_mask"] else []
-            for item, part in parts:
-                if item not in seen:
-                    seen.add(item)
-                    yield ImageItem(item, row["shard"], row["key"], part, *size)
+    for item in items:
+        if item.id not in seen:
+            seen.add(item.id)
+            yield item
 
 
 def picture_bytes(picture: ImageItem, geometry: LatentGeometry, itemsize: int) -> int:
-    """Size of one stored item: mean and std of each channel, or a mask."""
+    """Size of one stored item: mean and std of each channel, a mask, or pixels."""
+    if picture.form == "pixels":
+        return 3 * picture.width * picture.height
     cells = (picture.width // geometry.factor) * (picture.height // geometry.factor)
     return (1 if picture.is_mask else 2 * geometry.channels) * cells * itemsize
 

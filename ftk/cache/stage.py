@@ -14,19 +14,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from ftk import locations, storage
-from ftk.cache import encode, fingerprint, plan, shards, view
+from ftk import devices, locations, storage
+from ftk.cache import encode, fingerprint, plan, prompts, shards, view
 from ftk.cache.encode import Done, EncodeJob
+from ftk.cache.prompts import Prompts
 from ftk.cache.shards import KINDS, Damage, Receipt
-from ftk.configs.load import cache_location, default_workers, prepared_path
-from ftk.configs.schema import RunConfig
+from ftk.configs.load import default_workers
 from ftk.contracts import CacheManifest
 from ftk.errors import CacheError, DatasetError
-from ftk.models import base as models
-from ftk.models.base import Family
-from ftk.pipeline.dataset import PreparedDataset, recipe
+from ftk.pipeline.dataset import PreparedDataset, recipes, without_places
 from ftk.pipeline.engine import WHOLE, JobPart, map_units
 from ftk.progress import ProgressBar, human_bytes, plain_text, track
+from ftk.run import Run
 
 LOGGER = logging.getLogger("ftk")
 
@@ -104,16 +103,28 @@ class _Kind:
 class _Work:
     """All of it."""
 
-    config: RunConfig
-    family: Family
+    run: Run
     model: Path
     directory: Path
     dataset: PreparedDataset
     captions: pa.ChunkedArray
+    prompts: Prompts
     kinds: dict[str, _Kind]
 
+    @property
+    def texts_see_references(self) -> bool:
+        """Whether a text depends on the references beside it: the family's rule, where the dataset has any."""
+        rule = self.run.family.references
+        return rule is not None and rule.in_texts and self.dataset.has_references
 
-def run(config: RunConfig, part: JobPart = WHOLE) -> CacheReport:
+    def needed_texts(self) -> Iterator[plan.TextItem]:
+        """Every text, in the order in which shards are cut."""
+        if self.texts_see_references:
+            return plan.needed_texts_of_edits(self.dataset.tables(), self.prompts.texts.values())
+        return plan.needed_texts(self.captions, self.prompts.texts.values())
+
+
+def run(run: Run, part: JobPart = WHOLE) -> CacheReport:
     """Encode what is missing and rebuild the view; a second run encodes nothing.
 
     Raises:
@@ -121,10 +132,10 @@ def run(config: RunConfig, part: JobPart = WHOLE) -> CacheReport:
         ModelError: the model's VAE or text encoder cannot be loaded.
         EnvironmentFault: disk, memory, network, or another writer.
     """
-    directory = locations.local_path(cache_location(config))
-    PreparedDataset.open(prepared_path(config))
+    directory = locations.local_path(run.paths.cache)
+    PreparedDataset.open(run.paths.prepared)
     with storage.lock(directory, part.label):
-        work = _plan(config, directory)
+        work = _plan(run, directory)
         if part == WHOLE:
             _sweep(work)
         _drop_damaged(work)
@@ -138,9 +149,9 @@ def run(config: RunConfig, part: JobPart = WHOLE) -> CacheReport:
     return _report(work, tables)
 
 
-def dry_run(config: RunConfig, part: JobPart = WHOLE) -> dict[str, Any]:
+def dry_run(run: Run, part: JobPart = WHOLE) -> dict[str, Any]:
     """Counts, bytes and time of what `run` would encode, what it would reuse, and why not the rest; writes nothing."""
-    work = _plan(config, locations.local_path(cache_location(config)))
+    work = _plan(run, locations.local_path(run.paths.cache))
     latents, texts = work.kinds["latents"], work.kinds["texts"]
     return {
         "num_samples": work.dataset.manifest.num_samples,
@@ -155,14 +166,14 @@ def dry_run(config: RunConfig, part: JobPart = WHOLE) -> dict[str, Any]:
         "num_shards_to_write": sum(part.has(unit.number) for kind in work.kinds.values() for unit in kind.units),
         "why_latents": latents.reasons(),
         "why_texts": texts.reasons(),
-        "device": str(models.resolve_device(config.cache.device)),
+        "device": str(devices.resolve_device(run.config.cache.device)),
     }
 
 
-def _plan(config: RunConfig, directory: Path) -> _Work:
-    family = models.get(config.model.family)
-    dataset = PreparedDataset.open(prepared_path(config))
-    differs = fingerprint.differences(recipe(config), dataset.manifest.recipe)
+def _plan(run: Run, directory: Path) -> _Work:
+    config, family = run.config, run.family
+    dataset = PreparedDataset.open(run.paths.prepared)
+    differs = fingerprint.differences(*recipes(config, dataset.manifest.recipe))
     if differs:
         raise DatasetError(
             f"{dataset.directory} was prepared with other settings:\n{fingerprint.table(differs, 'data.')}\n"
@@ -170,18 +181,39 @@ def _plan(config: RunConfig, directory: Path) -> _Work:
         )
     if not dataset.manifest.num_samples:
         raise CacheError(f"{dataset.directory} holds no samples. Run `ftk prepare RUN.yaml` with images that can be used.")
-    model = models.locate(config.model, (*family.latent_components, *family.text_components))
+    model = run.locate((*family.latent_components, *family.text_components))
     previous = _previous(directory)
-    kinds = {kind: _look(config, family, model, directory, kind, previous) for kind in KINDS}
+    kinds = {kind: _look(run, model, directory, kind, previous) for kind in KINDS}
     tables = list(dataset.tables())
     captions = pa.chunked_array([chunk for table in tables for chunk in table["captions"].chunks], pa.list_(pa.string()))
+    _check_needs(run, tables)
     work = _Work(
-        config=config, family=family, model=model, directory=directory, dataset=dataset, captions=captions, kinds=kinds
+        run=run,
+        model=model,
+        directory=directory,
+        dataset=dataset,
+        captions=captions,
+        prompts=prompts.of(run),
+        kinds=kinds,
     )
     itemsize = getattr(torch, config.cache.latents_dtype).itemsize
-    _cut(work, "latents", plan.needed_pictures(tables), lambda item: plan.picture_bytes(item, family.geometry, itemsize))
-    _cut(work, "texts", plan.needed_texts(captions, config.sample), lambda item: plan.text_bytes(item, family.text_token_bytes))
+    pictures = plan.needed_pictures(tables, run.needs, work.prompts.images)
+    _cut(work, "latents", pictures, lambda item: plan.picture_bytes(item, family.geometry, itemsize))
+    _cut(work, "texts", work.needed_texts(), lambda item: plan.text_bytes(item, family.text_token_bytes))
     return work
+
+
+def _check_needs(run: Run, tables: Sequence[pa.Table]) -> None:
+    """Refuse a dataset that lacks what the method needs.
+
+    Raises:
+        CacheError: it has no class images.
+    """
+    if run.needs.class_images and not any(pc.any(pc.equal(table["role"], "class")).as_py() for table in tables):
+        raise CacheError(
+            f"method {run.method.name} needs class images, and {run.paths.prepared} has none. Add a source with `role: class` "
+            f"to data.sources, and run `ftk prepare RUN.yaml`."
+        )
 
 
 def _previous(directory: Path) -> CacheManifest | None:
@@ -195,8 +227,8 @@ def _previous(directory: Path) -> CacheManifest | None:
         return None
 
 
-def _look(config: RunConfig, family: Family, model: Path, directory: Path, kind: str, previous: CacheManifest | None) -> _Kind:
-    parts = fingerprint.with_libraries(kind, fingerprint.encoder_parts(kind, family, config.cache, model))
+def _look(run: Run, model: Path, directory: Path, kind: str, previous: CacheManifest | None) -> _Kind:
+    parts = fingerprint.with_libraries(kind, fingerprint.encoder_parts(kind, run, model))
     folder = directory / kind / fingerprint.of_parts(parts)
     known = view.receipt_digests(directory, previous) if previous else {}
     found, damages = shards.receipts(folder, known)
@@ -222,7 +254,7 @@ def _cut(work: _Work, kind: str, needed: Iterable[Any], size: Callable[[Any], in
             yield item
 
     there = {item for receipt in one.found for item in receipt.items["id"].to_pylist()}
-    one.units = list(plan.units(counted(), size, work.config.cache.shard_bytes, there))
+    one.units = list(plan.units(counted(), size, work.run.config.cache.shard_bytes, there))
     one.num_missing = sum(len(unit.items) for unit in one.units)
     one.missing_bytes = sum(size(item) for unit in one.units for item in unit.items)
 
@@ -258,7 +290,7 @@ def _seconds(work: _Work, kind: _Kind) -> float:
     """About how long one device takes for what is missing: its speed now, and the work as the family counts it."""
     if not kind.num_missing:
         return 0.0
-    family, config = work.family, work.config.cache
+    family, config = work.run.family, work.run.config.cache
     sizes: Counter[tuple[int, ...]] = Counter()
     for unit in kind.units:
         for item in unit.items:
@@ -269,7 +301,7 @@ def _seconds(work: _Work, kind: _Kind) -> float:
         for size, count in sizes.items()
     )
     dtype = getattr(torch, config.loaded_vae_dtype if kind.kind == "latents" else config.text_dtype)
-    speed = encode.speed(models.resolve_device(config.device), dtype)
+    speed = encode.speed(devices.resolve_device(config.device), dtype)
     return flops / (_EFFICIENCY * speed) + _SECONDS_AN_ITEM * kind.num_missing
 
 
@@ -278,16 +310,17 @@ def _encode(work: _Work, kind: _Kind, part: JobPart) -> None:
     mine = [unit for unit in kind.units if part.has(unit.number)]
     if not mine:
         return
-    config = work.config.cache
+    config = work.run.config.cache
     processes = _processes(config.processes, config.device)
     job = EncodeJob(
         kind=kind.kind,
-        family=work.family.name,
+        base=work.run.config.model,
+        placeholder_tokens=dict(work.run.needs.placeholder_tokens),
         model=work.model.resolve(),
         folder=kind.folder.resolve(),
         prepared=work.dataset.directory.resolve(),
         config=config,
-        workers=max(1, default_workers(work.config.data.workers) // processes),
+        workers=max(1, default_workers(work.run.config.data.workers) // processes),
     )
     if config.engine == "local" and processes == 1:
         encode.load(job)
@@ -313,7 +346,7 @@ def _processes(configured: int, device: str) -> int:
     """`cache.processes`, where 0 means one a GPU."""
     if configured:
         return configured
-    return torch.cuda.device_count() if models.resolve_device(device).type == "cuda" else 1
+    return torch.cuda.device_count() if devices.resolve_device(device).type == "cuda" else 1
 
 
 def _look_again(work: _Work, part: JobPart) -> int:
@@ -333,40 +366,69 @@ def _seal(work: _Work) -> dict[str, pa.Table]:
     tables["samples"] = _samples(work, tables["texts"])
     latents, texts = work.kinds["latents"], work.kinds["texts"]
     facts = {
-        "family": work.family.name,
+        "family": work.run.family.name,
         "latents_fingerprint": latents.fingerprint,
         "texts_fingerprint": texts.fingerprint,
         "encoders": {name: kind.parts for name, kind in work.kinds.items()},
-        "normalisation": work.family.normalisation(work.model),
+        "normalisation": work.run.family.normalisation(work.model),
         "prepared_fingerprint": work.dataset.manifest.fingerprint,
-        "prepared_recipe": work.dataset.manifest.recipe,
+        "prepared_recipe": without_places(work.dataset.manifest.recipe, work.run.config),
         "empty_text": plan.text_id(""),
-        "prompts": {prompt: plan.text_id(prompt) for prompt in plan.prompts(work.config.sample)},
+        "prompts": {key: item.id for key, item in work.prompts.texts.items()},
+        "prompt_images": _prompt_images(work.prompts),
     }
     view.commit(work.directory, tables, facts)
     return tables
 
 
+def _prompt_images(prompts: Prompts) -> dict[str, dict[str, list[str]]]:
+    """The items of the prompts' images, by what the cache lists a prompt under."""
+    images: dict[str, dict[str, list[str]]] = {}
+    for part, by_key in (("references", prompts.references), ("controls", prompts.controls)):
+        for key, items in by_key.items():
+            images.setdefault(key, {})[part] = [item.id for item in items]
+    return images
+
+
 def _samples(work: _Work, texts: pa.Table) -> pa.Table:
     """The samples' table, from the prepared dataset's columns."""
     captions = work.captions.combine_chunks()
-    flat = captions.flatten().dictionary_encode()
-    ids = pa.array([plan.text_id(caption) for caption in flat.dictionary.to_pylist()], pa.string())
-    rows = pc.index_in(ids, value_set=texts["id"].combine_chunks())
-    lengths = texts["length"].combine_chunks().take(rows)
-    offsets = pa.array(np.concatenate([[0], np.cumsum(captions.value_lengths().to_numpy())]), pa.int32())
     table = pa.concat_tables(list(work.dataset.tables()))
+    per_caption = _text_ids(work, captions, table)
+    distinct = per_caption.dictionary_encode()
+    rows = pc.index_in(distinct.dictionary, value_set=texts["id"].combine_chunks())
+    lengths = texts["length"].combine_chunks().take(rows).take(distinct.indices)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(captions.value_lengths().to_numpy())]), pa.int32())
     columns = {
         "latents": table["image_id"],
-        "controls": table["control_ids"],
+        "controls": plan.control_ids(table["control_ids"], work.run.needs),
         "mask": table["mask_id"],
-        "texts": pa.ListArray.from_arrays(offsets, ids.take(flat.indices)),
-        "text_lengths": pa.ListArray.from_arrays(offsets, lengths.take(flat.indices)),
+        "texts": pa.ListArray.from_arrays(offsets, per_caption),
+        "text_lengths": pa.ListArray.from_arrays(offsets, lengths),
     }
-    return pa.table(
-        [columns.get(entry.name, table[entry.name] if entry.name not in columns else None) for entry in view.SAMPLE_SCHEMA],
-        schema=view.SAMPLE_SCHEMA,
-    )
+    schema = view.SAMPLE_SCHEMA
+    if work.dataset.has_references:
+        schema = pa.schema([*view.SAMPLE_SCHEMA, *view.REFERENCE_FIELDS])
+        columns |= {"references": table["reference_ids"], "empty_text": _empty_texts(work, table)}
+    return pa.table([columns.get(entry.name, table[entry.name] if entry.name not in columns else None) for entry in schema],
+                    schema=schema)  # fmt: skip
+
+
+def _text_ids(work: _Work, captions: pa.ListArray, table: pa.Table) -> pa.Array:
+    """The item of each caption of each sample, one after another."""
+    if work.texts_see_references:
+        pairs = zip(captions.to_pylist(), table["reference_ids"].to_pylist(), strict=True)
+        return pa.array([plan.text_id(each, references) for own, references in pairs for each in own], pa.string())
+    flat = captions.flatten().dictionary_encode()
+    ids = pa.array([plan.text_id(caption) for caption in flat.dictionary.to_pylist()], pa.string())
+    return ids.take(flat.indices)
+
+
+def _empty_texts(work: _Work, table: pa.Table) -> pa.Array:
+    """The empty caption beside each sample's references; "" where one serves all."""
+    if not work.texts_see_references:
+        return pa.array([""] * len(table), pa.string())
+    return pa.array([plan.text_id("", references) for references in table["reference_ids"].to_pylist()], pa.string())
 
 
 def _report_of_part(work: _Work, num_left: int) -> CacheReport:
@@ -386,20 +448,22 @@ def _report(work: _Work, tables: dict[str, pa.Table]) -> CacheReport:
 
 def _texts_cut(work: _Work, stored: pa.Table) -> list[tuple[str, int]]:
     """Texts that are longer than the encoder reads, in the order of the samples, and by how many tokens."""
-    at_limit = stored.filter(pc.greater_equal(stored["length"], work.family.max_text_tokens))
+    at_limit = stored.filter(pc.greater_equal(stored["length"], work.run.family.max_text_tokens))
     suspects = set(at_limit["id"].to_pylist())
-    captions = [text.caption for text in plan.needed_texts(work.captions, work.config.sample) if text.id in suspects]
+    captions = [text.caption for text in work.needed_texts() if text.id in suspects]
     found: list[tuple[str, int]] = []
     for start in range(0, len(captions), _TOKENISED_AT_ONCE):
         some = captions[start : start + _TOKENISED_AT_ONCE]
-        found += [(caption, num) for caption, num in zip(some, work.family.tokens_cut(work.model, some), strict=True) if num]
+        found += [
+            (caption, num) for caption, num in zip(some, work.run.family.tokens_cut(work.model, some), strict=True) if num
+        ]
     return found
 
 
 def _warn_of_texts_cut(work: _Work, cut: Sequence[tuple[str, int]]) -> None:
     LOGGER.warning(
         "%d of %d texts are longer than the %d tokens that %s reads, and were cut. Shorten them, or put first what matters:",
-        len(cut), work.kinds["texts"].num_needed, work.family.max_text_tokens, work.family.name,
+        len(cut), work.kinds["texts"].num_needed, work.run.family.max_text_tokens, work.run.family.name,
     )  # fmt: skip
     for caption, num in cut[:_LISTED]:
         LOGGER.warning("  %s (tokens cut: %d)", _beginning(caption), num)

@@ -190,7 +190,7 @@ class CacheStore:
         self.location = location
         self.manifest = manifest
         self.table: pa.Table = tables["samples"].combine_chunks()
-        """Every sample: the columns of `ftk.contracts.CachedSample`."""
+        """Every sample: the columns of `ftk.contracts.CachedSample`; those of references where there are some."""
         self.shard_table = tables["shards"]
         self._indexes = {kind: tables[kind].combine_chunks() for kind in shards.KINDS}
         self._items = {kind: _Items.of(table) for kind, table in self._indexes.items()}
@@ -227,26 +227,52 @@ class CacheStore:
         has_mask = pc.not_equal(table["mask"], "")
         named = pa.array(list(dict.fromkeys([self.manifest.empty_text, *self.manifest.prompts.values()])), pa.string())
         masked = table["mask"].filter(has_mask)
-        self._latents, masks, self._controls = latents.rows(table["latents"], masked, pc.list_flatten(table["controls"]))
-        self._texts, named_rows = texts.rows(pc.list_flatten(table["texts"]), named)
+        references, empties = (self._optional(name) for name in ("references", "empty_text"))
+        shown = pa.array([item for parts in self.manifest.prompt_images.values() for ids in parts.values() for item in ids])
+        self._latents, masks, self._controls, self._references, shown_rows = latents.rows(
+            table["latents"], masked, pc.list_flatten(table["controls"]), pc.list_flatten(references), shown.cast(pa.string())
+        )
+        self._texts, named_rows, self._empties = texts.rows(
+            pc.list_flatten(table["texts"]), named, empties.filter(pc.not_equal(empties, ""))
+        )
+        self._first_reference = _starts(references)
+        self._prompt_images = dict(zip(shown.to_pylist(), shown_rows.tolist(), strict=True))
         self._masks = np.full(len(table), -1, dtype=np.int32)
         self._masks[has_mask.to_numpy()] = masks
         self._first_control, self._first_text = _starts(table["controls"]), _starts(table["texts"])
         self._named = dict(zip(named.to_pylist(), named_rows.tolist(), strict=True))
         missing = {
-            "latents": sum(int((rows < 0).sum()) for rows in (self._latents, masks, self._controls)),
-            "texts": sum(int((rows < 0).sum()) for rows in (self._texts, named_rows)),
+            "latents": sum(
+                int((rows < 0).sum()) for rows in (self._latents, masks, self._controls, self._references, shown_rows)
+            ),
+            "texts": sum(int((rows < 0).sum()) for rows in (self._texts, named_rows, self._empties)),
         }
         if any(missing.values()):
             listed = ", ".join(f"{count:,} {kind}" for kind, count in missing.items() if count)
             raise CacheError(f"{self.location}: {listed} that samples name are not there. Run `ftk cache RUN.yaml` again.")
 
+    def _optional(self, name: str) -> pa.ChunkedArray:
+        """A column of references, as if no sample had any where the cache has no such columns."""
+        column = next(each for each in view.REFERENCE_FIELDS if each.name == name)
+        if name in self.table.column_names:
+            return self.table[name]
+        if column.type == pa.string():
+            return pa.chunked_array([pa.repeat(pa.scalar("", pa.string()), len(self.table))])
+        starts = pa.array(np.zeros(len(self.table) + 1, np.int32))
+        return pa.chunked_array([pa.ListArray.from_arrays(starts, pa.array([], column.type.value_type))])
+
     def __len__(self) -> int:
         return len(self.table)
 
+    @property
+    def has_references(self) -> bool:
+        """Whether samples may have references."""
+        return "references" in self.table.column_names
+
     def sample(self, number: int) -> CachedSample:
         """One row of `table`."""
-        return CachedSample(**{entry.name: self.table[entry.name][number].as_py() for entry in fields(CachedSample)})
+        names = [entry.name for entry in fields(CachedSample) if entry.name in self.table.column_names]
+        return CachedSample(**{name: self.table[name][number].as_py() for name in names})
 
     def latents(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Posterior (mean, std) of a sample's image, each [C,h,w], in the denoiser's normalised space."""
@@ -254,10 +280,18 @@ class CacheStore:
         return tensors["mean"], tensors["std"]
 
     def controls(self, number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Posterior (mean, std) of each of a sample's control images."""
+        """Posterior (mean, std) of each of a sample's control images that is stored as latents."""
+        return [(tensors["mean"], tensors["std"]) for tensors in self.control_items(number) if "mean" in tensors]
+
+    def control_items(self, number: int) -> list[dict[str, torch.Tensor]]:
+        """Each of a sample's control images: `mean` and `std` [C,h,w], or `pixels` [3,H,W] in 8 bits."""
         rows = self._controls[self._first_control[number] : self._first_control[number + 1]]
-        read = [self._read("latents", int(row)) for row in rows]
-        return [(tensors["mean"], tensors["std"]) for tensors in read]
+        return [self._read("latents", int(row)) for row in rows]
+
+    def references(self, number: int) -> list[torch.Tensor]:
+        """The posterior mean [C,h,w] of each of a sample's references, which edit pipelines take too."""
+        rows = self._references[self._first_reference[number] : self._first_reference[number + 1]]
+        return [self._read("latents", int(row))["mean"] for row in rows]
 
     def mask(self, number: int) -> torch.Tensor | None:
         """A sample's mask [h,w] in [0, 1], a mean over each latent cell; None when it has none."""
@@ -274,13 +308,18 @@ class CacheStore:
         """How many captions a sample has."""
         return int(self._first_text[number + 1] - self._first_text[number])
 
-    def empty_text(self) -> dict[str, torch.Tensor]:
-        """The empty caption."""
-        return self._read("texts", self._named[self.manifest.empty_text])
+    def empty_text(self, number: int = 0) -> dict[str, torch.Tensor]:
+        """The empty caption, beside the references of a sample where texts depend on them."""
+        return self._read("texts", int(self._empties[number]) if len(self._empties) else self._named[self.manifest.empty_text])
 
-    def prompt(self, text: str) -> dict[str, torch.Tensor]:
-        """A prompt of the run file; `KeyError` when it is not cached."""
-        return self._read("texts", self._named[self.manifest.prompts[text]])
+    def prompt(self, key: str) -> dict[str, torch.Tensor]:
+        """A prompt of the run file, by `PromptConfig.key`; `KeyError` when it is not cached."""
+        return self._read("texts", self._named[self.manifest.prompts[key]])
+
+    def prompt_images(self, key: str, part: str) -> list[dict[str, torch.Tensor]]:
+        """The `references` or `controls` of a prompt, as items of `latents`."""
+        ids = self.manifest.prompt_images.get(key, {}).get(part, [])
+        return [self._read("latents", self._prompt_images[item]) for item in ids]
 
     def item(self, kind: str, item: str) -> dict[str, torch.Tensor]:
         """All tensors of an item of `latents` or `texts`; `KeyError` when there is none."""
@@ -293,10 +332,14 @@ class CacheStore:
     def named(self, kind: str) -> pa.Array:
         """The ids that samples, or the manifest, name, each once, in the order of the samples."""
         if kind == "texts":
-            columns = [pc.list_flatten(self.table["texts"]), pa.chunked_array([pa.array(list(self._named), pa.string())])]
+            empties = self._optional("empty_text")
+            columns = [pc.list_flatten(self.table["texts"]), pa.chunked_array([pa.array(list(self._named), pa.string())]),
+                       empties.filter(pc.not_equal(empties, ""))]  # fmt: skip
         else:
             masks = self.table["mask"].filter(pc.not_equal(self.table["mask"], ""))
-            columns = [self.table["latents"], pc.list_flatten(self.table["controls"]), masks]
+            shown = pa.chunked_array([pa.array(list(self._prompt_images), pa.string())])
+            references = pc.list_flatten(self._optional("references"))
+            columns = [self.table["latents"], pc.list_flatten(self.table["controls"]), masks, references, shown]
         return pc.unique(pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string()))
 
     def length(self, kind: str, item: str) -> int:
@@ -314,7 +357,8 @@ class CacheStore:
         for number in numbers:
             texts = self._texts[self._first_text[number] : self._first_text[number + 1]]
             controls = self._controls[self._first_control[number] : self._first_control[number + 1]]
-            pictures = [self._latents[number], self._masks[number], *controls]
+            references = self._references[self._first_reference[number] : self._first_reference[number + 1]]
+            pictures = [self._latents[number], self._masks[number], *controls, *references]
             wanted |= dict.fromkeys(int(self._items["latents"].shards[row]) for row in pictures if row >= 0)
             wanted |= dict.fromkeys(int(self._items["texts"].shards[row]) for row in texts)
         self._files.ahead(list(wanted))

@@ -34,6 +34,13 @@ SAMPLE_SCHEMA = pa.schema(
         pa.field("role", pa.string()),
     ]
 )
+REFERENCE_FIELDS = [
+    pa.field("references", pa.list_(pa.string())),
+    pa.field("reference_widths", pa.list_(pa.int32())),
+    pa.field("reference_heights", pa.list_(pa.int32())),
+    pa.field("empty_text", pa.string()),
+]
+"""Columns of the samples' table of caches with references; others do not have them."""
 INDEX_SCHEMA = pa.schema([*ITEM_SCHEMA, pa.field("shard", pa.int32())])
 """All items of one kind; `shard` is a row of the shards' table."""
 SHARD_SCHEMA = pa.schema(
@@ -101,7 +108,7 @@ def commit(directory: Path, tables: Mapping[str, pa.Table], facts: Mapping[str, 
         schema_version=CACHE_SCHEMA, num_samples=len(tables["samples"]), tables=dict(sorted(digests.items())), **facts
     )
     manifest = dataclasses.replace(manifest, digest=_digest(manifest))
-    storage.commit_json(directory / MANIFEST, manifest)
+    storage.commit_bytes(directory / MANIFEST, _manifest_bytes(manifest))
     named = {table_path(directory, name, digest) for name, digest in digests.items()}
     for path in (directory / "view").glob("*.parquet"):
         if path not in named:
@@ -110,7 +117,15 @@ def commit(directory: Path, tables: Mapping[str, pa.Table], facts: Mapping[str, 
 
 
 def _digest(manifest: CacheManifest) -> str:
-    return blake3.blake3(storage.json_bytes(dataclasses.replace(manifest, digest=""))).hexdigest()
+    return blake3.blake3(_manifest_bytes(dataclasses.replace(manifest, digest=""))).hexdigest()
+
+
+def _manifest_bytes(manifest: CacheManifest) -> bytes:
+    """The file. A cache without prompts' images has the same bytes as one of a version that knew none."""
+    plain = dataclasses.asdict(manifest)
+    if not manifest.prompt_images:
+        del plain["prompt_images"]
+    return storage.json_bytes(plain)
 
 
 def read_manifest(directory: Path) -> CacheManifest | None:
@@ -122,7 +137,7 @@ def read_manifest(directory: Path) -> CacheManifest | None:
         plain = json.loads(data)
         version = plain.get("schema_version")
         manifest = CacheManifest(**plain) if version == CACHE_SCHEMA else None
-        is_whole = manifest is not None and manifest.digest == _digest(manifest) and storage.json_bytes(manifest) == data
+        is_whole = manifest is not None and manifest.digest == _digest(manifest) and _manifest_bytes(manifest) == data
     except FileNotFoundError:
         return None
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
@@ -153,7 +168,8 @@ def read_tables(directory: Path, manifest: CacheManifest) -> dict[str, pa.Table]
                 f"table anew and keeps what is encoded."
             )
         tables[name] = storage.read_table(pa.BufferReader(data), dictionary=_REPEATED)
-        if tables[name].column_names != _SCHEMAS[name].names:
+        with_references = [*_SCHEMAS[name].names, *(column.name for column in REFERENCE_FIELDS)]
+        if tables[name].column_names not in (_SCHEMAS[name].names, with_references):
             raise CacheError(f"{path} has other columns than this ftk reads. Run `ftk cache RUN.yaml`: it is written anew.")
     return tables
 

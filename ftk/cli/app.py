@@ -79,7 +79,7 @@ def main() -> None:
     except OSError as error:
         _fail(_os_message(error), 4, error)
     except RuntimeError as error:
-        from ftk.models.base import is_out_of_memory  # torch raised it, so torch is loaded
+        from ftk.devices import is_out_of_memory  # torch raised it, so torch is loaded
 
         if not is_out_of_memory(error):
             raise

@@ -47,9 +47,9 @@ def _run(root: Path) -> dict[str, Any]:
 
     # The model's operations last microseconds: threads would wait for each other longer than they work.
     torch.set_num_threads(1)
-    config = lesson.set_up(root)
-    reports: dict[str, Any] = run_all(config)
-    return {**reports, "lesson": asdict(lesson.examine(config))}
+    resolved = lesson.set_up(root)
+    reports: dict[str, Any] = run_all(resolved)
+    return {**reports, "lesson": asdict(lesson.examine(resolved))}
 
 
 def render(root: Path, reports: Mapping[str, Any]) -> None:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ftk.cli.options import Json, Overrides, Workspace, load_config, show
+from ftk.cli.options import Json, Overrides, Workspace, load_run, show
 
 if TYPE_CHECKING:
-    from ftk.configs.schema import RunConfig
+    from ftk.run import Run
     from ftk.train.memory import MemoryPlan, Workload
 
 
@@ -35,12 +35,12 @@ def doctor(
 
     from ftk.train import memory
 
-    config = load_config(run_file, overrides, workspace)
-    plan, workload, source = planned(config)
+    run = load_run(run_file, overrides, workspace)
+    plan, workload, source = planned(run)
     if json:
         show("doctor", {"plan": asdict(plan), "workload": asdict(workload), "workload_from": source}, True)
         return
-    factor = _factor(config)
+    factor = run.family.geometry.factor
     largest = (
         f"{workload.micro_batch_size} x {workload.width * factor}x{workload.height * factor} px with "
         f"{workload.text_tokens} text tokens, from {source}"
@@ -73,70 +73,43 @@ def machine(workspace: Path) -> dict[str, Any]:
     }
 
 
-def planned(config: "RunConfig", world_size: int = 1) -> "tuple[MemoryPlan, Workload, str]":
+def planned(run: "Run", world_size: int = 1) -> "tuple[MemoryPlan, Workload, str]":
     """The memory plan of a run, its largest micro-batch, and where that was read.
 
     Raises:
         ModelError: the model is not on this machine: its shapes are unknown.
     """
-    import torch
-
+    from ftk import devices
     from ftk.errors import ModelError
-    from ftk.methods import base as methods
-    from ftk.models import base as models
-    from ftk.train import memory, optim
-    from ftk.train.inputs import load_components, settings_for_plan
+    from ftk.models.components import loading
+    from ftk.train import optim
+    from ftk.train.inputs import plan_sizes
 
-    optim.check(config.train)
-    family = models.get(config.model.family)
-    method, settings = methods.parse(config.method)
-    names = method.needs(family, settings)
-    encoders = [name for name in names if name != methods.DENOISER]
-    model = models.local_components(config.model, (*family.denoiser_components, *encoders))
+    optim.check(run.config.train)
+    model = loading.local_components(run.config.model, run.trained_components)
     if model is None:
         raise ModelError(
-            f"model.path {config.model.path}: the denoiser is not on this machine, and its shapes are needed for a plan. "
+            f"model.path {run.config.model.path}: the denoiser is not on this machine, and its shapes are needed for a plan. "
             f"`ftk train` downloads it; or point model.path at a local folder."
         )
-    workload, source = _workload(config, family, world_size)
-    device = memory.inspect_device(models.resolve_device(config.train.device))
-    dtype, _ = memory.precision(config.train, device)
-    components = load_components(names, family, model, dtype, torch.device("meta"))
-    method.attach(components, family, settings, 0)
-    train, splits_trained = settings_for_plan(config.train, method, settings), methods.trains_base(method, settings)
-    plan = memory.plan(
-        family,
-        components[methods.DENOISER],
-        train,
-        workload,
-        device,
-        encoders=[components[name] for name in encoders],
-        splits_trained=splits_trained,
-    )
-    return plan, workload, source
+    workload, source = _workload(run, world_size)
+    return plan_sizes(run, model, workload, devices.resolve_device(run.config.train.device)).plan, workload, source
 
 
-def _workload(config: "RunConfig", family: Any, world_size: int) -> "tuple[Workload, str]":
+def _workload(run: "Run", world_size: int) -> "tuple[Workload, str]":
     from contextlib import closing
 
     from ftk import locations
     from ftk.cache.fetch import Download
     from ftk.cache.store import CacheStore
-    from ftk.configs.load import cache_location
     from ftk.train import memory
 
-    location = cache_location(config)
+    config, location = run.config, run.paths.cache
     if locations.is_url(location) or (Path(location) / "cache.json").exists():
         download = Download(directory=Path(config.cache.download_dir), max_bytes=round(config.cache.download_gib * 2**30))
         with closing(CacheStore.open(location, download)) as store:
-            return memory.cached_workload(store.table, family, config.train, world_size), f"the cache {location}"
-    return memory.assumed_workload(config, family, world_size), "data.resolutions: there is no cache yet"
-
-
-def _factor(config: "RunConfig") -> int:
-    from ftk.models import base as models
-
-    return models.get(config.model.family).geometry.factor
+            return memory.cached_workload(store.table, run.family, config.train, world_size), f"the cache {location}"
+    return memory.assumed_workload(config, run.family, world_size), "data.resolutions: there is no cache yet"
 
 
 def _devices() -> list[dict[str, Any]]:

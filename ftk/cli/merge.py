@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ftk.cli.export import Best
-from ftk.cli.options import Json, Overrides, RunFile, Workspace, load_config, show
+from ftk.cli.options import Json, Overrides, RunFile, Workspace, load_run, show
 
 
 def merge(
@@ -18,7 +18,7 @@ def merge(
     json: Json = False,
 ) -> None:
     """Write the base model with what was trained folded in, as a pipeline folder, once its prediction is seen to agree."""
-    config = load_config(run_file, overrides, workspace)
+    resolved = load_run(run_file, overrides, workspace)
     from ftk.deliver import export
 
-    show("merge", export.merge(config, out, best), json)
+    show("merge", export.merge(resolved, out, best), json)

@@ -5,9 +5,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from ftk.run import Run
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
 Overrides = Annotated[
@@ -18,21 +21,15 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Validate and print the 
 Json = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object on stdout.")]
 
 
-def load_config(run_file: Path, overrides: list[str] | None, workspace: str | None) -> Any:
-    """The validated run file, its family and method checked too: a typo anywhere fails before any work."""
-    from ftk.configs.load import load
-    from ftk.methods import base as methods
-    from ftk.models import base as models
+def load_run(run_file: Path, overrides: list[str] | None, workspace: str | None) -> "Run":
+    """The resolved run file, its sources checked too: a typo anywhere fails before any work."""
+    from ftk import run
     from ftk.pipeline.sources import base as sources
 
-    config = load(run_file, overrides or (), workspace)
-    for position, source in enumerate(config.data.sources):
+    resolved = run.load_run(run_file, overrides or (), workspace)
+    for position, source in enumerate(resolved.config.data.sources):
         sources.parse(source, f"data.sources.{position}")
-    family = models.get(config.model.family)
-    method, settings = methods.parse(config.method)
-    for part in methods.parts(dict.fromkeys(method.needs(family, settings)), family, settings):
-        methods.target_modules(part)
-    return config
+    return resolved
 
 
 def cache_directory(location: str) -> Path:
@@ -45,7 +42,7 @@ def cache_directory(location: str) -> Path:
 
 
 def show(title: str, report: Any, as_json: bool) -> None:
-    """Render a report: a table for people on stderr's terminal, or one JSON object on stdout."""
+    """Print a report on stdout: a table for people, or one JSON object."""
     plain = asdict(report) if is_dataclass(report) and not isinstance(report, type) else report
     if as_json:
         typer.echo(json.dumps(json_safe(plain), ensure_ascii=False))

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ftk.cli.options import DryRun, Json, Overrides, RunFile, Workspace, load_config, show
+from ftk.cli.options import DryRun, Json, Overrides, RunFile, Workspace, load_run, show
 
 
 def prepare(
@@ -21,22 +21,22 @@ def prepare(
     ] = False,
 ) -> None:
     """Bucket, resize and crop images into tar shards with tables; every input is a sample or a reject with a reason."""
-    config = load_config(run_file, overrides, workspace)
+    resolved = load_run(run_file, overrides, workspace)
     from ftk.pipeline import stage
     from ftk.pipeline.engine import JobPart
 
     share = JobPart.parse(part)
     if make_class_images:
-        _check_class_images(config, part)
+        _check_class_images(resolved.config, part)
     if dry_run:
-        show("prepare", stage.dry_run(config, share), json)
+        show("prepare", stage.dry_run(resolved, share), json)
         return
     if make_class_images:
-        stage.check(config)
+        stage.check(resolved)
         from ftk.deliver import draw_class_images
 
-        draw_class_images.run(config)
-    show("prepare", stage.run(config, share), json)
+        draw_class_images.run(resolved)
+    show("prepare", stage.run(resolved, share), json)
 
 
 def _check_class_images(config: Any, part: str) -> None:

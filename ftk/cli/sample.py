@@ -1,6 +1,6 @@
 """`ftk sample`."""
 
-from ftk.cli.options import DryRun, Json, Overrides, RunFile, Workspace, load_config, show
+from ftk.cli.options import DryRun, Json, Overrides, RunFile, Workspace, load_run, show
 
 
 def sample(
@@ -11,7 +11,7 @@ def sample(
     json: Json = False,
 ) -> None:
     """Draw the prompts with the base model and with what was trained, side by side in one PNG."""
-    config = load_config(run_file, overrides, workspace)
+    resolved = load_run(run_file, overrides, workspace)
     from ftk.deliver import sample as stage
 
-    show("sample", stage.dry_run(config) if dry_run else stage.run(config), json)
+    show("sample", stage.dry_run(resolved) if dry_run else stage.run(resolved), json)

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ftk.cli.options import DryRun, Json, Overrides, RunFile, Workspace, load_config, show
+from ftk.cli.options import DryRun, Json, Overrides, RunFile, Workspace, load_run, show
 
 
 def train(
@@ -19,15 +19,15 @@ def train(
     ] = False,
 ) -> None:
     """Train from the cache with the denoiser alone in memory; resumes by itself from the newest checkpoint."""
-    config = load_config(run_file, overrides, workspace)
+    resolved = load_run(run_file, overrides, workspace)
     from ftk.train import stage
 
     if dry_run:
-        show_plan(stage.dry_run(config), json)
+        show_plan(stage.dry_run(resolved), json)
         return
     from ftk.deliver.run_delivery import RunDelivery
 
-    report = stage.run(config, RunDelivery, fresh=fresh, allow_change=allow_change)
+    report = stage.run(resolved, RunDelivery, fresh=fresh, allow_change=allow_change)
     if report is not None:
         show("train", report, json)
 

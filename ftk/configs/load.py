@@ -1,6 +1,5 @@
 """From a YAML file and `--set` to a validated `RunConfig`, and back to a resolved dump."""
 
-import difflib
 import os
 import re
 import types
@@ -11,9 +10,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ftk import locations
 from ftk.configs.schema import RunConfig
-from ftk.errors import ConfigError
+from ftk.errors import ConfigError, did_you_mean
 
 RECIPES = Path(__file__).parent / "recipes"
 _MAX_FILE_BYTES = 1 << 20
@@ -122,21 +120,6 @@ def default_workers(configured: int) -> int:
     return configured or available
 
 
-def prepared_path(config: RunConfig) -> Path:
-    """Where the prepared dataset lies."""
-    return locations.local_path(config.workspace) / "prepared"
-
-
-def cache_location(config: RunConfig) -> str:
-    """Where the cache lies: a folder, or a URL that training reads."""
-    return config.cache.path or str(locations.local_path(config.workspace) / "cache")
-
-
-def run_path(config: RunConfig) -> Path:
-    """Where the run lies."""
-    return locations.local_path(config.workspace) / "runs" / config.run
-
-
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     dotted, separator, value = override.partition("=")
     if not separator or not dotted.strip():
@@ -175,8 +158,7 @@ def _list_index(node: list[Any], name: str, override: str) -> int:
 def _nearby_files(path: Path) -> str:
     folder = path.parent
     names = [entry.name for entry in folder.glob("*.y*ml")] if folder.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f" Did you mean {folder / close[0]}?" if close else ""
+    return did_you_mean(path.name, names, str(folder))
 
 
 def _causes(error: ValidationError) -> list[Any]:
@@ -194,7 +176,8 @@ def _explain(model: type[BaseModel], problem: dict[str, Any], prefix: str) -> st
     location = [part for part in problem["loc"] if not (isinstance(part, str) and _BRANCH.match(part))]
     dotted = prefix + ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
-        return f"`{dotted}` is not a setting.{_nearest(_fields_at(model, location[:-1]), str(location[-1]))}"
+        valid = _fields_at(model, location[:-1])
+        return f"`{dotted}` is not a setting.{did_you_mean(str(location[-1]), valid)} Valid here: {', '.join(valid)}"
     if problem["type"] == "missing":
         return f"`{dotted}` is missing. It has no default."
     message = str(problem["msg"]).removeprefix("Value error, ").replace("a valid tuple", "a list")
@@ -214,12 +197,6 @@ def _joined(lines: Sequence[str]) -> list[str]:
         bare = [re.sub(r" \(found .*\)$", "", message) for message in messages[:-1]]
         joined.append(place + " or ".join([*bare, messages[-1]]))
     return joined
-
-
-def _nearest(valid: Sequence[str], given: str) -> str:
-    close = difflib.get_close_matches(given, valid, n=1, cutoff=0.5)
-    listed = ", ".join(valid)
-    return f" Did you mean `{close[0]}`? Valid here: {listed}" if close else f" Valid here: {listed}"
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:

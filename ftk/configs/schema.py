@@ -1,18 +1,20 @@
 """What a user may write in a run file. Unknown keys are refused; every bound is checked here.
 
-Which methods and families exist is not known here: `method` keeps its keys until `ftk.methods.base` validates them with
-the method's own model, and `model.family` is looked up by `ftk.models.base`.
+Which methods and families exist is not known here: `method` and `model` keep their keys until `ftk.run.resolve` validates them
+with the method's and the family's own models.
 """
 
-import difflib
+import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from ftk import locations
 from ftk.contracts import Role
+from ftk.errors import did_you_mean
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 HUB_ID = r"^[A-Za-z0-9][\w.-]*/[\w.-]+$"
@@ -36,12 +38,34 @@ def _require_text(prompt: str) -> None:
         raise ValueError("half of a surrogate pair is no text: write the character itself")
 
 
-class ModelConfig(Section):
-    """The base model: a local folder in the Diffusers layout, or a Hub id with a revision."""
+def _refuse_misspelt(tree: Any, required: tuple[str, ...]) -> Any:
+    """Refuse a key that is near to a required one which is missing."""
+    missing = [name for name in required if name not in tree] if isinstance(tree, dict) else []
+    for key in tree if missing else ():
+        if meant := did_you_mean(str(key), missing):
+            raise ValueError(f"`{key}` is not a setting.{meant}")
+    return tree
 
-    family: str
-    path: str = Field(min_length=1)
-    revision: str | None = None
+
+class ModelConfig(BaseModel):
+    """The base model: a local folder in the Diffusers layout, or a Hub id with a revision; and settings of its family."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    family: str = Field(description="the architecture: `qwen-image`, `sdxl`, ...")
+    path: str = Field(min_length=1, description="a folder in the Diffusers layout, or a Hub id")
+    revision: str | None = Field(default=None, description="of a Hub id: a branch, a tag or a commit")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_are_spelt_right(cls, tree: Any) -> Any:
+        # Any key may be a setting of the family, so a misspelt one would only be missed.
+        return _refuse_misspelt(tree, ("family", "path"))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What only this family knows."""
+        return dict(self.model_extra or {})
 
 
 class GenerateConfig(Section):
@@ -86,16 +110,16 @@ class SourceConfig(BaseModel):
     trigger: str | None = Field(default=None, description="put before each caption that does not contain it")
     prefix: str | None = Field(default=None, description="put before each caption")
     suffix: str | None = Field(default=None, description="put after each caption")
+    references: tuple[str, ...] = Field(
+        default=(), description="input images of an edit model, named as `controls` are; they keep a size of their own"
+    )
     generate: GenerateConfig | None = Field(default=None, description="class images to draw where the folder has too few")
 
     @model_validator(mode="before")
     @classmethod
     def _path_is_spelt_right(cls, tree: Any) -> Any:
         # Any key may be a setting of the kind of source, so a misspelt one would only be missed.
-        meant = difflib.get_close_matches("path", list(tree), n=1) if isinstance(tree, dict) and "path" not in tree else []
-        if meant:
-            raise ValueError(f"`{meant[0]}` is not a setting. Did you mean `path`?")
-        return tree
+        return _refuse_misspelt(tree, ("path",))
 
     @model_validator(mode="after")
     def _images_can_be_generated(self) -> Self:
@@ -108,8 +132,8 @@ class SourceConfig(BaseModel):
             raise ValueError("`generate` puts images into a folder of this machine: `path` must name one")
         if self.settings.get("captions_from", "sidecar") != "sidecar":
             raise ValueError("`generate` writes a caption beside each image: leave `captions_from` out")
-        if self.settings.get("masks") or self.settings.get("controls"):
-            raise ValueError("`generate` draws no masks and no control images: leave `masks` and `controls` out")
+        if self.settings.get("masks") or self.settings.get("controls") or self.references:
+            raise ValueError("`generate` draws no masks and no other images: leave `masks`, `controls` and `references` out")
         return self
 
     @property
@@ -504,10 +528,36 @@ class AddedAdapterConfig(Section):
     strength: float = Field(default=1.0, ge=-10, le=10)
 
 
+class PromptConfig(Section):
+    """A prompt, with the images that are drawn from."""
+
+    prompt: str
+    references: tuple[str, ...] = Field(default=(), description="files of input images, for an edit model")
+    controls: tuple[str, ...] = Field(default=(), description="files of control images, for a method that reads them")
+
+    def key(self, text: str | None = None) -> str:
+        """What a cache lists this prompt under, or another text that goes with the same images; no path is in it."""
+        text = self.prompt if text is None else text
+        files = [list(self.references), list(self.controls)]
+        return f"{text} #{hashlib.sha256(repr(files).encode()).hexdigest()[:12]}" if any(files) else text
+
+
+def _prompt(value: Any) -> Any:
+    """A prompt alone will do; a union would complain of both forms."""
+    if isinstance(value, (str, PromptConfig)):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError("a prompt, or {prompt: ..., references: [...], controls: [...]}")
+    return PromptConfig.model_validate(value)
+
+
+Prompt = Annotated[str | PromptConfig, BeforeValidator(_prompt)]
+
+
 class SampleConfig(Section):
     """Images drawn to look at. `strength` and `adapters` are for `ftk sample`: training draws the weights as they are."""
 
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[Prompt, ...] = Field(default=(), description="prompts; with images: {prompt: ..., references: [FILE]}")
     negative_prompt: str = " "
     every: int | None = Field(default=None, ge=1, description="steps between sample images while training; none by default")
     num_inference_steps: int = Field(default=30, ge=1)
@@ -525,10 +575,15 @@ class SampleConfig(Section):
 
     @field_validator("prompts", "negative_prompt")
     @classmethod
-    def _prompts_are_text(cls, value: tuple[str, ...] | str) -> tuple[str, ...] | str:
+    def _prompts_are_text(cls, value: tuple[Prompt, ...] | str) -> tuple[Prompt, ...] | str:
         for prompt in (value,) if isinstance(value, str) else value:
-            _require_text(prompt)
+            _require_text(prompt if isinstance(prompt, str) else prompt.prompt)
         return value
+
+    @property
+    def entries(self) -> tuple[PromptConfig, ...]:
+        """The prompts with their images, of which most have none."""
+        return tuple(PromptConfig(prompt=each) if isinstance(each, str) else each for each in self.prompts)
 
 
 class CardConfig(Section):

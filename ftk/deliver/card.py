@@ -88,8 +88,8 @@ def loading(subject: Subject, form: str, repository: str | None = None) -> str:
         repository: its Hub id.
     """
     base = metadata.base_name(subject.config.model, subject.config.card)
-    lines = how_to_load(subject.method, subject.settings, subject.family, base, form)
-    if form != "comfyui" and "comfyui" in subject.method.FORMATS:
+    lines = how_to_load(subject.run.method, subject.run.settings, subject.run.family, base, form)
+    if form != "comfyui" and "comfyui" in subject.run.method.FORMATS:
         lines += "\n\nFor ComfyUI: `ftk export RUN.yaml --format comfyui` writes these weights as it reads them."
     return _from_hub(lines, repository) if repository else lines
 
@@ -245,7 +245,7 @@ def _dataset(subject: Subject) -> dict[str, str]:
 
 def _validation(subject: Subject) -> dict[str, str]:
     """Of this step or the last measurement before it."""
-    rows = [row for row in validation_table(subject.run).to_pylist() if row["step"] <= subject.step]
+    rows = [row for row in validation_table(subject.run.paths.run).to_pylist() if row["step"] <= subject.step]
     if not rows:
         return {}
     best = [row for row in rows if row["is_best"]]
@@ -255,7 +255,9 @@ def _validation(subject: Subject) -> dict[str, str]:
 
 def _pictures(subject: Subject) -> tuple[int, list[tuple[Image.Image, str]]]:
     """The newest sheet of sample images up to this step: its step, and its pictures with their prompts."""
-    sheets = {int(path.stem.removeprefix("step-")): path for path in (subject.run / "samples").glob("step-[0-9]*.png")}
+    sheets = {
+        int(path.stem.removeprefix("step-")): path for path in (subject.run.paths.run / "samples").glob("step-[0-9]*.png")
+    }
     step = max((step for step in sheets if step <= subject.step), default=0)
     if not step:
         return 0, []

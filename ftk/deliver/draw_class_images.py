@@ -14,21 +14,22 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ftk import storage
+from ftk import devices, storage
 from ftk.cache import fingerprint
-from ftk.configs.schema import ModelConfig, RunConfig
-from ftk.models import base as models
+from ftk.configs.schema import ModelConfig
 from ftk.models.base import Family
+from ftk.models.components import loading
 from ftk.pipeline import class_images
 from ftk.pipeline.class_images import RECORD, RECORD_SCHEMA, ClassImages, stem
 from ftk.progress import track
+from ftk.run import Run
 from ftk.train.sheet import png_bytes
 
 LOGGER = logging.getLogger("ftk")
 _SEED_DIGITS = 15
 
 
-def run(config: RunConfig) -> None:
+def run(run: Run) -> None:
     """Draw what is missing of every source with `generate`, and free the model again.
 
     Raises:
@@ -36,20 +37,19 @@ def run(config: RunConfig) -> None:
         ModelError: the model is not of the family, or incomplete.
         EnvironmentFault: another process draws into the same folder, or the device or the Hub is not there.
     """
-    for images in class_images.wanted(config):
+    for images in class_images.wanted(run):
         if images.num_missing or images.record is not None:
-            _complete(images, config.model)
+            _complete(images, run)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def _complete(images: ClassImages, model: ModelConfig) -> None:
-    family = models.get(model.family)
-    components = (*family.latent_components, *family.text_components, *family.denoiser_components)
+def _complete(images: ClassImages, run: Run) -> None:
+    model, components = run.config.model, run.all_components
     has_moved = images.record is not None and images.record["model"] != model.model_dump(mode="json")
-    locate = models.locate if images.num_missing or has_moved else models.local_components
-    directory = locate(model, components)
+    must_load = images.num_missing or has_moved
+    directory = run.locate(components) if must_load else loading.local_components(model, components)
     if directory is None:
         return  # complete, and drawn with a model of the Hub that has the same name
     drawn_with = {
@@ -62,7 +62,7 @@ def _complete(images: ClassImages, model: ModelConfig) -> None:
         images.refuse_changes(drawn_with)
         storage.commit_json(images.directory / RECORD, _record(images, drawn_with, model))
         if images.num_missing:
-            _draw_missing(images, family, directory)
+            _draw_missing(images, run.family, directory)
 
 
 def _record(images: ClassImages, drawn_with: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def _record(images: ClassImages, drawn_with: dict[str, Any], model: ModelConfig)
 
 
 def _draw_missing(images: ClassImages, family: Family, directory: Path) -> None:
-    device, dtype = models.resolve_device(images.generate.device), getattr(torch, images.generate.dtype)
+    device, dtype = devices.resolve_device(images.generate.device), getattr(torch, images.generate.dtype)
     pipeline = family.pipeline(directory, dtype, device)
     with track("class images", images.generate.count, "image", images.num_found) as progress:
         for batch, wanted in _batches(images.missing, images.generate.batch_size):

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import ftk
-from ftk import locations, storage
+from ftk import devices, locations, storage
 from ftk.cache.fingerprint import weights_digest
 from ftk.configs import load
 from ftk.configs.schema import CardConfig, ModelConfig
@@ -24,9 +24,11 @@ from ftk.errors import ConfigError, ModelError
 from ftk.methods import base as methods
 from ftk.methods import lora
 from ftk.methods.adapters import targets
-from ftk.methods.base import DENOISER, TargetPattern, Targets, TrainedComponent
+from ftk.methods.adapters.targets import TargetPattern, Targets, denoiser_component
+from ftk.methods.base import Export
 from ftk.models import base as models
-from ftk.models.base import Family
+from ftk.models.base import DENOISER, Family
+from ftk.models.components import loading
 from ftk.progress import track
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -49,7 +51,7 @@ class ExtractConfig:
     out: Path
     rank: int
     energy: float | None = None
-    targets: str = methods.EVERYTHING
+    targets: str = targets.EVERYTHING
     form: str = "diffusers"
     dtype: Dtype = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -151,10 +153,10 @@ def run(config: ExtractConfig) -> ExtractReport:
     _check(config)
     family = models.get(config.family)
     places = [_locate(config.family, path, family) for path in (config.base, config.tuned)]
-    before, after = (_Weights(place / family.denoiser_components[0]) for place in places)
+    before, after = (_Weights(place / family.denoiser_attribute) for place in places)
     _refuse_other_shapes(before, after)
     shapes: Any = family.load_denoiser(places[0], torch.float32, torch.device("meta"))
-    chosen = set(targets.select(_part(shapes, family, _parsed_targets(config.targets)), _refusal))
+    chosen = set(targets.select(denoiser_component(family, shapes, _parsed_targets(config.targets), "--targets"), _refusal))
     extracted = _extract(config, before, after, chosen)
     left_out = [*_left_out(extracted.others, shapes), *_other_components(family, places)]
     if not extracted.factors:
@@ -164,7 +166,7 @@ def run(config: ExtractConfig) -> ExtractReport:
 
 
 def _extract(config: ExtractConfig, before: "_Weights", after: "_Weights", chosen: Set[str]) -> _Extracted:
-    device, dtype = models.resolve_device(config.device), getattr(torch, config.dtype)
+    device, dtype = devices.resolve_device(config.device), getattr(torch, config.dtype)
     found = _Extracted(factors={}, sums={}, others={})
     with track("extract", len(before.shapes), "tensor") as progress:
         for name in before.shapes:
@@ -197,7 +199,7 @@ class _Weights:
                     self.shapes[name] = tuple(opened.get_slice(name).get_shape())
                     self._files[name] = opened
         except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-            raise ModelError(f"{folder}: its weights cannot be read as safetensors: {models.first_line(error)}") from error
+            raise ModelError(f"{folder}: its weights cannot be read as safetensors: {loading.first_line(error)}") from error
 
     def tensor(self, name: str, device: torch.device) -> torch.Tensor:
         """In fp32 on the device."""
@@ -224,22 +226,11 @@ def _check(config: ExtractConfig) -> None:
 
 def _locate(family_name: str, path: str, family: Family) -> Path:
     """A model's folder; or one with the denoiser alone, as full fine-tuning delivers it."""
-    own = family.denoiser_components[0]
+    own = family.denoiser_attribute
     local = locations.local_path(path)
     if (local / own / "config.json").exists() and not (local / "model_index.json").exists():
         return local
-    return models.locate(ModelConfig(family=family_name, path=path), family.denoiser_components)
-
-
-def _part(denoiser: Any, family: Family, targets: Targets) -> TrainedComponent:
-    return TrainedComponent(
-        name=DENOISER,
-        module=denoiser,
-        owner=family.name,
-        groups=family.target_groups,
-        targets=targets,
-        setting="--targets",
-    )
+    return loading.locate(family, ModelConfig(family=family_name, path=path), family.denoiser_components)
 
 
 def _parsed_targets(text: str) -> Targets:
@@ -295,7 +286,7 @@ def _write(config: ExtractConfig, family: Family, base: Path, denoiser: Any, ext
     ranks = {f"^{re.escape(name)}": one.rank for name, one in found.items()}
     common = max(ranks.values())
     others = {name: rank for name, rank in ranks.items() if rank != common}
-    every_layer = _part(denoiser, family, TargetPattern(regex=".*"))
+    every_layer = denoiser_component(family, denoiser, TargetPattern(regex=".*"), "--targets")
     settings = peft.LoraConfig(
         r=common,
         lora_alpha=common,
@@ -305,7 +296,7 @@ def _write(config: ExtractConfig, family: Family, base: Path, denoiser: Any, ext
     )
     adapter = lora.Adapter(factors=found, settings=settings, dora_scales={})
     header = _metadata(config, family, base, extracted.total)
-    return lora.write({DENOISER: adapter}, family, config.out, config.form, header)
+    return lora.write({DENOISER: adapter}, family, Export(directory=config.out, form=config.form, metadata=header))
 
 
 def _metadata(config: ExtractConfig, family: Family, base: Path, total: _Sums) -> dict[str, str]:

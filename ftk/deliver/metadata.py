@@ -21,12 +21,10 @@ from pydantic import ValidationError
 import ftk
 from ftk import locations, storage
 from ftk.cache.store import CacheStore
-from ftk.configs.load import redact, run_path
+from ftk.configs.load import redact
 from ftk.configs.schema import HUB_ID, CardConfig, ModelConfig, RunConfig, TrainConfig
-from ftk.methods import base as methods
-from ftk.methods.base import Method
 from ftk.models import base as models
-from ftk.models.base import Family
+from ftk.run import Run
 
 LOGGER = logging.getLogger("ftk")
 TRAINED_ON = "trained-on.json"
@@ -37,17 +35,14 @@ TRAINED_ON = "trained-on.json"
 class Subject:
     """What is delivered: the weights of a run at a step. `model` is the folder of the base model."""
 
-    config: RunConfig
+    run: Run
     step: int
     model: Path
-    family: Family
-    method: Method
-    settings: Any
 
     @property
-    def run(self) -> Path:
-        """The run's folder."""
-        return run_path(self.config)
+    def config(self) -> RunConfig:
+        """The run's configuration."""
+        return self.run.config
 
     @property
     def triggers(self) -> list[str]:
@@ -57,20 +52,18 @@ class Subject:
     @property
     def is_whole(self) -> bool:
         """Whether the delivery is the model itself, nothing that is added to it."""
-        return methods.trains_base(self.method, self.settings)
+        return self.run.trains_base
 
 
-def subject(config: RunConfig, step: int, model: Path, trained: Mapping[str, Any] | None = None) -> Subject:
+def subject(run: Run, step: int, model: Path, trained: Mapping[str, Any] | None = None) -> Subject:
     """What is delivered by a run.
 
     Args:
         trained: the settings under `train` that a checkpoint was made with, where they may differ from the run file's.
     """
     if trained is not None:
-        config = config.model_copy(update={"train": _as_trained(config.train, trained)})
-    method, settings = methods.parse(config.method)
-    family = models.get(config.model.family)
-    return Subject(config=config, step=step, model=model, family=family, method=method, settings=settings)
+        run = run.with_config(run.config.model_copy(update={"train": _as_trained(run.config.train, trained)}))
+    return Subject(run=run, step=step, model=model)
 
 
 def _as_trained(config: TrainConfig, trained: Mapping[str, Any]) -> TrainConfig:
@@ -128,8 +121,8 @@ def of(subject: Subject) -> dict[str, str]:
 def _model_spec(subject: Subject, triggers: str) -> dict[str, str]:
     """ModelSpec 1.0.1. Its date would differ from run to run; its hash is what the Hub computes itself."""
     card, edge = subject.config.card, subject.config.data.resolutions[0]
-    objective = subject.family.load_schedule(subject.model).objective
-    kind = "" if subject.is_whole else f"/{subject.method.name if not network_of(subject) else 'lora'}"
+    objective = subject.run.family.load_schedule(subject.model).objective
+    kind = "" if subject.is_whole else f"/{subject.run.method.name if not network_of(subject) else 'lora'}"
     return {
         **model_spec(f"{_published(subject)['modelspec.architecture']}{kind}", title(subject)),
         "modelspec.resolution": f"{edge}x{edge}",
@@ -167,12 +160,12 @@ def _kohya(subject: Subject) -> dict[str, str]:
 
 def network_of(subject: Subject) -> dict[str, str]:
     """What `network` says of a delivery; nothing of what has no rank."""
-    rank = getattr(subject.settings, "rank", None)
+    rank = getattr(subject.run.settings, "rank", None)
     if rank is None:
         return {}
     # What a LoRA took out of the base weights is delivered as well, as so many more directions.
-    double = 2 if methods.changes_base(subject.method, subject.settings) else 1
-    return network([double * each for each in (rank, *subject.settings.rank_pattern.values())])
+    double = 2 if subject.run.changes_base else 1
+    return network([double * each for each in (rank, *subject.run.settings.rank_pattern.values())])
 
 
 def network(ranks: Sequence[int]) -> dict[str, str]:
@@ -185,7 +178,7 @@ def network(ranks: Sequence[int]) -> dict[str, str]:
 
 
 def _published(subject: Subject) -> Mapping[str, str]:
-    return models.published_names(subject.family, subject.model)
+    return models.published_names(subject.run.family, subject.model)
 
 
 def hub_id(model: ModelConfig, card: CardConfig) -> str | None:
@@ -214,7 +207,7 @@ def license_name(card: CardConfig) -> str:
 def counts(subject: Subject) -> dict[str, Any]:
     """What `trained_on` counted when the run was trained; nothing for a run of an earlier ftk."""
     try:
-        counted: dict[str, Any] = storage.read_json(subject.run / TRAINED_ON)
+        counted: dict[str, Any] = storage.read_json(subject.run.paths.run / TRAINED_ON)
     except (OSError, ValueError):
         return {}
     return counted
@@ -222,5 +215,5 @@ def counts(subject: Subject) -> dict[str, Any]:
 
 def settings_of(subject: Subject) -> dict[str, Any]:
     """The method's settings, without those that say nothing."""
-    plain = subject.settings.model_dump(mode="json")
+    plain = subject.run.settings.model_dump(mode="json")
     return {name: value for name, value in plain.items() if value not in (None, {}, [], False, 0)}

@@ -23,14 +23,13 @@ from ftk.configs.schema import AddedAdapterConfig
 from ftk.errors import ConfigError
 from ftk.methods import base as methods
 from ftk.methods.adapters import formats, injection, peft_directory, peft_method
+from ftk.models.base import Family
 
 OWN = injection.ADAPTER
 """The name under which a method loads its run's adapter."""
 ADDING = ("LORA", "LOHA", "LOKR")
 """PEFT's types that add to a layer's output, in proportion to their strength."""
 _DORA = "DORA"
-_PREFIX = re.compile(r"^(base_model\.model|transformer|unet)\.")
-"""What stands before the denoiser's own names in a PEFT directory, and in a file for diffusers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +54,7 @@ def find(config: AddedAdapterConfig, setting: str) -> DeliveredAdapter:
     found = look(folder)
     if found is None:
         inner = folder / "adapter"
-        meant = f" Did you mean {inner}?" if inner.is_dir() and look(inner) is not None else ""
+        meant = f" Did you mean `{inner}`?" if inner.is_dir() and look(inner) is not None else ""
         raise ConfigError(
             f"{setting}.path {config.path} holds no adapter in diffusers' or PEFT's format (neither {formats.SINGLE_FILE} nor "
             f"{peft_directory.CONFIG_FILE}).{meant}"
@@ -103,7 +102,7 @@ def check_own_strength(strength: float, adapter: Path, method: str) -> None:
         )
 
 
-def check_fits(pipeline: Any, added: Sequence[DeliveredAdapter]) -> None:
+def check_fits(family: Family, pipeline: Any, added: Sequence[DeliveredAdapter]) -> None:
     """Refuse adapters of another base, before anything is drawn.
 
     Raises:
@@ -111,12 +110,14 @@ def check_fits(pipeline: Any, added: Sequence[DeliveredAdapter]) -> None:
     """
     for one in added:
         path = one.folder / (peft_directory.WEIGHTS_FILE if one.is_directory else formats.SINGLE_FILE)
-        tensors = {_PREFIX.sub("", name): tensor for name, tensor in peft_directory.read_tensors(path).items()}
+        # What stands before the denoiser's own names in a PEFT directory, and in a file for diffusers.
+        prefix = re.compile(rf"^(base_model\.model|{family.denoiser_attribute})\.")
+        tensors = {prefix.sub("", name): tensor for name, tensor in peft_directory.read_tensors(path).items()}
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith("text_encoder")}
-        peft_directory.check_fits(peft_directory.denoiser_of(pipeline), own, path)
+        peft_directory.check_fits(getattr(pipeline, family.denoiser_attribute), own, path)
 
 
-def add(pipeline: Any, own: Mapping[str, float], added: Sequence[DeliveredAdapter]) -> None:
+def add(family: Family, pipeline: Any, own: Mapping[str, float], added: Sequence[DeliveredAdapter]) -> None:
     """Load adapters on top of the run's own, which are loaded, and set all strengths.
 
     Raises:
@@ -126,11 +127,11 @@ def add(pipeline: Any, own: Mapping[str, float], added: Sequence[DeliveredAdapte
     for number, one in enumerate(added):
         name = f"added_{number}"
         if one.is_directory:
-            peft_directory.load_directories(pipeline, one.folder, name)
+            peft_directory.load_directories(family, pipeline, one.folder, name)
         else:
             method = methods.get(one.kind.lower())
             assert isinstance(method, peft_method.PeftMethod)
-            method.load_into(pipeline, one.folder, name)
+            method.load_into(family, pipeline, one.folder, name)
         strengths[name] = one.strength
     set_strengths(pipeline, strengths)
 

@@ -1,12 +1,9 @@
 """What a run delivers while it trains: weights with their model card in `adapter/` and `best/`."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from ftk import storage
-from ftk.configs.load import run_path
-from ftk.configs.schema import RunConfig
 from ftk.deliver import card, metadata
+from ftk.methods.base import Export
+from ftk.models.base import Model
 from ftk.train import checkpoint
 from ftk.train.inputs import Inputs
 from ftk.train.ranks import Ranks
@@ -15,20 +12,21 @@ from ftk.train.ranks import Ranks
 class RunDelivery:
     """Each file is written whole or not at all, and a run that goes on writes them again: equal states give equal bytes."""
 
-    def __init__(self, config: RunConfig, inputs: Inputs, components: Mapping[str, Any], ranks: Ranks) -> None:
-        self._config = config
+    def __init__(self, inputs: Inputs, model: Model, ranks: Ranks) -> None:
+        self._run = inputs.run
         self._inputs = inputs
-        self._components = components
+        self._model = model
         self._ranks = ranks
-        self._directory = run_path(config)
+        self._directory = inputs.run.paths.run
         self._is_counted = False
 
     def export(self, step: int, folder: str) -> None:
         """The weights as they are in the model now, of a step; all processes that have a part of them."""
         self._count()
-        inputs, subject = self._inputs, self._subject(step)
-        form, place = inputs.method.FORMATS[0], self._directory / folder
-        inputs.method.export(self._components, inputs.family, inputs.method_config, place, form, metadata.of(subject))
+        method, subject = self._run.method, self._subject(step)
+        form, place = method.FORMATS[0], self._directory / folder
+        export = Export(directory=place, form=form, metadata=metadata.of(subject))
+        method.export(self._model, self._run.settings, export)
         if self._ranks.is_main:
             card.write(subject, place, card.loading(subject, form))
 
@@ -38,10 +36,10 @@ class RunDelivery:
         is_of_step = {"adapter": (checkpoints / f"{step:08d}").is_dir(), "best": checkpoint.best_step(checkpoints) == step}
         subject = self._subject(step)
         for folder in [name for name, is_it in is_of_step.items() if is_it]:
-            card.write(subject, self._directory / folder, card.loading(subject, self._inputs.method.FORMATS[0]))
+            card.write(subject, self._directory / folder, card.loading(subject, self._run.method.FORMATS[0]))
 
     def _subject(self, step: int) -> metadata.Subject:
-        return metadata.subject(self._config, step, self._inputs.model)
+        return metadata.Subject(run=self._run, step=step, model=self._inputs.model)
 
     def _count(self) -> None:
         if self._ranks.is_main and not self._is_counted:

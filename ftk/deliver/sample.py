@@ -2,23 +2,24 @@
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
-from ftk import storage
-from ftk.configs.load import run_path
+from ftk import devices, storage
+from ftk.cache import prompts as cached_prompts
+from ftk.cache.plan import ImageItem
 from ftk.configs.schema import RunConfig
 from ftk.deliver import mixing
 from ftk.errors import CheckpointError, ConfigError
-from ftk.methods import base as methods
-from ftk.models import base as models
-from ftk.models.base import Family
+from ftk.pipeline import prompt_images
 from ftk.progress import ProgressBar, track
-from ftk.train.drawing import generate, size
+from ftk.run import Run
+from ftk.train.drawing import generate, image_arguments
 from ftk.train.sheet import grid, png_bytes
 
 
@@ -36,37 +37,37 @@ class SampleReport:
     adapter: str
 
 
-def run(config: RunConfig) -> SampleReport:
+def run(run: Run) -> SampleReport:
     """Draw every prompt through diffusers' own pipeline: without the trained weights, with them, and with others on top.
 
     Raises:
         ConfigError: `sample.prompts` is empty, or an adapter or a strength makes no sense.
         CheckpointError: there are no trained weights yet, or an adapter is of another base.
     """
-    family, directory = models.get(config.model.family), run_path(config)
-    method, settings = methods.parse(config.method)
-    adapter = directory / "adapter"
-    added = _check(config, adapter)
-    device = models.resolve_device(config.sample.device)
+    config, adapter = run.config, run.paths.adapter
+    added = _check(run)
+    device = devices.resolve_device(config.sample.device)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    components = (*family.latent_components, *family.text_components, *family.denoiser_components)
-    pipeline = family.pipeline(models.locate(config.model, components), dtype, device)
-    mixing.check_fits(pipeline, added)
-    own = {} if methods.trains_base(method, settings) else {mixing.OWN: config.sample.strength}
+    directory = run.locate(run.all_components)
+    images = _prompt_images(run, directory, device, dtype)
+    pipeline = run.family.pipeline(directory, dtype, device)
+    mixing.check_fits(run.family, pipeline, added)
+    own = {} if run.trains_base else {mixing.OWN: config.sample.strength}
     num_columns = 3 if added else 2
     with track("sample", num_columns * len(config.sample.prompts), "image") as progress:
-        columns = [_draw_all(pipeline, family, config, progress)]
-        method.load_into(pipeline, adapter)
+        # The base model takes the references of an edit model, and knows nothing of a method's control images.
+        columns = [_draw_all(pipeline, run, [replace(each, controls=()) for each in images], progress)]
+        pipeline = run.method.load_into(run.family, pipeline, adapter)
         mixing.set_strengths(pipeline, own)
-        columns.append(_draw_all(pipeline, family, config, progress))
+        columns.append(_draw_all(pipeline, run, images, progress))
         if added:
-            mixing.add(pipeline, own, added)
-            columns.append(_draw_all(pipeline, family, config, progress))
+            mixing.add(run.family, pipeline, own, added)
+            columns.append(_draw_all(pipeline, run, images, progress))
     del pipeline
     gc.collect()
-    path = directory / "samples" / "base-and-adapter.png"
+    path = run.paths.run / "samples" / "base-and-adapter.png"
     rows = list(zip(*columns, strict=True))
-    storage.commit_bytes(path, png_bytes(grid(rows, list(config.sample.prompts), _titles(config))))
+    storage.commit_bytes(path, png_bytes(grid(rows, [entry.prompt for entry in config.sample.entries], _titles(config))))
     return SampleReport(
         grid=str(path),
         num_images=sum(map(len, columns)),
@@ -76,21 +77,22 @@ def run(config: RunConfig) -> SampleReport:
     )
 
 
-def dry_run(config: RunConfig) -> dict[str, Any]:
+def dry_run(run: Run) -> dict[str, Any]:
     """What `run` would draw, and whether there are weights to draw with."""
-    width, height = size(config)
-    added = _added(config)
+    width, height = run.sample_size
+    added = _added(run.config)
     return {
-        "num_images": (3 if added else 2) * len(config.sample.prompts),
+        "num_images": (3 if added else 2) * len(run.config.sample.prompts),
         "size": f"{width}x{height}",
-        "num_inference_steps": config.sample.num_inference_steps,
-        "adapter_exists": (run_path(config) / "adapter").is_dir(),
-        "adapters": [f"{one.folder} ({one.kind}) at {one.strength:g}" for one in added],
+        "num_inference_steps": run.config.sample.num_inference_steps,
+        "adapter_exists": run.paths.adapter.is_dir(),
+        "adapters": [f"{each.folder} ({each.kind}) at {each.strength:g}" for each in added],
     }
 
 
-def _check(config: RunConfig, adapter: Path) -> list[mixing.DeliveredAdapter]:
+def _check(run: Run) -> list[mixing.DeliveredAdapter]:
     """What is to be added, once all that is asked for is there."""
+    config, adapter = run.config, run.paths.adapter
     if not config.sample.prompts:
         raise ConfigError('sample.prompts is empty: name at least one, for example --set sample.prompts="[a red fox]"')
     if not adapter.is_dir():
@@ -100,18 +102,47 @@ def _check(config: RunConfig, adapter: Path) -> list[mixing.DeliveredAdapter]:
 
 
 def _added(config: RunConfig) -> list[mixing.DeliveredAdapter]:
-    return [mixing.find(one, f"sample.adapters.{position}") for position, one in enumerate(config.sample.adapters)]
+    return [mixing.find(each, f"sample.adapters.{position}") for position, each in enumerate(config.sample.adapters)]
 
 
-def _draw_all(pipeline: Any, family: Family, config: RunConfig, progress: ProgressBar) -> list[Image.Image]:
-    images = []
-    for position, prompt in enumerate(config.sample.prompts):
-        texts = {"prompt": prompt}
-        if config.sample.guidance_scale > 1:
-            texts["negative_prompt"] = config.sample.negative_prompt
-        images.append(generate(pipeline, family, config, texts, position))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PromptImages:
+    """The images of one prompt, as `Conditions` has them, in a batch of one."""
+
+    references: tuple[torch.Tensor, ...] = ()
+    controls: tuple[torch.Tensor, ...] = ()
+
+
+def _prompt_images(run: Run, directory: Path, device: torch.device, dtype: torch.dtype) -> list[_PromptImages]:
+    """What each prompt is drawn from besides its text, encoded as `ftk cache` encodes it."""
+    prompts = cached_prompts.of(run)
+    vae = run.family.load_vae(directory, torch.float32, device) if prompts.images else None
+
+    def tensor(item: ImageItem) -> torch.Tensor:
+        image = np.array(prompt_images.load(Path(item.key), item.width, item.height))
+        pixels_BCHW = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1.0
+        encoded = pixels_BCHW if item.form == "pixels" else run.family.encode_images(vae, pixels_BCHW)[0]
+        return encoded.to(device, dtype)
+
+    return [
+        _PromptImages(
+            references=tuple(map(tensor, prompts.references.get(entry.key(), ()))),
+            controls=tuple(map(tensor, prompts.controls.get(entry.key(), ()))),
+        )
+        for entry in run.config.sample.entries
+    ]
+
+
+def _draw_all(pipeline: Any, run: Run, images: Sequence[_PromptImages], progress: ProgressBar) -> list[Image.Image]:
+    drawn = []
+    for position, (entry, shown) in enumerate(zip(run.config.sample.entries, images, strict=True)):
+        arguments: dict[str, Any] = {"prompt": entry.prompt}
+        if run.config.sample.guidance_scale > 1:
+            arguments["negative_prompt"] = run.config.sample.negative_prompt
+        arguments |= image_arguments(run, shown.references, shown.controls)
+        drawn.append(generate(pipeline, run, arguments, position))
         progress.advance(1)
-    return images
+    return drawn
 
 
 def _titles(config: RunConfig) -> list[str]:

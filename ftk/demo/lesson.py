@@ -12,13 +12,12 @@ import torch
 from PIL import Image
 
 from ftk import storage
-from ftk.configs.load import RECIPES, load, run_path
+from ftk.configs.load import RECIPES
 from ftk.configs.schema import RunConfig
 from ftk.demo import checker, evaluate, world
 from ftk.demo.scenes import Scene
 from ftk.errors import ModelError
-from ftk.methods import base as methods
-from ftk.models import base as models
+from ftk.run import Run, load_run
 from ftk.train import run_summary
 from ftk.train.loop import NUM_BANDS
 from ftk.train.sheet import grid, png_bytes
@@ -97,7 +96,7 @@ def write_model(directory: Path) -> None:
         shutil.copytree(MODEL, temporary, dirs_exist_ok=True)
 
 
-def set_up(root: Path) -> RunConfig:
+def set_up(root: Path) -> Run:
     """Model, pictures, class images and run file in a folder. A model and class images that are there already stay."""
     root.mkdir(parents=True, exist_ok=True)
     if not (root / "model" / "model_index.json").exists():
@@ -107,20 +106,19 @@ def set_up(root: Path) -> RunConfig:
     storage.commit_bytes(run_file, (RECIPES / "demo.yaml").read_bytes())
     # JSON strings are YAML strings: any folder name survives --set
     places = [f"{key}={dumps(str(root / name))}" for key, name in _PLACES.items()]
-    config = load(run_file, places, workspace=str(root))
+    run = load_run(run_file, places, workspace=str(root))
     if len(list((root / "known").glob("*.txt"))) < NUM_KNOWN:
-        pipeline = _pipeline(config)
-        evaluate.write_class_images(root / "known", NUM_KNOWN, pipeline, models.get(FAMILY), _sampling(config))
-    return config
+        evaluate.write_class_images(root / "known", NUM_KNOWN, _pipeline(run), run.family, _sampling(run.config))
+    return run
 
 
-def examine(config: RunConfig) -> LessonReport:
+def examine(run: Run) -> LessonReport:
     """Draw held-out scenes with and without the creature, before and after, and read the pictures."""
     kinds = [draw(NUM_SCENES) for draw in (evaluate.held_out_concept, evaluate.held_out, evaluate.held_out_creatures)]
     with_word, without, _ = kinds
     scenes = [scene for kind in kinds for scene in kind]
-    before, after = _drawn(config, scenes)
-    path = run_path(config) / "samples" / "before-and-after.png"
+    before, after = _drawn(run, scenes)
+    path = run.paths.run / "samples" / "before-and-after.png"
     shown = [number * NUM_SCENES + one for number, count in enumerate(NUM_SHOWN) for one in range(count)]
     sheet = grid([(before[one], after[one]) for one in shown], [scenes[one].caption for one in shown], ["before", "after"])
     storage.commit_bytes(path, png_bytes(sheet))
@@ -129,33 +127,31 @@ def examine(config: RunConfig) -> LessonReport:
     )
     return LessonReport(
         word=world.CREATURE,
-        num_pictures=NUM_PICTURES - round(config.train.validation.share * NUM_PICTURES),
+        num_pictures=NUM_PICTURES - round(run.config.train.validation.share * NUM_PICTURES),
         num_scenes=NUM_SCENES,
         likeness=_change(evaluate.likeness, *taught),
         num_recognised=_change(_num_recognised, *taught),
         followed=_change(lambda pictures: evaluate.agreement(pictures, with_word)["all"], *taught),
         kept=_change(lambda pictures: evaluate.agreement(pictures, without)["all"], *others),
         num_confused=_change(_num_recognised, *other_creatures),
-        bands=_bands(run_path(config)),
+        bands=_bands(run.paths.run),
         grid=str(path),
     )
 
 
-def _drawn(config: RunConfig, scenes: Sequence[Scene]) -> tuple[list[Image.Image], list[Image.Image]]:
+def _drawn(run: Run, scenes: Sequence[Scene]) -> tuple[list[Image.Image], list[Image.Image]]:
     """By the base model, and with the adapter."""
-    family = models.get(config.model.family)
-    method, _ = methods.parse(config.method)
-    pipeline, sampling = _pipeline(config), _sampling(config)
-    before = evaluate.draw(pipeline, family, scenes, sampling)
-    method.load_into(pipeline, run_path(config) / "adapter")
-    after = evaluate.draw(pipeline, family, scenes, sampling)
+    pipeline, sampling = _pipeline(run), _sampling(run.config)
+    before = evaluate.draw(pipeline, run.family, scenes, sampling)
+    pipeline = run.method.load_into(run.family, pipeline, run.paths.adapter)
+    after = evaluate.draw(pipeline, run.family, scenes, sampling)
     del pipeline
     gc.collect()
     return before, after
 
 
-def _pipeline(config: RunConfig) -> Any:
-    return models.get(config.model.family).pipeline(Path(config.model.path), torch.float32, torch.device("cpu"))
+def _pipeline(run: Run) -> Any:
+    return run.family.pipeline(Path(run.config.model.path), torch.float32, torch.device("cpu"))
 
 
 def _sampling(config: RunConfig) -> evaluate.Sampling:

@@ -1,151 +1,105 @@
 """The Method protocol: a way of training. One file in this folder is one method; `adapters/` holds what several share."""
 
-import difflib
 import importlib
 import pkgutil
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel
 
 from ftk.configs import load
 from ftk.configs.schema import MethodConfig
 from ftk.errors import ConfigError
-from ftk.models.base import Family, TrainsEncoders
+from ftk.models.base import DENOISER, Conditions, Family, Model, TrainsEncoders
 
 if TYPE_CHECKING:
     import torch
 
-Components = Mapping[str, "torch.nn.Module"]
 Tensor = TypeVar("Tensor")
-DENOISER = "denoiser"
-"""The component that every method trains, whatever the diffusers pipeline calls it."""
-EVERYTHING = "all"
-"""As `targets`: every layer that the method can carry."""
-FORMATS = ("diffusers", "peft", "comfyui", "kohya", "lycoris")
-"""All delivery formats; a method writes some of them, and says why not the others."""
-
-
-class TargetPattern(BaseModel):
-    """`targets: {regex: ...}`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    regex: str = Field(min_length=1, description="must match the whole name of a module, from the denoiser's root")
-
-    @field_validator("regex")
-    @classmethod
-    def _is_a_regular_expression(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"{value!r} is no regular expression: {error}") from None
-        return value
-
-
-def _one_of_three(value: Any) -> Any:
-    # A union would complain once for each of its members.
-    is_list = isinstance(value, (list, tuple)) and value and all(isinstance(item, str) and item for item in value)
-    is_pattern = isinstance(value, TargetPattern) or (isinstance(value, Mapping) and set(value) == {"regex"})
-    if not (is_list or is_pattern or (isinstance(value, str) and value)):
-        raise ValueError("a group of the family, `all`, a list of module names, or {regex: EXPRESSION}")
-    return TargetPattern.model_validate(value) if isinstance(value, Mapping) else value
-
-
-Targets = Annotated[str | tuple[str, ...] | TargetPattern, BeforeValidator(_one_of_three)]
-
-
-class TextEncoderConfig(BaseModel):
-    """Settings under `method.text_encoder`: train the model's text encoders too, by the same method."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    targets: Targets = Field(default="attention", description="a group of the family, `all`, module names, or {regex: ...}")
-    rate: float = Field(default=1.0, gt=0, description="their learning rate is so many times train.learning_rate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainedComponent:
-    """A component that is trained, the denoiser or a text encoder, and what the settings choose of it."""
+class CacheNeeds:
+    """What a method needs of the cache besides latents and texts: all that `ftk cache` knows of methods.
 
-    name: str
-    module: Any
-    owner: str
-    """What messages call it."""
-    groups: Mapping[str, Sequence[str]]
-    targets: Targets
-    setting: str
-    """Where `targets` stands in the run file."""
+    Attributes:
+        controls: how control images are stored: as latents of the VAE, or as the pixels that a control network reads.
+        placeholder_tokens: new words of the captions, each with the word whose embedding it starts from.
+        class_images: whether there must be samples with `role: class`.
+    """
 
-    @property
-    def is_denoiser(self) -> bool:
-        """Whether it is no text encoder."""
-        return self.name == DENOISER
+    controls: Literal["latents", "pixels"] = "latents"
+    placeholder_tokens: Mapping[str, str] = field(default_factory=dict)
+    class_images: bool = False
 
-    @property
-    def prefix(self) -> str:
-        """What stands before the names of its parameters and tensors."""
-        return prefix(self.name)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """Where trained weights are written, in which delivery format, and what their files say of themselves."""
+
+    directory: Path
+    form: str
+    metadata: Mapping[str, str]
 
 
 class Method(Protocol):
-    """What a way of training must provide. A method may also define `predict`, with `Family.predict`'s arguments.
+    """What a way of training must provide. `settings` are an instance of its `Config`.
 
     Names of a text encoder's parameters and tensors start with the component's: `text_encoder.`.
     """
 
     name: str
     Config: type[BaseModel]
-    EXTRA: tuple[str, ...]
-    """What the cache must hold besides latents and texts: control latents, placeholder positions, class images."""
     FORMATS: tuple[str, ...]
     """Delivery formats that `export` can write; the first is the default."""
 
-    def needs(self, family: Family, config: Any) -> tuple[str, ...]:
-        """Components that must live in memory while training: `denoiser`, and the text encoders that are trained too.
+    def encoders(self, family: Family, settings: Any) -> tuple[str, ...]:
+        """The text encoders that must be in memory while training, since they are trained too.
 
         Raises:
             ConfigError: the settings ask for one that this family cannot give.
         """
 
-    def attach(self, components: Components, family: Family, config: Any, seed: int) -> "dict[str, torch.nn.Parameter]":
-        """Add what is trained to the components; returns it by name. Equal seeds give equal initial values."""
+    def cache_needs(self, settings: Any) -> CacheNeeds:
+        """What the cache must hold for these settings."""
 
-    def state(self, components: Components) -> "dict[str, torch.Tensor]":
-        """The trained tensors as they are now, by the names that `load_state` takes."""
+    def attach(self, model: Model, settings: Any, seed: int) -> "dict[str, torch.nn.Parameter]":
+        """Add what is trained to the model, with its own networks in `model.extras`; returns the parameters by name.
 
-    def load_state(self, components: Components, state: "Mapping[str, torch.Tensor]") -> None:
-        """Put tensors back into components that `attach` has prepared."""
+        Equal seeds give equal initial values.
+        """
 
-    def export(
-        self,
-        components: Components,
-        family: Family,
-        config: Any,
-        directory: Path,
-        form: str,
-        metadata: Mapping[str, str],
-    ) -> list[Path]:
+    def predict(
+        self, model: Model, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
+    ) -> "torch.Tensor":
+        """The model's prediction with what was attached: `Family.predict`, unless the method has a network of its own."""
+
+    def export(self, model: Model, settings: Any, export: Export) -> list[Path]:
         """Write the weights in a delivery format, each file atomically; returns the files.
 
         Raises:
             ConfigError: the method cannot honestly become this format; the message gives the reason and what works.
         """
 
-    def load_into(self, pipeline: Any, directory: Path) -> None:
-        """Load what `export` wrote in the default format into a fresh diffusers pipeline.
+    def load_into(self, family: Family, pipeline: Any, directory: Path) -> Any:
+        """Load what `export` wrote in the default format into a fresh diffusers pipeline; returns the pipeline to draw with.
+
+        That is the same one, unless the method's networks need a pipeline of another class.
 
         Raises:
             CheckpointError: a file is missing or damaged, or was trained on another base model.
         """
 
-    def merge(self, components: Components) -> None:
-        """Fold what was trained into the base weights, in place."""
+    def merge(self, model: Model) -> None:
+        """Fold what was trained into the base weights, in place.
 
-    def usage(self, family: Family, config: Any) -> str:
+        Raises:
+            ConfigError: there is nothing in the base weights to fold it into.
+        """
+
+    def usage(self, family: Family, settings: Any) -> str:
         """Python lines that load what `export` wrote in the default format: `path/to/this/folder` into `pipeline`."""
 
 
@@ -153,7 +107,7 @@ class Method(Protocol):
 class HasParameterGroups(Protocol):
     """A method whose parameters do not all learn at one rate."""
 
-    def parameter_groups(self, config: Any) -> Sequence[tuple[str, float]]:
+    def parameter_groups(self, settings: Any) -> Sequence[tuple[str, float]]:
         """(regular expression searched in parameter names, factor on the learning rate); the first match counts."""
 
 
@@ -161,7 +115,7 @@ class HasParameterGroups(Protocol):
 class HasBaseChanges(Protocol):
     """A method that may write into the base weights: they must be there in full, not as 8-bit codes."""
 
-    def changes_base(self, config: Any) -> bool:
+    def changes_base(self, settings: Any) -> bool:
         """Whether it does so with these settings."""
 
 
@@ -172,7 +126,7 @@ class HasBaseTraining(Protocol):
     Its `export` is called by all of them then.
     """
 
-    def trains_base(self, config: Any) -> bool:
+    def trains_base(self, settings: Any) -> bool:
         """Whether it does so with these settings, and adds nothing to the denoiser."""
 
 
@@ -180,11 +134,22 @@ class HasBaseTraining(Protocol):
 class HasDataStart(Protocol):
     """A method that may start from what the layers see of the data."""
 
-    def start_batches(self, config: Any) -> int:
+    def start_batches(self, settings: Any) -> int:
         """How many micro-batches it looks at with these settings; 0: it starts without."""
 
-    def start_from(self, components: Components, predictions: "Iterable[Callable[[], torch.Tensor]]") -> None:
+    def start_from(self, model: Model, predictions: "Iterable[Callable[[], torch.Tensor]]") -> None:
         """Set the initial values, once `attach` has been called. Each prediction passes a micro-batch through the model."""
+
+
+@runtime_checkable
+class HasControls(Protocol):
+    """A method that reads control images: its pipelines take one for each image that they draw."""
+
+    def sampling_pipeline(self, model: Model, pipeline: Any) -> Any:
+        """The pipeline that draws while training: the family's, with the networks in `model.extras`."""
+
+    def pipeline_controls(self, controls: "Sequence[torch.Tensor]") -> dict[str, Any]:
+        """The pipeline's arguments for control images, as `Conditions.controls` has them, in a batch of one."""
 
 
 def available() -> list[str]:
@@ -208,99 +173,52 @@ def parse(config: MethodConfig) -> tuple[Method, Any]:
     return method, load.validate(method.Config, config.settings, f"method {config.name}", prefix="method.")
 
 
-def parameter_groups(method: Method, config: Any) -> Sequence[tuple[str, float]]:
+def parameter_groups(method: Method, settings: Any) -> Sequence[tuple[str, float]]:
     """What the method asks for, or nothing; see `HasParameterGroups`."""
-    return method.parameter_groups(config) if isinstance(method, HasParameterGroups) else ()
+    return method.parameter_groups(settings) if isinstance(method, HasParameterGroups) else ()
 
 
-def changes_base(method: Method, config: Any) -> bool:
+def changes_base(method: Method, settings: Any) -> bool:
     """Whether the base weights themselves change; see `HasBaseChanges`."""
-    return isinstance(method, HasBaseChanges) and method.changes_base(config)
+    return isinstance(method, HasBaseChanges) and method.changes_base(settings)
 
 
-def trains_base(method: Method, config: Any) -> bool:
+def trains_base(method: Method, settings: Any) -> bool:
     """Whether the base weights are what is trained; see `HasBaseTraining`."""
-    return isinstance(method, HasBaseTraining) and method.trains_base(config)
+    return isinstance(method, HasBaseTraining) and method.trains_base(settings)
 
 
-def needs(family: Family, config: Any) -> tuple[str, ...]:
-    """The denoiser, and with `config.text_encoder` all text encoders that the family can train.
+def start_batches(method: Method, settings: Any) -> int:
+    """How many micro-batches the method looks at before it starts; see `HasDataStart`."""
+    return method.start_batches(settings) if isinstance(method, HasDataStart) else 0
+
+
+def trained_encoders(family: Family, settings: Any) -> tuple[str, ...]:
+    """With `settings.text_encoder` all text encoders that the family can train.
 
     Raises:
         ConfigError: it can train none.
     """
-    if config.text_encoder is None:
-        return (DENOISER,)
+    if settings.text_encoder is None:
+        return ()
     if not isinstance(family, TrainsEncoders):
         raise ConfigError(
             f"method.text_encoder: the text encoder of {family.name} cannot be trained with ftk, its texts are cached as it "
             f"encodes them. Leave it out."
         )
-    return (DENOISER, *family.trainable_encoders)
+    return family.trainable_encoders
 
 
-def parts(components: Mapping[str, Any], family: Family, config: Any) -> list[TrainedComponent]:
-    """What is trained of each component, by `config.targets` and `config.text_encoder.targets`."""
-    found = []
-    for name, module in components.items():
-        if name == DENOISER:
-            targets, setting, owner, groups = config.targets, "method.targets", family.name, family.target_groups
-        else:
-            assert isinstance(family, TrainsEncoders)
-            targets, setting = config.text_encoder.targets, "method.text_encoder.targets"
-            owner, groups = f"{family.name}'s {name}", family.encoder_targets
-        found.append(TrainedComponent(name=name, module=module, owner=owner, groups=groups, targets=targets, setting=setting))
-    return found
+def encoder_rates(settings: Any) -> tuple[tuple[str, float], ...]:
+    """`Method.parameter_groups` of text encoders that learn at a rate of their own."""
+    if settings.text_encoder is None or settings.text_encoder.rate == 1:
+        return ()
+    return ((r"^text_encoder(_\d+)?\.", settings.text_encoder.rate),)
 
 
 def prefix(component: str) -> str:
     """What stands before the names of a component's parameters and tensors."""
     return "" if component == DENOISER else f"{component}."
-
-
-def tensors_of(component: str, components: Iterable[str], tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
-    """Those of one component, by its own names."""
-    others = tuple(prefix(name) for name in components if name != DENOISER)
-    own = prefix(component)
-    if own:
-        return {name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)}
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(others)}
-
-
-def encoder_rates(config: Any) -> tuple[tuple[str, float], ...]:
-    """`Method.parameter_groups` of text encoders that learn at a rate of their own."""
-    if config.text_encoder is None or config.text_encoder.rate == 1:
-        return ()
-    return ((r"^text_encoder(_\d+)?\.", config.text_encoder.rate),)
-
-
-def start_batches(method: Method, config: Any) -> int:
-    """How many micro-batches the method looks at before it starts; see `HasDataStart`."""
-    return method.start_batches(config) if isinstance(method, HasDataStart) else 0
-
-
-def target_modules(part: TrainedComponent) -> "list[str] | TargetPattern":
-    """Module-name suffixes for a named group of the component, or for a list of suffixes as it stands; or a pattern.
-
-    Raises:
-        ConfigError: there is no group of this name. A string is always a group, so that a typo is found.
-    """
-    targets = part.targets
-    if isinstance(targets, TargetPattern):
-        return targets
-    if not isinstance(targets, str):
-        return list(targets)
-    if targets == EVERYTHING:
-        return TargetPattern(regex=".*")
-    if targets not in part.groups:
-        near = difflib.get_close_matches(targets, [*part.groups, EVERYTHING], n=1, cutoff=0.5)
-        meant = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(
-            f"{part.setting}: {part.owner} has no group {targets!r}.{meant} Valid: {', '.join(part.groups)}, "
-            f"{EVERYTHING}, a list of module names such as [{', '.join(part.groups['attention'][:2])}], or "
-            f"{{regex: EXPRESSION}}."
-        )
-    return list(part.groups[targets])
 
 
 def check_format(name: str, formats: Sequence[str], form: str, reasons: Mapping[str, str]) -> None:

@@ -15,8 +15,9 @@ from pydantic import BaseModel, Field, model_validator
 
 from ftk.errors import ConfigError
 from ftk.methods.adapters import injection, peft_method, targets
-from ftk.methods.base import EVERYTHING, TargetPattern, TrainedComponent
+from ftk.methods.adapters.targets import EVERYTHING, TargetPattern, TrainedComponent
 from ftk.methods.oft import REASONS
+from ftk.models.base import Family
 
 if TYPE_CHECKING:
     import torch
@@ -61,41 +62,43 @@ class Boft(peft_method.PeftMethod):
         """Larger kernels do not see channels one by one."""
         return targets.linear_or_pointwise(layer)
 
-    def peft_config(self, part: TrainedComponent, names: Sequence[str], config: BoftConfig) -> Any:
+    def peft_config(self, component: TrainedComponent, names: Sequence[str], settings: BoftConfig) -> Any:
         """PEFT's settings; numbers of blocks are the denoiser's."""
         import peft
 
         return peft.BOFTConfig(
-            boft_block_num=config.block_num or 0,
-            boft_block_size=config.block_size or (0 if config.block_num else _DEFAULT_BLOCK),
-            boft_n_butterfly_factor=config.butterfly_factors,
-            boft_dropout=config.dropout,
-            bias=config.bias,
-            layers_to_transform=list(config.layers) if config.layers is not None and part.is_denoiser else None,
-            layers_pattern=config.layers_pattern if part.is_denoiser else None,
-            target_modules=targets.as_peft_targets(part, names),
+            boft_block_num=settings.block_num or 0,
+            boft_block_size=settings.block_size or (0 if settings.block_num else _DEFAULT_BLOCK),
+            boft_n_butterfly_factor=settings.butterfly_factors,
+            boft_dropout=settings.dropout,
+            bias=settings.bias,
+            layers_to_transform=list(settings.layers) if settings.layers is not None and component.is_denoiser else None,
+            layers_pattern=settings.layers_pattern if component.is_denoiser else None,
+            target_modules=targets.as_peft_targets(component, names),
         )
 
-    def inject(self, part: TrainedComponent, settings: Any, config: BoftConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
+    def inject(
+        self, component: TrainedComponent, peft_config: Any, settings: BoftConfig, seed: int
+    ) -> "dict[str, torch.nn.Parameter]":
         """Inject the adapter.
 
         Raises:
             ConfigError: blocks do not divide a layer's inputs, or more factors than PEFT can compute here.
         """
         with _without_warnings():
-            parameters = injection.inject(part.module, settings, seed)
-        made = next(layer.boft_R[injection.ADAPTER].shape[0] for layer in injection.adapted(part.module).values())
-        if made != config.butterfly_factors:
+            parameters = injection.inject(component.module, peft_config, seed)
+        made = next(layer.boft_R[injection.ADAPTER].shape[0] for layer in injection.adapted(component.module).values())
+        if made != settings.butterfly_factors:
             raise ConfigError(
-                f"method.butterfly_factors: {config.butterfly_factors} need PEFT's CUDA extension, which could not be compiled "
-                f"here (it takes CUDA, nvcc and ninja). Leave it at 1."
+                f"method.butterfly_factors: {settings.butterfly_factors} need PEFT's CUDA extension, which could not be "
+                f"compiled here (it takes CUDA, nvcc and ninja). Leave it at 1."
             )
         return parameters
 
-    def load_into(self, pipeline: Any, directory: Path, adapter: str = injection.ADAPTER) -> None:
+    def load_into(self, family: Family, pipeline: Any, directory: Path, adapter: str = injection.ADAPTER) -> Any:
         """PEFT's settings and tensors, injected."""
         with _without_warnings():
-            super().load_into(pipeline, directory, adapter)
+            return super().load_into(family, pipeline, directory, adapter)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ Parameters in bf16 have fp32 masters in the optimizer, which are what a checkpoi
 """
 
 import contextlib
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,21 +15,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from ftk import storage
-from ftk.errors import CheckpointError, ConfigError
+from ftk.errors import CheckpointError, ConfigError, did_you_mean
 from ftk.methods import base
-from ftk.methods.adapters import formats, injection, peft_directory, sharded, targets
-from ftk.methods.base import (
-    DENOISER,
+from ftk.methods.adapters import injection, peft_directory, sharded, targets
+from ftk.methods.adapters.targets import (
     EVERYTHING,
-    Components,
     TargetPattern,
     Targets,
     TextEncoderConfig,
     TrainedComponent,
-    check_format,
-    target_modules,
+    chosen,
+    names_in_group,
 )
-from ftk.models.base import Family
+from ftk.methods.base import CacheNeeds, Export, check_format
+from ftk.models.base import DENOISER, Conditions, Family, Model, TargetGroup, TrainsEncoders
 
 if TYPE_CHECKING:
     import torch
@@ -62,126 +60,113 @@ class Full:
 
     name = "full"
     Config: ClassVar[type[BaseModel]] = FullConfig
-    EXTRA: tuple[str, ...] = ()
     FORMATS = ("diffusers",)
 
-    def needs(self, family: Family, config: FullConfig) -> tuple[str, ...]:
-        """The denoiser, and by `text_encoder` the text encoders."""
-        return base.needs(family, config)
+    def encoders(self, family: Family, settings: FullConfig) -> tuple[str, ...]:
+        """By `text_encoder`, all that the family can train."""
+        return base.trained_encoders(family, settings)
 
-    def parameter_groups(self, config: FullConfig) -> Sequence[tuple[str, float]]:
+    def cache_needs(self, settings: FullConfig) -> CacheNeeds:
+        """Nothing but latents and texts."""
+        return CacheNeeds()
+
+    def parameter_groups(self, settings: FullConfig) -> Sequence[tuple[str, float]]:
         """The text encoders' own learning rate."""
-        return base.encoder_rates(config)
+        return base.encoder_rates(settings)
 
-    def attach(self, components: Components, family: Family, config: FullConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
+    def attach(self, model: Model, settings: FullConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
         """Thaw the chosen parameters.
 
         Raises:
             ConfigError: a target that names nothing, or 8-bit weights, which can be neither trained nor delivered.
         """
         parameters: dict[str, torch.nn.Parameter] = {}
-        for part in base.parts(components, family, config):
-            layers = [module for module in part.module.modules() if targets.is_layer(module)]
+        for component in targets.trained_components(model.family, model.components, settings):
+            layers = [module for module in component.module.modules() if targets.is_layer(module)]
             injection.refuse_quantised(layers, "method full")
-            named = dict(part.module.named_parameters())
-            for name in _chosen(list(named), part):
-                parameters[part.prefix + name] = named[name].requires_grad_(True)
+            named = dict(component.module.named_parameters())
+            for name in _chosen(list(named), component):
+                parameters[component.prefix + name] = named[name].requires_grad_(True)
         return parameters
 
-    def changes_base(self, config: FullConfig) -> bool:
+    def predict(
+        self, model: Model, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
+    ) -> "torch.Tensor":
+        """The family's."""
+        return model.family.predict(model, noisy_BCHW, sigma_B, conditions)
+
+    def changes_base(self, settings: FullConfig) -> bool:
         """It is the base that is trained."""
         return True
 
-    def trains_base(self, config: FullConfig) -> bool:
+    def trains_base(self, settings: FullConfig) -> bool:
         """And nothing else."""
         return True
 
-    def state(self, components: Components) -> "dict[str, torch.Tensor]":
-        """The trained parameters by name."""
-        return {name: parameter.detach() for name, parameter in _trained(components).items()}
-
-    def load_state(self, components: Components, state: "Mapping[str, torch.Tensor]") -> None:
-        """Inverse of `state`."""
-        import torch
-
-        own = _trained(components)
-        assert own.keys() == state.keys(), f"state of other parameters: {sorted(own.keys() ^ state.keys())[:3]}"
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
-
-    def export(
-        self,
-        components: Components,
-        family: Family,
-        config: FullConfig,
-        directory: Path,
-        form: str,
-        metadata: Mapping[str, str],
-    ) -> list[Path]:
+    def export(self, model: Model, settings: FullConfig, export: Export) -> list[Path]:
         """Each component's folder in the Diffusers layout: `config.json` and safetensors, in shards where they are large.
 
         Where the denoiser's weights are split over processes all must call, and one writes; the others return no files.
         """
         reason = "what was trained is the model, not something added to it. Use the written folder in place of the model's own."
-        check_format(self.name, self.FORMATS, form, dict.fromkeys(("peft", "comfyui", "kohya", "lycoris"), reason))
-        is_writer, files = sharded.writes(components[DENOISER].state_dict().values()), []
-        for name, model in components.items():
-            folder = directory / (formats.component(family) if name == DENOISER else name)
-            _write(model, folder, name == DENOISER, metadata, is_writer)
+        check_format(self.name, self.FORMATS, export.form, dict.fromkeys(("peft", "comfyui", "kohya", "lycoris"), reason))
+        is_writer, files = sharded.writes(model.denoiser.state_dict().values()), []
+        for name, module in model.components.items():
+            folder = export.directory / (model.family.denoiser_attribute if name == DENOISER else name)
+            _write(model.family, name, module, folder, export.metadata, is_writer)
             files += [path for path in folder.iterdir() if path.is_file()] if is_writer else []
         return sorted(files)
 
-    def load_into(self, pipeline: Any, directory: Path) -> None:
+    def load_into(self, family: Family, pipeline: Any, directory: Path) -> Any:
         """Copy the weights into the pipeline's components."""
-        denoiser = peft_directory.denoiser_of(pipeline)
-        folder = directory / ("transformer" if denoiser is getattr(pipeline, "transformer", None) else "unet")
-        _read_into(denoiser, folder, _DENOISER_FILES)
+        denoiser = getattr(pipeline, family.denoiser_attribute)
+        _read_into(denoiser, directory / family.denoiser_attribute, _DENOISER_FILES, {})
         for config in sorted(directory.glob("text_encoder*/config.json")):
-            _read_into(peft_directory.encoder_of(pipeline, config.parent.name, directory), config.parent, _ENCODER_FILES)
+            name = config.parent.name
+            encoder = peft_directory.encoder_of(pipeline, name, directory)
+            assert isinstance(family, TrainsEncoders)
+            keys = {family.encoder_key(name, key): key for key in encoder.state_dict()}
+            _read_into(encoder, config.parent, _ENCODER_FILES, keys)
+        return pipeline
 
-    def merge(self, components: Components) -> None:
+    def merge(self, model: Model) -> None:
         """Nothing: the weights are the trained ones."""
 
-    def usage(self, family: Family, config: FullConfig) -> str:
+    def usage(self, family: Family, settings: FullConfig) -> str:
         """The components' own loaders."""
-        names = [formats.component(family) if name == DENOISER else name for name in self.needs(family, config)]
+        names = [family.denoiser_attribute, *self.encoders(family, settings)]
         loader = 'type(pipeline.{0}).from_pretrained("path/to/this/folder", subfolder="{0}", dtype=pipeline.dtype)'
         return "\n".join(f"pipeline.{name} = {loader.format(name)}" for name in names)
 
 
-def _trained(components: Components) -> "dict[str, torch.nn.Parameter]":
-    """What is trained of all components."""
-    found: dict[str, torch.nn.Parameter] = {}
-    for name, model in components.items():
-        found |= {base.prefix(name) + key: parameter for key, parameter in injection.trained(model).items()}
-    return found
-
-
-def _chosen(names: list[str], part: TrainedComponent) -> list[str]:
-    """Parameters that the part's targets mean: a name, or the end of one, of a parameter or of a module that it lies in.
+def _chosen(names: list[str], component: TrainedComponent) -> list[str]:
+    """Parameters that the component's targets mean: a name, or the end of one, of a parameter or of a module that it lies in.
 
     An expression must match the whole name of either.
     """
-    wanted = target_modules(part)
+    wanted = chosen(component)
+    if isinstance(wanted, TargetGroup):
+        modules = {f"{name}." for name in names_in_group(component, wanted)}
+        return [name for name in names if any(f"{place}." in modules for place in _places(name))]
     if isinstance(wanted, TargetPattern):
         rule = re.compile(wanted.regex)
         found = [name for name in names if any(rule.fullmatch(place) for place in _places(name))]
         if not found:
             raise ConfigError(
-                f"{part.setting}: {wanted.regex!r} matches the whole name of no module or parameter of {part.owner}."
+                f"{component.setting}: {wanted.regex!r} matches the whole name of no module or parameter of {component.owner}."
             )
         return found
-    chosen: set[str] = set()
+    matched: set[str] = set()
     for suffix in wanted:
         found = [name for name in names if any(("." + place).endswith("." + suffix) for place in _places(name))]
         if not found:
-            ends = {part for name in names for part in name.split(".") if not part.isdecimal()}
-            near = difflib.get_close_matches(suffix, sorted(ends), n=3, cutoff=0.5)
-            meant = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise ConfigError(f"{part.setting}: {suffix!r} is the name of no module or parameter of {part.owner}.{meant}")
-        chosen.update(found)
-    return [name for name in names if name in chosen]
+            ends = {end for name in names for end in name.split(".") if not end.isdecimal()}
+            meant = did_you_mean(suffix, sorted(ends))
+            raise ConfigError(
+                f"{component.setting}: {suffix!r} is the name of no module or parameter of {component.owner}.{meant}"
+            )
+        matched.update(found)
+    return [name for name in names if name in matched]
 
 
 def _places(name: str) -> list[str]:
@@ -190,12 +175,16 @@ def _places(name: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
-def _write(model: Any, folder: Path, is_denoiser: bool, metadata: Mapping[str, str], is_writer: bool) -> None:
+def _write(family: Family, component: str, model: Any, folder: Path, metadata: Mapping[str, str], is_writer: bool) -> None:
     """A component's folder; all processes, where its weights are split."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    pattern = _DENOISER_FILES if is_denoiser else _ENCODER_FILES
-    tensors = {name if is_denoiser else formats.clip_name(name): tensor for name, tensor in model.state_dict().items()}
+    is_denoiser = component == DENOISER
+    pattern, tensors = _DENOISER_FILES, dict(model.state_dict())
+    if not is_denoiser:
+        assert isinstance(family, TrainsEncoders)
+        pattern = _ENCODER_FILES
+        tensors = {family.encoder_key(component, key): tensor for key, tensor in tensors.items()}
     plan = split_torch_state_dict_into_shards(
         sharded.outlines(tensors, model.dtype), filename_pattern=pattern, max_shard_size=MAX_SHARD_SIZE
     )
@@ -218,8 +207,11 @@ def _settings(model: Any, is_denoiser: bool) -> Any:
     return settings if is_denoiser else {**settings, "architectures": [type(model).__name__]}
 
 
-def _read_into(model: Any, folder: Path, pattern: str) -> None:
+def _read_into(model: Any, folder: Path, pattern: str, keys: Mapping[str, str]) -> None:
     """Copy the weights into a model, a shard at a time: two of a large one would not fit.
+
+    Args:
+        keys: from names in the files to the model's own, where they differ.
 
     Raises:
         CheckpointError: they are of another model, or not whole.
@@ -228,10 +220,7 @@ def _read_into(model: Any, folder: Path, pattern: str) -> None:
 
     own, missing = model.state_dict(), set(model.state_dict())
     for path in _files(folder, pattern):
-        tensors = {
-            name if name in own else formats.here(model, name): tensor
-            for name, tensor in peft_directory.read_tensors(path).items()
-        }
+        tensors = {keys.get(name, name): tensor for name, tensor in peft_directory.read_tensors(path).items()}
         for name, tensor in tensors.items():
             if name not in own or own[name].shape != tensor.shape:
                 raise CheckpointError(

@@ -58,19 +58,20 @@ class Lokr(lycoris.LycorisMethod):
     FORMATS = ("diffusers", "peft", "comfyui", "kohya", "lycoris")
     peft_class = "LoKrConfig"
 
-    def load_into(self, pipeline: Any, directory: Path, adapter: str = injection.ADAPTER) -> None:
+    def load_into(self, family: Family, pipeline: Any, directory: Path, adapter: str = injection.ADAPTER) -> Any:
         """diffusers' loader of one model: that of pipelines takes only names that contain `lora`. PEFT's of text encoders."""
-        path, denoiser = directory / formats.SINGLE_FILE, peft_directory.denoiser_of(pipeline)
+        path, denoiser = directory / formats.SINGLE_FILE, getattr(pipeline, family.denoiser_attribute)
         peft_directory.check_fits(denoiser, peft_directory.read_tensors(path), path)
         with peft_directory.explaining(path):
             denoiser.load_lora_adapter(directory, prefix=None, use_safetensors=True, adapter_name=adapter)
         peft_directory.load_encoders(pipeline, directory, adapter)
+        return pipeline
 
-    def usage(self, family: Family, config: LokrConfig) -> str:
+    def usage(self, family: Family, settings: LokrConfig) -> str:
         """diffusers' loader of the denoiser, PEFT's of text encoders."""
         arguments = '"path/to/this/folder", prefix=None, use_safetensors=True'
-        line = f"pipeline.{formats.component(family)}.load_lora_adapter({arguments})"
-        return "\n".join([line, *peft_directory.usage_of_encoders(self.needs(family, config))])
+        line = f"pipeline.{family.denoiser_attribute}.load_lora_adapter({arguments})"
+        return "\n".join([line, *peft_directory.usage_of_encoders(self.encoders(family, settings))])
 
 
 METHOD = Lokr()

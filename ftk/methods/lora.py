@@ -18,8 +18,9 @@ from pydantic import BaseModel, Field, model_validator
 
 from ftk.errors import ConfigError
 from ftk.methods.adapters import eva, formats, injection, peft_directory, peft_method, targets
-from ftk.methods.base import DENOISER, Components, TrainedComponent, check_format
-from ftk.models.base import Family
+from ftk.methods.adapters.targets import TrainedComponent
+from ftk.methods.base import Export, check_format
+from ftk.models.base import DENOISER, Family, Model, TrainsEncoders
 
 if TYPE_CHECKING:
     import torch
@@ -97,87 +98,85 @@ class Lora(peft_method.PeftMethod):
         "lycoris": "LyCORIS' name for it is LoCon, in kohya's or ComfyUI's format. Write one of those."
     }
 
-    def peft_config(self, part: TrainedComponent, names: Sequence[str], config: LoraConfig) -> Any:
+    def peft_config(self, component: TrainedComponent, names: Sequence[str], settings: LoraConfig) -> Any:
         """PEFT's settings."""
         import peft
 
-        if self.changes_base(config):
-            layers = dict(part.module.named_modules())
-            injection.refuse_quantised((layers[name] for name in names), f"method.initialisation: {config.initialisation}")
+        if self.changes_base(settings):
+            layers = dict(component.module.named_modules())
+            injection.refuse_quantised((layers[name] for name in names), f"method.initialisation: {settings.initialisation}")
         return peft.LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha or config.rank,
-            lora_dropout=config.dropout,
+            r=settings.rank,
+            lora_alpha=settings.alpha or settings.rank,
+            lora_dropout=settings.dropout,
             # What takes factors out of W starts as `default` does, and is replaced.
-            init_lora_weights="gaussian" if config.initialisation == "gaussian" else True,
-            target_modules=targets.as_peft_targets(part, names),
-            rank_pattern=targets.matching(config.rank_pattern, names),
-            alpha_pattern=targets.matching(_alphas(config), names),
-            use_rslora=config.rslora,
-            use_dora=config.dora,
+            init_lora_weights="gaussian" if settings.initialisation == "gaussian" else True,
+            target_modules=targets.as_peft_targets(component, names),
+            rank_pattern=targets.matching(settings.rank_pattern, names),
+            alpha_pattern=targets.matching(_alphas(settings), names),
+            use_rslora=settings.rslora,
+            use_dora=settings.dora,
         )
 
-    def inject(self, part: TrainedComponent, settings: Any, config: LoraConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
+    def inject(
+        self, component: TrainedComponent, peft_config: Any, settings: LoraConfig, seed: int
+    ) -> "dict[str, torch.nn.Parameter]":
         """Inject the adapter, and move what it starts from out of the weights."""
-        parameters = injection.inject(part.module, settings, seed)
-        if config.dora:
-            _check_directions(part.module)
-        if self.changes_base(config):
-            for name, layer in injection.adapted(part.module).items():
-                _start_from_weight(name, layer, config.initialisation)
+        parameters = injection.inject(component.module, peft_config, seed)
+        if settings.dora:
+            _check_directions(component.module)
+        if self.changes_base(settings):
+            for name, layer in injection.adapted(component.module).items():
+                _start_from_weight(name, layer, settings.initialisation)
         return parameters
 
-    def parameter_groups(self, config: LoraConfig) -> Sequence[tuple[str, float]]:
+    def parameter_groups(self, settings: LoraConfig) -> Sequence[tuple[str, float]]:
         """LoRA+, and the text encoders' own learning rate; both for their B."""
-        encoders = super().parameter_groups(config)
-        if config.lora_plus is None:
+        encoders = super().parameter_groups(settings)
+        if settings.lora_plus is None:
             return encoders
-        both = [(rf"{match}.*\.lora_B\.", rate * config.lora_plus) for match, rate in encoders]
-        return (*both, *encoders, (r"\.lora_B\.", config.lora_plus))
+        both = [(rf"{match}.*\.lora_B\.", rate * settings.lora_plus) for match, rate in encoders]
+        return (*both, *encoders, (r"\.lora_B\.", settings.lora_plus))
 
-    def changes_base(self, config: LoraConfig) -> bool:
+    def changes_base(self, settings: LoraConfig) -> bool:
         """PiSSA and OLoRA take a part out of the weights."""
-        return config.initialisation in _CHANGES_BASE
+        return settings.initialisation in _CHANGES_BASE
 
-    def start_batches(self, config: LoraConfig) -> int:
+    def start_batches(self, settings: LoraConfig) -> int:
         """EVA's."""
-        return config.eva_batches if config.initialisation == "eva" else 0
+        return settings.eva_batches if settings.initialisation == "eva" else 0
 
-    def start_from(self, components: Components, predictions: "Iterable[Callable[[], torch.Tensor]]") -> None:
+    def start_from(self, model: Model, predictions: "Iterable[Callable[[], torch.Tensor]]") -> None:
         """EVA."""
-        eva.start(components.values(), predictions)
+        eva.start(model.components.values(), predictions)
 
-    def export(
-        self,
-        components: Components,
-        family: Family,
-        config: LoraConfig,
-        directory: Path,
-        form: str,
-        metadata: Mapping[str, str],
-    ) -> list[Path]:
+    def export(self, model: Model, settings: LoraConfig, export: Export) -> list[Path]:
         """Every format holds the scale in B, with alpha = rank: readers that look at alpha and those that do not agree."""
-        check_format(self.name, self.FORMATS, form, self.REASONS)
-        return write({name: _adapter(each, config) for name, each in components.items()}, family, directory, form, metadata)
+        check_format(self.name, self.FORMATS, export.form, self.REASONS)
+        adapters = {name: _adapter(module, settings) for name, module in model.components.items()}
+        return write(adapters, model.family, export)
 
-    def load_into(self, pipeline: Any, directory: Path, adapter: str = injection.ADAPTER) -> None:
+    def load_into(self, family: Family, pipeline: Any, directory: Path, adapter: str = injection.ADAPTER) -> Any:
         """diffusers' own loader, once the file is known to be whole and of this model."""
-        path, denoiser = directory / WEIGHTS_FILE, peft_directory.denoiser_of(pipeline)
+        path, denoiser = directory / WEIGHTS_FILE, getattr(pipeline, family.denoiser_attribute)
         by_component: dict[str, dict[str, torch.Tensor]] = {}
         tensors = peft_directory.read_tensors(path)
         for name, tensor in tensors.items():
             component, _, key = name.partition(".")
             by_component.setdefault(component, {})[key] = tensor
-        here = "transformer" if denoiser is getattr(pipeline, "transformer", None) else "unet"
-        if here not in by_component:
+        if family.denoiser_attribute not in by_component:
             peft_directory.check_fits(denoiser, tensors, path)
-        for component, own in by_component.items():
-            encoder = denoiser if component == here else peft_directory.encoder_of(pipeline, component, path)
-            peft_directory.check_fits(encoder, {formats.here(encoder, name): tensor for name, tensor in own.items()}, path)
+        for component, found in by_component.items():
+            if component == family.denoiser_attribute:
+                peft_directory.check_fits(denoiser, found, path)
+                continue
+            encoder = peft_directory.encoder_of(pipeline, component, path)
+            peft_directory.check_fits(encoder, _as_in_encoder(family, component, encoder, found), path)
         with peft_directory.explaining(path):
             pipeline.load_lora_weights(directory, weight_name=WEIGHTS_FILE, adapter_name=adapter)
+        return pipeline
 
-    def usage(self, family: Family, config: LoraConfig) -> str:
+    def usage(self, family: Family, settings: LoraConfig) -> str:
         """diffusers' loader."""
         return 'pipeline.load_lora_weights("path/to/this/folder")'
 
@@ -243,52 +242,65 @@ def _delivered(model: Any) -> dict[str, Factors]:
     return found
 
 
-def _adapter(model: Any, config: LoraConfig) -> Adapter:
+def _as_in_encoder(
+    family: Family, component: str, encoder: Any, tensors: "Mapping[str, torch.Tensor]"
+) -> "dict[str, torch.Tensor]":
+    """Delivered tensors of a text encoder under the names that its modules have here."""
+    assert isinstance(family, TrainsEncoders)
+    published = {family.encoder_key(component, name): name for name, _ in encoder.named_modules() if name}
+    renamed = {}
+    for key, tensor in tensors.items():
+        module, _, rest = key.partition(".lora_")
+        renamed[f"{published.get(module, module)}.lora_{rest}"] = tensor
+    return renamed
+
+
+def _adapter(module: Any, settings: LoraConfig) -> Adapter:
     """One component's, with what was taken out of the base and the strength in its factors."""
-    factors, layers = _delivered(model), injection.adapted(model)
-    double = 2 if METHOD.changes_base(config) else 1
-    settings = peft_directory.for_delivery(model.peft_config[injection.ADAPTER])
-    settings.r = settings.lora_alpha = double * config.rank
-    settings.rank_pattern = {key: double * rank for key, rank in settings.rank_pattern.items()}
-    settings.alpha_pattern = dict(settings.rank_pattern)
-    settings.use_rslora = False
-    settings.init_lora_weights = True
-    assert {each.rank for each in factors.values()} <= {settings.r, *settings.rank_pattern.values()}
+    factors, layers = _delivered(module), injection.adapted(module)
+    double = 2 if METHOD.changes_base(settings) else 1
+    peft_config = peft_directory.for_delivery(module.peft_config[injection.ADAPTER])
+    peft_config.r = peft_config.lora_alpha = double * settings.rank
+    peft_config.rank_pattern = {key: double * rank for key, rank in peft_config.rank_pattern.items()}
+    peft_config.alpha_pattern = dict(peft_config.rank_pattern)
+    peft_config.use_rslora = False
+    peft_config.init_lora_weights = True
+    assert {each.rank for each in factors.values()} <= {peft_config.r, *peft_config.rank_pattern.values()}
     scales = {
-        name: _dora_scale(layers[name].get_base_layer().weight, one)
-        for name, one in factors.items()
-        if one.magnitude is not None
+        name: _dora_scale(layers[name].get_base_layer().weight, layer)
+        for name, layer in factors.items()
+        if layer.magnitude is not None
     }
-    return Adapter(factors=factors, settings=settings, dora_scales=scales)
+    return Adapter(factors=factors, settings=peft_config, dora_scales=scales)
 
 
-def write(
-    adapters: Mapping[str, Adapter], family: Family, directory: Path, form: str, metadata: Mapping[str, str]
-) -> list[Path]:
+def write(adapters: Mapping[str, Adapter], family: Family, export: Export) -> list[Path]:
     """Write what each component's layers add, by the component's name, in a delivery format of `Lora.FORMATS`."""
-    if form in ("comfyui", "kohya"):
-        named = _renamed(adapters, form, family)
-        return [peft_directory.commit_tensors(directory / formats.NAMED_FILES[form], named, metadata)]
-    if form == "peft":
-        files = [
-            peft_directory.export_directory(peft_directory.folder(directory, name), one.settings, _named(one.factors), metadata)
-            for name, one in adapters.items()
-        ]
-        return [path for each in files for path in each]
+    directory, metadata = export.directory, export.metadata
+    if export.form in ("comfyui", "kohya"):
+        named = _renamed(adapters, export.form, family)
+        return [peft_directory.commit_tensors(directory / formats.NAMED_FILES[export.form], named, metadata)]
+    if export.form == "peft":
+        files = []
+        for name, adapter in adapters.items():
+            place = peft_directory.folder(directory, name)
+            files += peft_directory.export_directory(place, adapter.settings, _named(adapter.factors), metadata)
+        return files
     settings: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
-    for name, one in adapters.items():
-        component = formats.component(family) if name == DENOISER else name
-        settings |= {f"{component}.{key}": value for key, value in peft_directory.plain(one.settings.to_dict()).items()}
-        for key, tensor in _named(one.factors).items():
-            tensors[f"{component}.{key if name == DENOISER else _name_in_encoder(key)}"] = tensor
+    for name, adapter in adapters.items():
+        component = family.denoiser_attribute if name == DENOISER else name
+        settings |= {f"{component}.{key}": value for key, value in peft_directory.plain(adapter.settings.to_dict()).items()}
+        for key, tensor in _named(adapter.factors).items():
+            tensors[f"{component}.{key if name == DENOISER else _key_in_encoder(family, name, key)}"] = tensor
     header = {"lora_adapter_metadata": json.dumps(settings, sort_keys=True), **metadata}
     return [peft_directory.commit_tensors(directory / WEIGHTS_FILE, tensors, header)]
 
 
-def _name_in_encoder(key: str) -> str:
+def _key_in_encoder(family: Family, component: str, key: str) -> str:
     """A text encoder's tensor. transformers 5 passes over DoRA's magnitudes unless they are called a `weight`."""
-    return formats.clip_name(key) + (".weight" if key.endswith("lora_magnitude_vector") else "")
+    assert isinstance(family, TrainsEncoders)
+    return family.encoder_key(component, key) + (".weight" if key.endswith("lora_magnitude_vector") else "")
 
 
 def _named(factors: Mapping[str, Factors]) -> "dict[str, torch.Tensor]":
@@ -305,21 +317,24 @@ def _renamed(adapters: Mapping[str, Adapter], form: str, family: Family) -> "dic
     """Names of ComfyUI or kohya. Of layers with other ranks, too, alpha is the largest: diffusers mixes up several alphas."""
     import torch
 
-    alpha = float(max(one.rank for adapter in adapters.values() for one in adapter.factors.values()))
-    first, second = ("lora_down", "lora_up") if formats.component(family) == "unet" else ("lora_A", "lora_B")
+    alpha = float(max(layer.rank for adapter in adapters.values() for layer in adapter.factors.values()))
     named: dict[str, torch.Tensor] = {}
     for component, adapter in adapters.items():
-        stem = formats.stem(form, family, component)
-        for name, one in adapter.factors.items():
-            key = stem(name)
-            named[f"{key}.{first}.weight"], named[f"{key}.{second}.weight"] = one.A, one.B * (one.rank / alpha)
-            named[f"{key}.alpha"] = torch.tensor(alpha)
+        names = family.adapter_names(form, component)
+        first, second = names.factors
+        for name, layer in adapter.factors.items():
+            key = names.module(name)
+            named[f"{key}.{first}.weight"] = layer.A
+            # Without an alpha a reader takes each layer's rank for it.
+            named[f"{key}.{second}.weight"] = layer.B * (layer.rank / alpha) if names.has_alpha else layer.B
+            if names.has_alpha:
+                named[f"{key}.alpha"] = torch.tensor(alpha)
         for name, scale in adapter.dora_scales.items():
             if form == "kohya":
                 raise ConfigError(
                     "lora with dora cannot be written as kohya: sd-scripts have no DoRA. Write comfyui or diffusers."
                 )
-            named[f"{stem(name)}.dora_scale"] = scale
+            named[f"{names.module(name)}.dora_scale"] = scale
     return named
 
 

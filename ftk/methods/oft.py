@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from ftk.errors import ConfigError
 from ftk.methods.adapters import injection, peft_method, targets
-from ftk.methods.base import EVERYTHING, TargetPattern, TrainedComponent
+from ftk.methods.adapters.targets import EVERYTHING, TargetPattern, TrainedComponent
 
 if TYPE_CHECKING:
     import torch
@@ -76,39 +76,41 @@ class Oft(peft_method.PeftMethod):
         """Larger kernels do not see channels one by one."""
         return targets.linear_or_pointwise(layer)
 
-    def peft_config(self, part: TrainedComponent, names: Sequence[str], config: OftConfig) -> Any:
+    def peft_config(self, component: TrainedComponent, names: Sequence[str], settings: OftConfig) -> Any:
         """PEFT's settings; numbers of blocks are the denoiser's."""
         import peft
 
-        block_size = config.block_size or (_DEFAULT_BLOCK if config.r is None else None)
-        _check_blocks(part, names, config.r, block_size)
+        block_size = settings.block_size or (_DEFAULT_BLOCK if settings.r is None else None)
+        _check_blocks(component, names, settings.r, block_size)
         return peft.OFTConfig(
-            r=config.r or 0,
+            r=settings.r or 0,
             oft_block_size=block_size or 0,
-            module_dropout=config.module_dropout,
-            coft=config.coft,
-            eps=config.eps,
-            block_share=config.block_share,
-            use_cayley_neumann=config.use_cayley_neumann,
-            num_cayley_neumann_terms=config.num_cayley_neumann_terms,
-            bias=config.bias,
-            layers_to_transform=list(config.layers) if config.layers is not None and part.is_denoiser else None,
-            layers_pattern=config.layers_pattern if part.is_denoiser else None,
-            target_modules=targets.as_peft_targets(part, names),
+            module_dropout=settings.module_dropout,
+            coft=settings.coft,
+            eps=settings.eps,
+            block_share=settings.block_share,
+            use_cayley_neumann=settings.use_cayley_neumann,
+            num_cayley_neumann_terms=settings.num_cayley_neumann_terms,
+            bias=settings.bias,
+            layers_to_transform=list(settings.layers) if settings.layers is not None and component.is_denoiser else None,
+            layers_pattern=settings.layers_pattern if component.is_denoiser else None,
+            target_modules=targets.as_peft_targets(component, names),
         )
 
-    def inject(self, part: TrainedComponent, settings: Any, config: OftConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
+    def inject(
+        self, component: TrainedComponent, peft_config: Any, settings: OftConfig, seed: int
+    ) -> "dict[str, torch.nn.Parameter]":
         """With the dropout that PEFT leaves out."""
-        parameters = injection.inject(part.module, settings, seed)
-        if config.module_dropout:
-            for layer in injection.adapted(part.module).values():
-                _drop_blocks(layer, config.module_dropout)
+        parameters = injection.inject(component.module, peft_config, seed)
+        if settings.module_dropout:
+            for layer in injection.adapted(component.module).values():
+                _drop_blocks(layer, settings.module_dropout)
         return parameters
 
 
-def _check_blocks(part: TrainedComponent, names: Sequence[str], r: int | None, block_size: int | None) -> None:
+def _check_blocks(component: TrainedComponent, names: Sequence[str], r: int | None, block_size: int | None) -> None:
     """Blocks must divide a layer's inputs: PEFT would take another number and only warn."""
-    modules = dict(part.module.named_modules())
+    modules = dict(component.module.named_modules())
     for name in names:
         layer = modules[name]
         inputs = layer.in_features if hasattr(layer, "in_features") else layer.in_channels
@@ -119,7 +121,7 @@ def _check_blocks(part: TrainedComponent, names: Sequence[str], r: int | None, b
             near = sorted(sorted(divisors, key=lambda number: abs(number - given))[:4])
             raise ConfigError(
                 f"method.{setting}: {given} does not divide the {inputs} inputs of {name}. Near it, "
-                f"{', '.join(map(str, near))} do; or leave the layer out of {part.setting}."
+                f"{', '.join(map(str, near))} do; or leave the layer out of {component.setting}."
             )
 
 

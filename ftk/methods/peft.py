@@ -4,15 +4,14 @@ Settings are those of PEFT's class for the type, under PEFT's names; only `targe
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ftk.errors import ConfigError
+from ftk.errors import ConfigError, did_you_mean
 from ftk.methods.adapters import peft_method, targets
-from ftk.methods.base import TrainedComponent
+from ftk.methods.adapters.targets import TrainedComponent
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +52,7 @@ class PeftConfig(peft_method.PeftMethodConfig):
             if key in _SET_BY_FTK:
                 raise ValueError(f"`{key}` is no setting of this method: {_SET_BY_FTK[key]}")
             if key not in valid:
-                near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-                meant = f" Did you mean `{near[0]}`?" if near else ""
+                meant = did_you_mean(key, valid)
                 raise ValueError(f"`{key}` is not a setting of PEFT's {self.type.upper()}.{meant} Valid: {', '.join(valid)}")
         return self
 
@@ -78,9 +76,7 @@ def _settings_of(kind: str) -> list[str]:
     if name in _REFUSED:
         raise ValueError(f"type {name} cannot be trained here: {_REFUSED[name].replace('%s', name.lower())}")
     if name not in known:
-        near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-        meant = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"PEFT has no type {kind!r}.{meant} Valid: {', '.join(valid)}")
+        raise ValueError(f"PEFT has no type {kind!r}.{did_you_mean(name, valid)} Valid: {', '.join(valid)}")
     return [field.name for field in dataclasses.fields(known[name]) if field.init and field.name not in _SET_BY_FTK]
 
 
@@ -97,7 +93,7 @@ class Peft(peft_method.PeftMethod):
     def refusal(self, layer: "torch.nn.Module") -> None:
         """PEFT itself knows which layers a type carries, and says so."""
 
-    def peft_config(self, part: TrainedComponent, names: Sequence[str], config: PeftConfig) -> Any:
+    def peft_config(self, component: TrainedComponent, names: Sequence[str], settings: PeftConfig) -> Any:
         """PEFT's settings of the type.
 
         Raises:
@@ -105,11 +101,11 @@ class Peft(peft_method.PeftMethod):
         """
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CLASSES
 
-        kind = config.type.upper()
+        kind = settings.type.upper()
         # PEFT looks these up by the name of a language model.
         own: dict[str, Any] = {"feedforward_modules": []} if kind == "IA3" else {}
         try:
-            return CLASSES[kind](target_modules=targets.as_peft_targets(part, names), **{**own, **config.settings})
+            return CLASSES[kind](target_modules=targets.as_peft_targets(component, names), **{**own, **settings.settings})
         except (TypeError, ValueError) as error:
             raise ConfigError(f"method: PEFT's {kind} refuses its settings: {error}") from error
 

@@ -1,4 +1,4 @@
-"""The Family protocol: all that ftk knows about a model architecture. One file in this folder is one family.
+"""The Family protocol: what ftk knows about a model architecture. One file in this folder is one family.
 
 `components/` holds the parts that several families share.
 A family's file imports no torch at its top: `ftk prepare` reads the geometry of a family and needs no torch for it.
@@ -8,124 +8,123 @@ D text width.
 """
 
 import importlib
-import logging
 import pkgutil
-import re
-import resource
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from ftk import locations, storage
-from ftk.configs.schema import HUB_ID, ModelConfig
-from ftk.errors import ConfigError, EnvironmentFault, ModelError
-from ftk.progress import human_bytes
+from pydantic import BaseModel, ConfigDict
+
+from ftk.configs import load
+from ftk.configs.schema import ModelConfig
+from ftk.errors import ConfigError
+from ftk.models.components.geometry import LatentGeometry, ReferenceRule
+from ftk.models.components.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
     import torch
 
-LOGGER = logging.getLogger("ftk")
-Objective = Literal["flow", "epsilon", "v"]
-_HUB_ID = re.compile(HUB_ID)
-_WORTH_SAYING_BYTES = 1 << 30
+Texts = Mapping[str, "torch.Tensor | None"]
+"""Texts as a family collates them into one batch, by the names of `Family.collate_texts`."""
+DENOISER = "denoiser"
+"""The component that every method trains with, whatever the diffusers pipeline calls it."""
 _ARCHITECTURE = "modelspec.architecture"
-# What a repository may hold beside the weights that are read: other formats, half-precision copies, weights without EMA.
-_NOT_READ = ("*.bin", "*.ckpt", "*.fp16.*", "*.non_ema.*", "*.msgpack", "*.onnx*", "*.pb", "*openvino*", "*flax*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LatentGeometry:
-    """How pixels become latent cells, `factor` a side to a cell, and cells become tokens, `patch` a side to a token.
-
-    A U-Net has no tokens of its own; there a patch is what its levels halve, so that no side ends in half a cell.
-    """
-
-    channels: int
-    factor: int
-    patch: int
-
-    @property
-    def pixel_multiple(self) -> int:
-        """Image sides must be multiples of this many pixels."""
-        return self.factor * self.patch
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleGeometry:
-    """Where a sample's pixels come from, in pixels: an image, resized, the bucket cropped from it, and then mirrored."""
-
-    width: int
-    height: int
-    resize_width: int
-    resize_height: int
-    crop_x: int
-    crop_y: int
-    bucket_width: int
-    bucket_height: int
-    flipped: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenShift:
-    """A shift of sigma to exp(mu) / (exp(mu) + 1 / sigma - 1), where mu grows linearly with an image's tokens.
-
-    It is `base_shift` at `base_tokens` and `max_shift` at `max_tokens`, and goes on beyond both: diffusers' `calculate_shift`.
-    """
-
-    base_tokens: int
-    max_tokens: int
-    base_shift: float
-    max_shift: float
-
-    def mu(self, tokens: int) -> float:
-        """mu for an image of this many tokens."""
-        slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
-        return self.base_shift + slope * (tokens - self.base_tokens)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NoiseSchedule:
-    """What the model is trained to predict, and its training table of sigmas: [N], fp32, falling, from noise downwards.
-
-    A sample at an entry is signal x + sigma n. In flow matching the signal is 1 - sigma and the model's time is sigma itself,
-    at any sigma between 0 and 1. Elsewhere both stand in tables of their own, and only the table's sigmas can be trained.
+class Conditions:
+    """What a batch is conditioned on besides noise and time. All samples of a batch have as many references and controls.
 
     Attributes:
-        token_shift: how sampling shifts sigmas with an image's size; None where the model's scheduler does not.
-        signals: [N] fp32: what the image is multiplied by at each entry.
-        times: [N] fp32: what the model takes as time at each entry.
+        texts: as `Family.collate_texts` gives them.
+        references: [B,C,h,w] normalised latents for each input image of an edit model, of any size.
+        controls: for each control image [B,C,h,w] normalised latents, or [B,3,H,W] pixels in [-1, 1], as the method needs.
+        geometry_BG: where each sample's pixels come from: the fields of `SampleGeometry` in their order, int64. None: whole
+            images of the size of the latents.
     """
 
-    objective: Objective
-    sigmas: "torch.Tensor"
-    token_shift: TokenShift | None = None
-    signals: "torch.Tensor | None" = None
-    times: "torch.Tensor | None" = None
+    texts: Texts
+    references: "tuple[torch.Tensor, ...]" = ()
+    controls: "tuple[torch.Tensor, ...]" = ()
+    geometry_BG: "torch.Tensor | None" = None
 
-    def scales(self, sigma_B: "torch.Tensor", dtype: "torch.dtype") -> "tuple[torch.Tensor, torch.Tensor]":
-        """What image and noise are multiplied by, each [B], in the working dtype; sigma is rounded to it first."""
-        rounded_B = sigma_B.to(dtype)
-        if self.signals is None:
-            return 1.0 - rounded_B, rounded_B
-        return self.signals[self._entry(sigma_B)].to(dtype), rounded_B
+    def map(self, function: "Callable[[torch.Tensor], torch.Tensor]") -> "Conditions":
+        """The same with each tensor replaced."""
+        return Conditions(
+            texts={name: None if tensor is None else function(tensor) for name, tensor in self.texts.items()},
+            references=tuple(map(function, self.references)),
+            controls=tuple(map(function, self.controls)),
+            geometry_BG=None if self.geometry_BG is None else function(self.geometry_BG),
+        )
 
-    def time(self, sigma_B: "torch.Tensor") -> "torch.Tensor":
-        """[B] fp32: what `Family.predict` takes for these sigmas."""
-        return sigma_B if self.times is None else self.times[self._entry(sigma_B)]
 
-    def to(self, device: "torch.device") -> "NoiseSchedule":
-        """The same with its tables on the device."""
-        signals = None if self.signals is None else self.signals.to(device)
-        times = None if self.times is None else self.times.to(device)
-        return replace(self, sigmas=self.sigmas.to(device), signals=signals, times=times)
+@dataclass(slots=True, kw_only=True)
+class Model:
+    """What is in memory of a model: its weights, frozen, and what a method has attached to them.
 
-    def _entry(self, sigma_B: "torch.Tensor") -> "torch.Tensor":
-        """[B]: where in the table each of these sigmas of it stands."""
-        import torch
+    Attributes:
+        encoders: text encoders that are trained too, by the names of the diffusers pipeline. Captions pass through them.
+        extras: networks that a method adds beside the model (a ControlNet, an embedding table), by names of its own.
+    """
 
-        return torch.searchsorted(-self.sigmas, -sigma_B.contiguous()).clamp(max=len(self.sigmas) - 1)
+    family: "Family"
+    schedule: NoiseSchedule
+    denoiser: Any
+    encoders: dict[str, Any] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Every module by name, the denoiser first."""
+        return {DENOISER: self.denoiser, **self.encoders, **self.extras}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without what is random in training, such as dropout."""
+        modules = list(self.components.values())
+        for module in modules:
+            module.eval()
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.train()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetGroup:
+    """A named set of layers, as suffixes of module names: `to_q` within the main blocks does not reach that of a refiner.
+
+    Attributes:
+        in_blocks: suffixes of layers within blocks, by the blocks' class or, where refiners have blocks of the same class, by
+            the name of the list that holds them.
+        outside: suffixes of layers that are in no block.
+    """
+
+    in_blocks: Mapping[str, Sequence[str]]
+    outside: Sequence[str] = ()
+
+    @property
+    def suffixes(self) -> list[str]:
+        """All of them, each once, in order."""
+        return list(dict.fromkeys([*(suffix for each in self.in_blocks.values() for suffix in each), *self.outside]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterNames:
+    """How a delivery format names the tensors of one component's adapter.
+
+    Attributes:
+        module: from a module's name in the diffusers model to the name before its tensors.
+        factors: what a LoRA's two factors are called, the one next to the input first.
+        has_alpha: whether an `.alpha` stands beside them; some readers refuse a file with one.
+    """
+
+    module: Callable[[str], str]
+    factors: tuple[str, str] = ("lora_A", "lora_B")
+    has_alpha: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,14 +141,25 @@ class Activations:
     """The same for all that is not a repeated block."""
 
 
+class FamilyConfig(BaseModel):
+    """The settings under `model:` that a family adds to `family`, `path` and `revision`; none by default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
 class Family(Protocol):
-    """What a model architecture must provide. Latents are normalised: in the denoiser's own space."""
+    """What a model architecture must provide. Latents are normalised: in the denoiser's own space.
+
+    An instance holds its settings: `parse` builds it with those of a run file, `get` with the defaults.
+    """
 
     name: str
+    Config: type[BaseModel]
+    """Settings of the family's own, under `model:`."""
+    config: Any
     geometry: LatentGeometry
     encoder_version: int
     """Raised whenever `encode_images` or `encode_texts` changes what it returns; part of every fingerprint."""
-    max_text_tokens: int
     pads_texts: bool
     """Whether every text takes `max_text_tokens`, padding included: its length then does not say whether it was cut."""
     text_token_bytes: int
@@ -157,11 +167,21 @@ class Family(Protocol):
     latent_components: tuple[str, ...]
     text_components: tuple[str, ...]
     denoiser_components: tuple[str, ...]
-    """The denoiser's own name, as the diffusers pipeline calls it, and what else belongs to it."""
-    target_groups: Mapping[str, Sequence[str]]
-    """Names for sets of linear layers: `attention`, `attention+mlp`, `all-linear`, `text-kv`. Suffixes, as PEFT reads them."""
-    block_class: str
-    """Class name of the repeated block: for checkpointing, compiling, offloading and sharding."""
+    """The folders of the denoiser and of what else training reads."""
+    denoiser_attribute: str
+    """The denoiser in the diffusers pipeline, its folder, and the prefix of its adapters in diffusers' files."""
+    target_groups: Mapping[str, TargetGroup]
+    """Names for sets of layers: `attention`, `attention+mlp`, `all-linear`, `text-kv`."""
+    block_classes: tuple[str, ...]
+    """Class names of the repeated blocks: for checkpointing, compiling, offloading and sharding."""
+    sigma_defaults: Mapping[str, Any]
+    """Settings under `train.sigma` that hold unless the run file says otherwise."""
+    references: ReferenceRule | None
+    """How input images are sized, of a model that edits images; None of one that takes no input image."""
+
+    @property
+    def max_text_tokens(self) -> int:
+        """Longer texts are cut."""
 
     def check(self, directory: Path) -> None:
         """Raise `ModelError` unless `directory` is a model of this family in the Diffusers layout."""
@@ -197,11 +217,14 @@ class Family(Protocol):
         """Tokenizer and text encoder, frozen; whatever object `encode_texts` takes."""
 
     def encode_texts(
-        self, encoder: Any, captions: Sequence[str], references: Sequence["torch.Tensor"] = ()
+        self, encoder: Any, captions: Sequence[str], references: "Sequence[Sequence[torch.Tensor]]" = ()
     ) -> list[dict[str, "torch.Tensor"]]:
-        """One dict of unpadded tensors a caption, on the encoder's device. `references`: images of an edit model.
+        """One dict of unpadded tensors per caption, on the encoder's device.
 
         A caption's result does not depend on the other captions of its batch, beyond the rounding of the precision.
+
+        Args:
+            references: of a family with `references.in_texts`, for each caption its input images: [3,H,W] in [-1, 1].
         """
 
     def text_lengths(self, encoder: Any, captions: Sequence[str]) -> list[int]:
@@ -220,31 +243,29 @@ class Family(Protocol):
         """Objective and training sigmas, from the scheduler's configuration."""
 
     def activations(self, denoiser: Any, image_tokens: int, text_tokens: int, dtype: "torch.dtype") -> Activations:
-        """What one sample of so many tokens takes in training, of a denoiser that a method was attached to.
+        """What one sample takes in training, of a denoiser that a method was attached to.
 
-        `denoiser` may be on the `meta` device. Attention keeps no matrix of scores.
+        `image_tokens` counts the tokens of its references too. `denoiser` may be on the `meta` device. Attention keeps no
+        matrix of scores.
         """
 
-    def collate_texts(
-        self, texts: Sequence[Mapping[str, "torch.Tensor"]], geometries: Sequence[SampleGeometry] = ()
-    ) -> dict[str, "torch.Tensor | None"]:
-        """Pad texts into one batch; the mask is None when nothing was padded (attention without a mask is faster).
-
-        `geometries`, one a text, are for families that are told of sizes and crops; without them, of whole images.
-        """
+    def collate_texts(self, texts: Sequence[Mapping[str, "torch.Tensor"]]) -> dict[str, "torch.Tensor | None"]:
+        """Pad texts into one batch; the mask is None when nothing was padded (attention without a mask is faster)."""
 
     def predict(
-        self,
-        denoiser: Any,
-        noisy_BCHW: "torch.Tensor",
-        time_B: "torch.Tensor",
-        texts: Mapping[str, "torch.Tensor | None"],
-        references: Sequence["torch.Tensor"] = (),
-        residuals: Sequence["torch.Tensor"] | None = None,
+        self, model: Model, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
     ) -> "torch.Tensor":
-        """The model's prediction [B,C,H,W] in fp32, at times that `NoiseSchedule.time` gives: in flow matching, sigma.
+        """[B,C,H,W] fp32: the prediction of what `NoiseSchedule.objective` names; in flow matching noise minus image.
 
-        `references` are latents to edit from, `residuals` a ControlNet's.
+        The family turns sigma into its model's time, and its model's sign into this one. Texts pass through `model.encoders`
+        where there are any.
+        """
+
+    def adapter_names(self, form: str, component: str) -> AdapterNames:
+        """How a delivery format (`comfyui`, `kohya`, `lycoris`) names an adapter of the denoiser or of a text encoder.
+
+        Raises:
+            ConfigError: no reader of this format knows this model; the message says which format works.
         """
 
     def pipeline(self, directory: Path, dtype: "torch.dtype", device: "torch.device", **components: Any) -> Any:
@@ -257,7 +278,7 @@ class Family(Protocol):
         """The pipeline's arguments for one cached text item, in place of `prompt`."""
 
     def generation(self, guidance_scale: float) -> dict[str, Any]:
-        """The pipeline's arguments for this strength of classifier-free guidance."""
+        """The pipeline's arguments for this strength of guidance, and for the family's own settings."""
 
     def tiny(self, directory: Path) -> None:
         """Write a complete small random model in the Diffusers layout: deterministic, no download."""
@@ -269,16 +290,37 @@ class TrainsEncoders(Protocol):
 
     trainable_encoders: tuple[str, ...]
     """The components, as the diffusers pipeline calls them; all are trained together."""
-    encoder_targets: Mapping[str, Sequence[str]]
+    encoder_targets: Mapping[str, TargetGroup]
     """`target_groups` of a text encoder."""
 
     def load_encoder(self, directory: Path, name: str, dtype: "torch.dtype", device: "torch.device") -> "torch.nn.Module":
         """One of them, frozen, in training mode. On the `meta` device: its shapes alone, no weights are read."""
 
-    def encode_tokens(
-        self, encoders: Mapping[str, Any], texts: Mapping[str, "torch.Tensor | None"]
-    ) -> dict[str, "torch.Tensor | None"]:
-        """Collated texts as `predict` takes them, encoded from their token ids by these models, by name."""
+    def encode_tokens(self, encoders: Mapping[str, Any], texts: Texts) -> dict[str, "torch.Tensor | None"]:
+        """Collated texts, encoded from their token ids by these models, by name."""
+
+    def encoder_key(self, component: str, key: str) -> str:
+        """How other programs call a tensor or module of a text encoder, which here is called `key`."""
+
+
+@runtime_checkable
+class EditsImages(Protocol):
+    """A family that makes an image from input images: its `references` is not None."""
+
+    def pipeline_references(self, references: "Sequence[torch.Tensor]") -> dict[str, Any]:
+        """The pipeline's arguments for these input images, each as [1,C,h,w] normalised latents."""
+
+
+@runtime_checkable
+class AddsTokens(Protocol):
+    """A family whose tokenizer and embeddings can be given new words: `CacheNeeds.placeholder_tokens`."""
+
+    def add_tokens(self, encoder: Any, tokens: Mapping[str, str]) -> None:
+        """Add each token to what `load_text_encoder` returned; its embedding starts as that of the word it maps to.
+
+        Raises:
+            ConfigError: the tokenizer has the token already, or the word is not one token.
+        """
 
 
 @runtime_checkable
@@ -297,11 +339,26 @@ def available() -> list[str]:
 
 
 def get(name: str) -> Family:
-    """The family called `name`; `ConfigError` names the valid ones."""
+    """The family called `name` with its default settings; `ConfigError` names the valid ones."""
     if name not in available():
         raise ConfigError(f"model.family: there is no family {name!r}. Valid: {', '.join(available())}")
     family: Family = importlib.import_module(f"ftk.models.{name.replace('-', '_')}").FAMILY
     return family
+
+
+def parse(config: ModelConfig) -> Family:
+    """The family that a run file names, with its own settings under `model:` validated.
+
+    Raises:
+        ConfigError: there is no such family, or a setting is wrong; the message names every mistake.
+    """
+    family = get(config.family)
+    fields_of_all = {"model_config": ConfigDict(extra="forbid", frozen=True)}
+    # Both models at once, so that a misspelt key is compared with the common settings and with the family's own.
+    both = type("Model", (family.Config, ModelConfig), fields_of_all)
+    load.validate(both, config.model_dump(exclude_unset=True), f"model {config.family}", prefix="model.")
+    made: Family = type(family)(family.Config.model_validate(config.settings))  # type: ignore[call-arg]
+    return made
 
 
 def published_names(family: Family, directory: Path) -> Mapping[str, str]:
@@ -309,154 +366,19 @@ def published_names(family: Family, directory: Path) -> Mapping[str, str]:
     return family.published_names(directory) if isinstance(family, HasPublishedNames) else {_ARCHITECTURE: family.name}
 
 
-def locate(model: ModelConfig, components: Sequence[str]) -> Path:
-    """The local directory that holds the named components of a model; a Hub id is downloaded, those components only.
-
-    Raises:
-        ModelError: neither a local folder nor a Hub id, or a folder that is no model of the family.
-        EnvironmentFault: the Hub could not be reached.
-    """
-    directory = locations.local_path(model.path)
-    if not directory.is_dir():
-        directory = _download(model, components)
-    get(model.family).check(directory)
-    missing = [name for name in components if not (directory / name).is_dir()]
-    if missing:
-        raise ModelError(
-            f"model.path {model.path}: no {', '.join(missing)} folder in it. "
-            f"Found: {', '.join(sorted(entry.name for entry in directory.iterdir())) or 'nothing'}."
-        )
-    return directory
+def encoded(model: Model, texts: Texts) -> Texts:
+    """Collated texts as the model's text encoders encode them now; as they are cached where none is trained."""
+    if not model.encoders:
+        return texts
+    assert isinstance(model.family, TrainsEncoders)
+    return model.family.encode_tokens(model.encoders, texts)
 
 
-def local_components(model: ModelConfig, components: Sequence[str]) -> Path | None:
-    """The local directory of a model if it holds all the named components without a download, else None."""
-    directory = locations.local_path(model.path)
-    return directory if all((directory / name).is_dir() for name in components) else None
-
-
-def _download(model: ModelConfig, components: Sequence[str]) -> Path:
-    if not _HUB_ID.match(model.path):
-        raise ModelError(f"model.path {model.path}: no such folder, and it is no Hub id (owner/name).")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    patterns = ["model_index.json", *(f"{name}/*" for name in components)]
-    try:
-        return Path(
-            snapshot_download(model.path, revision=model.revision, allow_patterns=patterns, ignore_patterns=list(_NOT_READ))
-        )
-    except RepositoryNotFoundError:
-        raise ModelError(
-            f"model.path {model.path}: no such folder here, and no such model on the Hub (or it needs `hf auth login`)."
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise EnvironmentFault(
-            f"model.path {model.path}: no such folder here, and the Hub could not be reached to download it "
-            f"({type(error).__name__}). Check the spelling or the network."
-        ) from None
-
-
-def check_pipeline(directory: Path, family: str, pipeline_class: str) -> None:
-    """Raise `ModelError` unless `model_index.json` names this diffusers pipeline."""
-    try:
-        found = storage.read_json(directory / "model_index.json").get("_class_name")
-    except FileNotFoundError:
-        listed = ", ".join(sorted(entry.name for entry in directory.iterdir())[:8]) or "nothing"
-        raise ModelError(
-            f"{directory} is no model in the Diffusers layout: it has no model_index.json (found: {listed}). "
-            f"Point model.path at a Diffusers folder; `ftk tiny {family} DIR` writes one to try."
-        ) from None
-    except (ValueError, AttributeError, OSError) as error:
-        raise ModelError(f"{directory / 'model_index.json'} cannot be read as JSON: {error}") from None
-    if found != pipeline_class:
-        raise ModelError(f"{directory} holds a {found}, not the {pipeline_class} that family {family} needs.")
-
-
-def load_component(component: Any, directory: Path, name: str, dtype: "torch.dtype") -> Any:
-    """The component called `name`, by its class's `from_pretrained`, from safetensors alone: the rest are pickles."""
-    num_bytes = sum(path.stat().st_size for path in (directory / name).glob("*.safetensors"))
-    if num_bytes > _WORTH_SAYING_BYTES:
-        LOGGER.info("loading %s, %s", directory / name, human_bytes(num_bytes))
-    hide_progress_bars()
-    try:
-        return component.from_pretrained(directory / name, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{directory / name} cannot be loaded as {component.__name__}: {first_line(error)}") from error
-
-
-def outline(model_class: Any, config: Any, dtype: "torch.dtype") -> Any:
-    """A diffusers model's shapes alone, frozen, on the `meta` device."""
-    import torch
-
-    with torch.device("meta"):
-        model = model_class.from_config(config)
-    # The `to` of diffusers' models warns of every dtype.
-    return torch.nn.Module.to(model, dtype).requires_grad_(False)
-
-
-def load_pipeline(pipeline_class: Any, directory: Path, device: "torch.device", **arguments: Any) -> Any:
-    """A diffusers pipeline without progress bars; what is not among the arguments is loaded onto the device."""
-    import torch
-
-    hide_progress_bars()
-    try:
-        pipeline = pipeline_class.from_pretrained(directory, **arguments)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{directory} cannot be loaded as a pipeline: {first_line(error)}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    for name, component in pipeline.components.items():
-        if isinstance(component, torch.nn.Module) and name not in arguments:
-            component.to(device)
-    return pipeline
-
-
-def hide_progress_bars() -> None:
-    """Loading is said in one line of ours; downloads keep the Hub client's bar."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def refuse_references(family: str, references: Sequence["torch.Tensor"]) -> None:
-    """Raise `ModelError` when a text-to-image model is given images to edit."""
-    if references:
-        raise ModelError(f"{family} takes no reference images: those belong to an edit model.")
-
-
-def resolve_device(name: str) -> "torch.device":
-    """`auto` is CUDA when there is one, else the CPU; a device that is asked for by name must be there."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentFault("device cuda was asked for, but torch sees no CUDA device. Set the device to auto or cpu.")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise EnvironmentFault("device mps was asked for, but torch sees no Metal device. Set the device to auto or cpu.")
-    return torch.device(name)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or the CPU's allocator, had no memory left."""
-    import torch
-
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
-
-
-def memory_bytes(device: "torch.device") -> int:
-    """Peak memory: what torch allocated on a CUDA device, elsewhere this process's resident set."""
-    import torch
-
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def load_model(family: Family, directory: Path, encoders: Sequence[str], dtype: "torch.dtype", device: "torch.device") -> Model:
+    """The denoiser and the text encoders that are trained, frozen, in training mode; on `meta` their shapes alone."""
+    loaded: dict[str, Any] = {}
+    denoiser = family.load_denoiser(directory, dtype, device)
+    for name in encoders:
+        assert isinstance(family, TrainsEncoders)
+        loaded[name] = family.load_encoder(directory, name, dtype, device)
+    return Model(family=family, schedule=family.load_schedule(directory), denoiser=denoiser, encoders=loaded)

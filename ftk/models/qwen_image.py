@@ -11,23 +11,23 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ftk.errors import ModelError
-from ftk.models.base import (
-    Activations,
-    LatentGeometry,
-    NoiseSchedule,
-    SampleGeometry,
-    TokenShift,
+from pydantic import BaseModel, Field
+
+from ftk.errors import ConfigError, ModelError
+from ftk.models.base import Activations, AdapterNames, Conditions, FamilyConfig, Model, TargetGroup
+from ftk.models.components import flow_matching
+from ftk.models.components.geometry import LatentGeometry, ReferenceRule
+from ftk.models.components.loading import (
     check_pipeline,
     first_line,
     hide_progress_bars,
     load_component,
     load_pipeline,
     outline,
-    refuse_references,
 )
+from ftk.models.components.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,17 @@ TEMPLATE = (
 )
 PREFIX_TOKENS = 34
 """Tokens of the template before the caption: the pipeline drops them from the embeddings."""
+_BLOCK = "QwenImageTransformerBlock"
+_IMAGE_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+_IMAGE_MLP = ("img_mlp.net.0.proj", "img_mlp.net.2")
+_TEXT_MLP = ("txt_mlp.net.0.proj", "txt_mlp.net.2")
+
+
+class QwenImageConfig(FamilyConfig):
+    """Settings under `model:`."""
+
+    max_text_tokens: int = Field(default=1024, ge=1, le=1024, description="tokens of a caption that are kept; the rest is cut")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,32 +69,36 @@ class QwenImage:
     """The text-to-image model. Text item: `embeds` [L,D], the normed last hidden state after the template's prefix."""
 
     name = "qwen-image"
+    Config: ClassVar[type[BaseModel]] = QwenImageConfig
     geometry = LatentGeometry(channels=16, factor=8, patch=2)
     encoder_version = 2
-    max_text_tokens = 1024
     pads_texts = False
     text_token_bytes = 7168
     latent_components = ("vae",)
     text_components = ("text_encoder", "tokenizer")
     denoiser_components = ("transformer", "scheduler")
-    target_groups: Mapping[str, Sequence[str]] = {
-        "attention": ("to_q", "to_k", "to_v", "to_out.0"),
-        "attention+text": (
-            *("to_q", "to_k", "to_v", "to_out.0"),
-            *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-        ),
-        "attention+mlp": (
-            *("to_q", "to_k", "to_v", "to_out.0"),
-            *("img_mlp.net.0.proj", "img_mlp.net.2"),
-        ),
-        "text-kv": ("add_k_proj", "add_v_proj"),
-        "all-linear": (
-            *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-            *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2", "img_mod.1", "txt_mod.1"),
-            *("img_in", "txt_in", "linear_1", "linear_2", "norm_out.linear", "proj_out"),
+    denoiser_attribute = "transformer"
+    sigma_defaults: Mapping[str, Any] = {}
+    references: ReferenceRule | None = None
+    block_classes = (_BLOCK,)
+    target_groups: Mapping[str, TargetGroup] = {
+        "attention": TargetGroup(in_blocks={_BLOCK: _IMAGE_ATTENTION}),
+        "attention+text": TargetGroup(in_blocks={_BLOCK: (*_IMAGE_ATTENTION, *_TEXT_ATTENTION)}),
+        "attention+mlp": TargetGroup(in_blocks={_BLOCK: (*_IMAGE_ATTENTION, *_IMAGE_MLP)}),
+        "text-kv": TargetGroup(in_blocks={_BLOCK: ("add_k_proj", "add_v_proj")}),
+        "all-linear": TargetGroup(
+            in_blocks={_BLOCK: (*_IMAGE_ATTENTION, *_TEXT_ATTENTION, *_IMAGE_MLP, *_TEXT_MLP, "img_mod.1", "txt_mod.1")},
+            outside=("img_in", "txt_in", "linear_1", "linear_2", "norm_out.linear", "proj_out"),
         ),
     }
-    block_class = "QwenImageTransformerBlock"
+
+    def __init__(self, config: QwenImageConfig | None = None) -> None:
+        self.config = config or QwenImageConfig()
+
+    @property
+    def max_text_tokens(self) -> int:
+        """The pipeline's own limit, unless the run file has a lower one."""
+        return self.config.max_text_tokens
 
     def check(self, directory: Path) -> None:
         """A Diffusers folder whose `model_index.json` names QwenImagePipeline."""
@@ -178,7 +193,7 @@ class QwenImage:
         return QwenTextEncoder(tokenizer=tokenizer, model=model, prefix_ids=prefix_ids, prefix=prefix)
 
     def encode_texts(
-        self, encoder: QwenTextEncoder, captions: Sequence[str], references: Sequence["torch.Tensor"] = ()
+        self, encoder: QwenTextEncoder, captions: Sequence[str], references: "Sequence[Sequence[torch.Tensor]]" = ()
     ) -> list[dict[str, "torch.Tensor"]]:
         """As `QwenImagePipeline._get_qwen_prompt_embeds`, without what it computes for nothing.
 
@@ -186,12 +201,11 @@ class QwenImage:
         Texts are padded on the right, where no token before the padding sees it: the model needs no mask of it.
 
         Raises:
-            ModelError: a caption starts with a line break, or `references` are given.
+            ModelError: a caption starts with a line break.
         """
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        refuse_references(self.name, references)
         ids = [torch.tensor(row) for row in self._caption_ids(encoder, captions)]
         with torch.inference_mode():
             prefix = copy.deepcopy(encoder.prefix)  # the model appends to what it is given
@@ -257,29 +271,8 @@ class QwenImage:
         return denoiser.requires_grad_(False).train().to(device)
 
     def load_schedule(self, directory: Path) -> NoiseSchedule:
-        """Flow matching on the scheduler's own training table.
-
-        Qwen-Image's `use_dynamic_shifting` leaves that table plain, sigma_i = (1000 - i) / 1000; a static shift is in it.
-        """
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        try:
-            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(directory, subfolder="scheduler")
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{directory / 'scheduler'} cannot be loaded: {first_line(error)}") from error
-        settings = scheduler.config
-        is_by_tokens = settings.use_dynamic_shifting and settings.time_shift_type == "exponential"
-        token_shift = TokenShift(
-            base_tokens=settings.base_image_seq_len,
-            max_tokens=settings.max_image_seq_len,
-            base_shift=settings.base_shift,
-            max_shift=settings.max_shift,
-        )
-        return NoiseSchedule(
-            objective="flow",
-            sigmas=(scheduler.timesteps / settings.num_train_timesteps).float(),
-            token_shift=token_shift if is_by_tokens else None,
-        )
+        """Flow matching on the scheduler's own training table."""
+        return flow_matching.load_schedule(directory)
 
     def activations(self, denoiser: Any, image_tokens: int, text_tokens: int, dtype: "torch.dtype") -> Activations:
         """Counted from `QwenImageTransformerBlock`, in units of one token's hidden state of width D.
@@ -303,9 +296,7 @@ class QwenImage:
             outside=2 * hidden + 2 * image_tokens * width + text_tokens * text_width * (8 + 2 * dtype.itemsize),
         )
 
-    def collate_texts(
-        self, texts: Sequence[Mapping[str, "torch.Tensor"]], geometries: Sequence[SampleGeometry] = ()
-    ) -> dict[str, "torch.Tensor | None"]:
+    def collate_texts(self, texts: Sequence[Mapping[str, "torch.Tensor"]]) -> dict[str, "torch.Tensor | None"]:
         """`embeds` [B,L,D] zero-padded to the longest, `mask` [B,L] bool or None."""
         import torch
         from torch.nn.utils.rnn import pad_sequence
@@ -318,30 +309,35 @@ class QwenImage:
         return {"embeds": padded_BLD, "mask": torch.arange(padded_BLD.shape[1])[None, :] < lengths[:, None]}
 
     def predict(
-        self,
-        denoiser: Any,
-        noisy_BCHW: "torch.Tensor",
-        time_B: "torch.Tensor",
-        texts: Mapping[str, "torch.Tensor | None"],
-        references: Sequence["torch.Tensor"] = (),
-        residuals: Sequence["torch.Tensor"] | None = None,
+        self, model: Model, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
     ) -> "torch.Tensor":
         """Velocity n - x: 2x2 patches in, 2x2 patches out, all images of the batch of one size."""
-        refuse_references(self.name, references)
-        batch, channels, height, width = noisy_BCHW.shape
-        patches = noisy_BCHW.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-        output_BND = denoiser(
-            hidden_states=patches.reshape(batch, (height // 2) * (width // 2), channels * 4),
+        batch, _, height, width = noisy_BCHW.shape
+        output_BND = model.denoiser(
+            hidden_states=flow_matching.pack(noisy_BCHW),
             # The pipeline hands over (1000 sigma) / 1000, in fp32: the same roundings, so the same bits.
-            timestep=(time_B.float() * 1000) / 1000,
-            encoder_hidden_states=texts["embeds"],
-            encoder_hidden_states_mask=texts["mask"],
+            timestep=(sigma_B.float() * 1000) / 1000,
+            encoder_hidden_states=conditions.texts["embeds"],
+            encoder_hidden_states_mask=conditions.texts["mask"],
             img_shapes=[[(1, height // 2, width // 2)]] * batch,
-            controlnet_block_samples=residuals,
             return_dict=False,
         )[0].float()
-        unpacked: torch.Tensor = output_BND.view(batch, height // 2, width // 2, channels, 2, 2)
-        return unpacked.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+        return flow_matching.unpack(output_BND, height, width)
+
+    def adapter_names(self, form: str, component: str) -> AdapterNames:
+        """diffusers' names, which ComfyUI knows after `diffusion_model.`.
+
+        Raises:
+            ConfigError: the kohya format.
+        """
+        if form == "kohya":
+            raise ConfigError(
+                f"{self.name} has no kohya format: its names are those of Stable Diffusion's U-Net, and no reader of them "
+                f"knows this transformer. Write comfyui: ComfyUI and diffusers read it."
+            )
+        if form == "lycoris":
+            return AdapterNames(module=lambda name: "lycoris_" + name.replace(".", "_"))
+        return AdapterNames(module=lambda name: f"diffusion_model.{name}")
 
     def pipeline(self, directory: Path, dtype: "torch.dtype", device: "torch.device", **components: Any) -> Any:
         """diffusers' QwenImagePipeline."""
@@ -357,8 +353,12 @@ class QwenImage:
         return {"prompt_embeds": embeds, "prompt_embeds_mask": torch.ones(embeds.shape[:2], dtype=torch.long)}
 
     def generation(self, guidance_scale: float) -> dict[str, Any]:
-        """True classifier-free guidance; at 1 or less the pipeline leaves the negative prompt out."""
-        return {"true_cfg_scale": guidance_scale}
+        """True classifier-free guidance; at 1 or less the pipeline leaves the negative prompt out.
+
+        The pipeline cuts prompts at 512 tokens unless it is told how many to keep.
+        """
+        is_cut = self.config.max_text_tokens < type(self.config)().max_text_tokens
+        return {"true_cfg_scale": guidance_scale, **({"max_sequence_length": self.max_text_tokens} if is_cut else {})}
 
     def published_names(self, directory: Path) -> Mapping[str, str]:
         """As musubi-tuner and ai-toolkit write them."""

@@ -7,20 +7,15 @@ Shape legend: B batch, C latent channels (4), H W latent cells, L text tokens (7
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ConfigError
-from ftk.models.base import (
-    Activations,
-    SampleGeometry,
-    check_pipeline,
-    hide_progress_bars,
-    load_pipeline,
-    refuse_references,
-)
+from ftk.models.base import Activations, Conditions, Model, Texts
 from ftk.models.components import clip, kl_vae, latent_diffusion, unet
+from ftk.models.components.geometry import SampleGeometry
+from ftk.models.components.loading import check_pipeline, hide_progress_bars, load_pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -47,12 +42,7 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
     encoder_version = 2
     text_token_bytes = 8192
     text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    target_groups: Mapping[str, Sequence[str]] = {
-        "attention": unet.ATTENTION,
-        "attention+mlp": (*unet.ATTENTION, *unet.MLP),
-        "text-kv": unet.TEXT_KV,
-        "all-linear": (*unet.ATTENTION, *unet.MLP, *unet.TIME, "proj_in", "proj_out"),
-    }
+    target_groups = unet.target_groups("proj_in", "proj_out")
     trainable_encoders = ("text_encoder", "text_encoder_2")
 
     def check(self, directory: Path) -> None:
@@ -65,6 +55,7 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
             "layer": "second to last of both, pooled of the second",
             "padding": "max_length",
             "max_text_tokens": self.max_text_tokens,
+            **self.skip_options(),
         }
 
     def load_vae(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
@@ -92,18 +83,17 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
         return TextEncoders(tokenizers=tokenizers, models=(first, second))
 
     def encode_texts(
-        self, encoder: TextEncoders, captions: Sequence[str], references: Sequence["torch.Tensor"] = ()
+        self, encoder: TextEncoders, captions: Sequence[str], references: "Sequence[Sequence[torch.Tensor]]" = ()
     ) -> list[dict[str, "torch.Tensor"]]:
         """As `StableDiffusionXLPipeline.encode_prompt`: the layer before the last of both, not normed, side by side."""
         import torch
 
-        refuse_references(self.name, references)
         with torch.inference_mode():
             ids = [
                 clip.tokenised(tokenizer, captions, model.device)["input_ids"].to(torch.int32)
                 for tokenizer, model in zip(encoder.tokenizers, encoder.models, strict=True)
             ]
-            embeds_BLD, pooled_BP = _encoded(encoder.models, ids)
+            embeds_BLD, pooled_BP = self._encoded(encoder.models, ids)
         items = zip(embeds_BLD, pooled_BP, *ids, strict=True)
         return [{name: row.clone() for name, row in zip(_TEXT_ITEM, item, strict=True)} for item in items]
 
@@ -111,13 +101,25 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
         """CLIPTextModel, or CLIPTextModelWithProjection for the second."""
         return clip.load_trainable(directory, name, dtype, device, has_projection=name == "text_encoder_2")
 
-    def encode_tokens(
-        self, encoders: Mapping[str, Any], texts: Mapping[str, "torch.Tensor | None"]
-    ) -> dict[str, "torch.Tensor | None"]:
+    def add_tokens(self, encoder: TextEncoders, tokens: Mapping[str, str]) -> None:
+        """To both tokenizers and both embedding tables."""
+        for tokenizer, model in zip(encoder.tokenizers, encoder.models, strict=True):
+            clip.add_tokens(tokenizer, model, tokens)
+
+    def encode_tokens(self, encoders: Mapping[str, Any], texts: Texts) -> dict[str, "torch.Tensor | None"]:
         """`embeds` and `pooled` from the token ids of both."""
         models = (encoders["text_encoder"], encoders["text_encoder_2"])
-        embeds_BLD, pooled_BP = _encoded(models, (texts["input_ids"], texts["input_ids_2"]))
+        embeds_BLD, pooled_BP = self._encoded(models, (texts["input_ids"], texts["input_ids_2"]))
         return {**texts, "embeds": embeds_BLD, "pooled": pooled_BP}
+
+    def _encoded(self, models: Sequence[Any], ids: Sequence[Any]) -> "tuple[torch.Tensor, torch.Tensor]":
+        """[B,77,D] of the layers before the last, side by side, and [B,P] of the second model's projection."""
+        import torch
+
+        skip = self.config.clip_skip or 0
+        outputs = [model(ids_BL, output_hidden_states=True) for model, ids_BL in zip(models, ids, strict=True)]
+        embeds = [clip.hidden_state(output.hidden_states, 2, skip) for output in outputs]
+        return torch.cat(embeds, dim=-1), outputs[-1].text_embeds
 
     def text_memory(self, encoder: TextEncoders, tokens: int) -> int:
         """Of the second encoder, beside what the first has left: all hidden states of both."""
@@ -135,35 +137,21 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
         }
         return unet.activations(denoiser, image_tokens * self.geometry.patch**2, text_tokens, dtype, added)
 
-    def collate_texts(
-        self, texts: Sequence[Mapping[str, "torch.Tensor"]], geometries: Sequence[SampleGeometry] = ()
-    ) -> dict[str, "torch.Tensor | None"]:
-        """`embeds` [B,77,D], `pooled` [B,P], token ids, and of the geometries `time_ids` [B,6] fp32, else None."""
-        import torch
-
-        time_ids = torch.tensor([size_and_crop(one) for one in geometries], dtype=torch.float32) if geometries else None
-        return {name: torch.stack([text[name] for text in texts]) for name in texts[0]} | {"time_ids": time_ids}
-
     def predict(
-        self,
-        denoiser: Any,
-        noisy_BCHW: "torch.Tensor",
-        time_B: "torch.Tensor",
-        texts: Mapping[str, "torch.Tensor | None"],
-        references: Sequence["torch.Tensor"] = (),
-        residuals: Sequence["torch.Tensor"] | None = None,
+        self, model: Model, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
     ) -> "torch.Tensor":
-        """Epsilon or v. Without `time_ids` the images are whole ones of their size, which is what the pipeline says too."""
+        """Epsilon or v. Without a geometry the images are whole ones of their size, which is what the pipeline says too."""
         import torch
 
-        refuse_references(self.name, references)
-        time_ids = texts.get("time_ids")
-        if time_ids is None:
+        if conditions.geometry_BG is None:
             height, width = (cells * self.geometry.factor for cells in noisy_BCHW.shape[-2:])
             whole = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=noisy_BCHW.device)
-            time_ids = whole.expand(len(noisy_BCHW), -1)
-        added = {"text_embeds": texts["pooled"], "time_ids": time_ids}
-        return unet.predict(denoiser, noisy_BCHW, time_B, texts["embeds"], residuals, added)
+            time_ids_B6 = whole.expand(len(noisy_BCHW), -1)
+        else:
+            time_ids_B6 = time_ids(conditions.geometry_BG)
+        return unet.predict(
+            model, noisy_BCHW, sigma_B, conditions, lambda texts: {"text_embeds": texts["pooled"], "time_ids": time_ids_B6}
+        )
 
     def pipeline(self, directory: Path, dtype: "torch.dtype", device: "torch.device", **components: Any) -> Any:
         """diffusers' StableDiffusionXLPipeline without a watermark, its VAE in fp32 whatever the rest computes in."""
@@ -212,23 +200,21 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
         ).save_pretrained(directory)  # fmt: skip
 
 
-def size_and_crop(sample: SampleGeometry) -> tuple[int, int, int, int, int, int]:
-    """(original height, width, crop top, left, target height, width) in pixels, as SDXL is told of them.
+def time_ids(geometry_BG: "torch.Tensor") -> "torch.Tensor":
+    """[B,6] fp32: original height, width, crop top, left, target height, width in pixels, as SDXL is told of them.
 
     The original size is that before any resizing, the crop lies in the resized image, and the target is the bucket: Podell et
     al., section 2.2 and algorithm 1, and diffusers' script. As there, a mirrored image is mirrored before it is cropped: of a
     crop that was mirrored afterwards, the left edge is counted from the right.
     """
-    left = sample.resize_width - sample.bucket_width - sample.crop_x if sample.flipped else sample.crop_x
-    return (sample.height, sample.width, sample.crop_y, left, sample.bucket_height, sample.bucket_width)
-
-
-def _encoded(models: Sequence[Any], ids: Sequence[Any]) -> "tuple[torch.Tensor, torch.Tensor]":
-    """[B,77,D] of the layers before the last, side by side, and [B,P] of the second model's projection."""
     import torch
 
-    outputs = [model(ids_BL, output_hidden_states=True) for model, ids_BL in zip(models, ids, strict=True)]
-    return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds
+    names = [each.name for each in fields(SampleGeometry)]
+    column = dict(zip(names, geometry_BG.unbind(1), strict=True))
+    from_right_B = column["resize_width"] - column["bucket_width"] - column["crop_x"]
+    left_B = torch.where(column["flipped"].bool(), from_right_B, column["crop_x"])
+    told = (column["height"], column["width"], column["crop_y"], left_B, column["bucket_height"], column["bucket_width"])
+    return torch.stack(told, dim=1).float()
 
 
 def _to_weights(module: Any, inputs: tuple["torch.Tensor"]) -> tuple["torch.Tensor"]:

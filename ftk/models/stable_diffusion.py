@@ -6,21 +6,16 @@ Sources: diffusers, `pipelines/stable_diffusion/pipeline_stable_diffusion.py` an
 Shape legend: B batch, C latent channels (4), H W latent cells, L text tokens (77), D text width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftk import storage
-from ftk.models.base import (
-    Activations,
-    SampleGeometry,
-    check_pipeline,
-    hide_progress_bars,
-    load_pipeline,
-    refuse_references,
-)
+from ftk.models.base import Activations, Conditions, Model, Texts
 from ftk.models.components import clip, kl_vae, latent_diffusion, unet
+from ftk.models.components.loading import check_pipeline, hide_progress_bars, load_pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -46,12 +41,7 @@ class StableDiffusion(latent_diffusion.LatentDiffusion):
     encoder_version = 2
     text_token_bytes = 3072
     text_components = ("text_encoder", "tokenizer")
-    target_groups: Mapping[str, Sequence[str]] = {
-        "attention": unet.ATTENTION,
-        "attention+mlp": (*unet.ATTENTION, *unet.MLP),
-        "text-kv": unet.TEXT_KV,
-        "all-linear": (*unet.ATTENTION, *unet.MLP, *unet.TIME),
-    }
+    target_groups = unet.target_groups()
     trainable_encoders = ("text_encoder",)
 
     def check(self, directory: Path) -> None:
@@ -60,7 +50,8 @@ class StableDiffusion(latent_diffusion.LatentDiffusion):
 
     def text_options(self) -> dict[str, Any]:
         """Which layer is read, and how texts are padded."""
-        return {"layer": "last, normed", "padding": "max_length", "max_text_tokens": self.max_text_tokens}
+        shape = {"layer": "last, normed", "padding": "max_length", "max_text_tokens": self.max_text_tokens}
+        return {**shape, **self.skip_options()}
 
     def text_flops(self, directory: Path, tokens: int) -> float:
         """Of 77 tokens, whatever the text's own number."""
@@ -72,30 +63,41 @@ class StableDiffusion(latent_diffusion.LatentDiffusion):
         return ClipTextEncoder(tokenizer=tokenizer, model=clip.load_text_model(directory, "text_encoder", dtype).to(device))
 
     def encode_texts(
-        self, encoder: ClipTextEncoder, captions: Sequence[str], references: Sequence["torch.Tensor"] = ()
+        self, encoder: ClipTextEncoder, captions: Sequence[str], references: "Sequence[Sequence[torch.Tensor]]" = ()
     ) -> list[dict[str, "torch.Tensor"]]:
         """As `StableDiffusionPipeline.encode_prompt`: padding is text to the model, unless its config says otherwise."""
         import torch
 
-        refuse_references(self.name, references)
         model = encoder.model
         with torch.inference_mode():
             batch = clip.tokenised(encoder.tokenizer, captions, model.device)
             read = {"input_ids": batch["input_ids"].to(torch.int32)}
             if getattr(model.config, "use_attention_mask", False):
                 read["attention_mask"] = batch["attention_mask"].to(torch.int32)
-            read["embeds"] = _embeds(model, read)
+            read["embeds"] = self._embeds(model, read)
         return [{name: rows[number].clone() for name, rows in read.items()} for number in range(len(captions))]
 
     def load_encoder(self, directory: Path, name: str, dtype: "torch.dtype", device: "torch.device") -> Any:
         """CLIPTextModel."""
         return clip.load_trainable(directory, name, dtype, device)
 
-    def encode_tokens(
-        self, encoders: Mapping[str, Any], texts: Mapping[str, "torch.Tensor | None"]
-    ) -> dict[str, "torch.Tensor | None"]:
+    def add_tokens(self, encoder: ClipTextEncoder, tokens: Mapping[str, str]) -> None:
+        """To the tokenizer and the embedding table."""
+        clip.add_tokens(encoder.tokenizer, encoder.model, tokens)
+
+    def encode_tokens(self, encoders: Mapping[str, Any], texts: Texts) -> dict[str, "torch.Tensor | None"]:
         """`embeds` from `input_ids`."""
-        return {**texts, "embeds": _embeds(encoders["text_encoder"], texts)}
+        return {**texts, "embeds": self._embeds(encoders["text_encoder"], texts)}
+
+    def _embeds(self, model: Any, texts: Mapping[str, Any]) -> "torch.Tensor":
+        """[B,77,D]: the normed last hidden state, or with `clip_skip` an earlier one, normed by the same layer."""
+        ids, mask, skip = texts["input_ids"], texts.get("attention_mask"), self.config.clip_skip
+        if skip is None:
+            embeds: torch.Tensor = model(ids, attention_mask=mask)[0]
+            return embeds
+        states = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        normed: torch.Tensor = getattr(model, "text_model", model).final_layer_norm(clip.hidden_state(states, 1, skip))
+        return normed
 
     def text_memory(self, encoder: ClipTextEncoder, tokens: int) -> int:
         """Of the widest part of a layer."""
@@ -105,33 +107,21 @@ class StableDiffusion(latent_diffusion.LatentDiffusion):
         """Counted in a forward pass without values."""
         return unet.activations(denoiser, image_tokens * unet.GEOMETRY.patch**2, text_tokens, dtype)
 
-    def collate_texts(
-        self, texts: Sequence[Mapping[str, "torch.Tensor"]], geometries: Sequence[SampleGeometry] = ()
-    ) -> dict[str, "torch.Tensor | None"]:
-        """`embeds` [B,77,D], `input_ids` [B,77]: all texts have one length, and the U-Net takes no mask."""
-        import torch
-
-        return {name: torch.stack([text[name] for text in texts]) for name in texts[0]}
-
     def predict(
-        self,
-        denoiser: Any,
-        noisy_BCHW: "torch.Tensor",
-        time_B: "torch.Tensor",
-        texts: Mapping[str, "torch.Tensor | None"],
-        references: Sequence["torch.Tensor"] = (),
-        residuals: Sequence["torch.Tensor"] | None = None,
+        self, model: Model, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
     ) -> "torch.Tensor":
-        """Epsilon or v. `residuals`: one for each skip connection, from the top, and the middle block's at last."""
-        refuse_references(self.name, references)
-        return unet.predict(denoiser, noisy_BCHW, time_B, texts["embeds"], residuals)
+        """Epsilon or v."""
+        return unet.predict(model, noisy_BCHW, sigma_B, conditions)
 
     def pipeline(self, directory: Path, dtype: "torch.dtype", device: "torch.device", **components: Any) -> Any:
         """diffusers' StableDiffusionPipeline, without its safety checker, which is no part of what is trained."""
         from diffusers import StableDiffusionPipeline
 
         left_out = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        return load_pipeline(StableDiffusionPipeline, directory, device, dtype=dtype, **left_out, **components)
+        pipeline = load_pipeline(StableDiffusionPipeline, directory, device, dtype=dtype, **left_out, **components)
+        if self.config.clip_skip is not None:
+            pipeline.encode_prompt = _with_text_model(pipeline.text_encoder)(pipeline.encode_prompt)
+        return pipeline
 
     def pipeline_texts(self, texts: Mapping[str, "torch.Tensor"]) -> dict[str, Any]:
         """Embeddings of one prompt."""
@@ -169,10 +159,20 @@ class StableDiffusion(latent_diffusion.LatentDiffusion):
         ).save_pretrained(directory)  # fmt: skip
 
 
-def _embeds(model: Any, texts: Mapping[str, Any]) -> "torch.Tensor":
-    """[B,77,D]: the normed last hidden state."""
-    embeds: torch.Tensor = model(texts["input_ids"], attention_mask=texts.get("attention_mask"))[0]
-    return embeds
+@contextmanager
+def _with_text_model(text_encoder: Any) -> Iterator[None]:
+    """diffusers 0.42 looks for CLIP's norm under `text_model` when layers are skipped; transformers 5 has flattened it.
+
+    Not as a submodule, which would give every parameter a second name.
+    """
+    is_flat = text_encoder is not None and not hasattr(text_encoder, "text_model")
+    if is_flat:
+        text_encoder.__dict__["text_model"] = text_encoder
+    try:
+        yield
+    finally:
+        if is_flat:
+            del text_encoder.__dict__["text_model"]
 
 
 FAMILY = StableDiffusion()

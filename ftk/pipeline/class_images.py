@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ftk import locations, storage
-from ftk.configs.schema import DataConfig, GenerateConfig, ModelConfig, RunConfig, SourceConfig
+from ftk.configs.schema import DataConfig, GenerateConfig, ModelConfig, SourceConfig
 from ftk.errors import ConfigError, SourceError
-from ftk.models import base as models
 from ftk.pipeline import captions
 from ftk.pipeline.sources.folder import IMAGE_SUFFIXES
+from ftk.run import Run
 
 FOLDER = "generated"
 RECORD = "generated.json"
@@ -115,14 +115,14 @@ class ClassImages:
         )
 
 
-def wanted(config: RunConfig) -> tuple[ClassImages, ...]:
+def wanted(run: Run) -> tuple[ClassImages, ...]:
     """The class images that the run file asks to be drawn where they are missing, one for each such source.
 
     Raises:
         ConfigError: a prompt that is no caption, or a size that the family does not have.
         SourceError: a folder that cannot be listed.
     """
-    return tuple(_look(config, source, source.generate) for source in config.data.sources if source.generate)
+    return tuple(_look(run, source, source.generate) for source in run.config.data.sources if source.generate)
 
 
 def listable(data: DataConfig, class_images: Sequence[ClassImages]) -> DataConfig:
@@ -153,12 +153,12 @@ def stem(index: int) -> str:
     return f"{index:05d}"
 
 
-def _look(config: RunConfig, source: SourceConfig, generate: GenerateConfig) -> ClassImages:
+def _look(run: Run, source: SourceConfig, generate: GenerateConfig) -> ClassImages:
     images = [name for name in _names(source) if posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES]
     return ClassImages(
         source=source,
         generate=generate,
-        size=_size(config, source, generate),
+        size=_size(run, source, generate),
         caption=_caption(source, generate),
         num_found=len(images),
         taken=frozenset(posixpath.splitext(name)[0] for folder, name in map(posixpath.split, images) if folder == FOLDER),
@@ -185,13 +185,13 @@ def _caption(source: SourceConfig, generate: GenerateConfig) -> str:
     return caption
 
 
-def _size(config: RunConfig, source: SourceConfig, generate: GenerateConfig) -> tuple[int, int]:
-    multiple = models.get(config.model.family).geometry.pixel_multiple
-    edge = config.data.resolutions[0] // multiple * multiple
+def _size(run: Run, source: SourceConfig, generate: GenerateConfig) -> tuple[int, int]:
+    multiple = run.family.geometry.pixel_multiple
+    edge = run.config.data.resolutions[0] // multiple * multiple
     width, height = generate.width or edge, generate.height or edge
     if width % multiple or height % multiple:
         raise ConfigError(
-            f"data.sources: source {source.source_name}: generate: {width} x {height} px; {config.model.family} needs "
+            f"data.sources: source {source.source_name}: generate: {width} x {height} px; {run.family.name} needs "
             f"multiples of {multiple} px."
         )
     return width, height

@@ -4,7 +4,7 @@ import io
 import tarfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +15,7 @@ from ftk import storage
 from ftk.configs.schema import RunConfig
 from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, RejectReason, SampleRow, ShardRecord
 from ftk.errors import DatasetError
+from ftk.pipeline.sources import base as sources
 
 SAMPLE_SCHEMA = pa.schema(
     [
@@ -37,6 +38,12 @@ SAMPLE_SCHEMA = pa.schema(
         pa.field("shard", pa.string()),
     ]
 )
+REFERENCE_FIELDS = [
+    pa.field("reference_ids", pa.list_(pa.string())),
+    pa.field("reference_widths", pa.list_(pa.int32())),
+    pa.field("reference_heights", pa.list_(pa.int32())),
+]
+"""Of datasets whose sources name references; the tables of others do not have these columns."""
 REJECT_SCHEMA = pa.schema([pa.field(name, pa.string()) for name in ("source", "path", "reason", "detail")])
 DUPLICATE_SCHEMA = pa.schema([pa.field("key", pa.string()), pa.field("like", pa.string()), pa.field("bits", pa.int32())])
 """Of each image that looks like an earlier one: its key, the earlier one's, and how many bits of their hashes differ;
@@ -52,18 +59,54 @@ _NOT_THE_SAMPLES = {"path", "format", "name", "generate"}
 
 
 def recipe(config: RunConfig) -> dict[str, Any]:
-    """What the configuration says about the samples, without where the images are: later stages compare it."""
-    return {
-        **config.data.model_dump(mode="json", include=set(_FROM_DATA)),
-        "sources": {
-            source.source_name: source.model_dump(mode="json", exclude=_NOT_THE_SAMPLES) for source in config.data.sources
-        },
+    """What the configuration says about the samples, without where anything lies: later stages compare it."""
+    settings = {
+        source.source_name: source.model_dump(
+            # Only where there are some: a dataset without references has the recipe that it always had.
+            mode="json",
+            exclude=_NOT_THE_SAMPLES if source.references else {*_NOT_THE_SAMPLES, "references"},
+        )
+        for source in config.data.sources
     }
+    plain = {**config.data.model_dump(mode="json", include=set(_FROM_DATA)), "sources": settings}
+    return without_places(plain, config)
 
 
-def sample_table(rows: Sequence[SampleRow]) -> pa.Table:
-    """The rows as an Arrow table."""
-    return pa.Table.from_pylist([asdict(row) for row in rows], schema=SAMPLE_SCHEMA)
+def without_places(stored: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """A recipe as `recipe` gives it. Earlier versions wrote into theirs where masks, control images and roots lie."""
+    kinds = {source.source_name: source for source in config.data.sources}
+    settings = {
+        name: sources.without_places(kinds[name], source) if name in kinds else source
+        for name, source in stored.get("sources", {}).items()
+    }
+    return {**stored, "sources": settings}
+
+
+def recipes(config: RunConfig, stored: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(expected, found): the recipe of a run file and one that was stored, to be compared part by part.
+
+    Masks that are no longer asked for count too: whatever names a place is in both, as None where it names none.
+    """
+    expected, found = recipe(config), without_places(stored, config)
+    for source in config.data.sources:
+        for settings in (expected["sources"][source.source_name], found["sources"].get(source.source_name, {})):
+            settings.update({name: settings.get(name) or None for name in sources.places(source)})
+    return expected, found
+
+
+def sample_table(rows: Sequence[SampleRow], *, has_references: bool = False) -> pa.Table:
+    """The rows as an Arrow table, with the columns of references where the source names some."""
+    schema = pa.schema([*SAMPLE_SCHEMA, *(REFERENCE_FIELDS if has_references else [])])
+    return pa.Table.from_pylist([asdict(row) for row in rows], schema=schema)
+
+
+def plain_row(row: SampleRow) -> dict[str, Any]:
+    """The row as JSON values: what lies beside the sample in its tar. Nothing of references where it has none."""
+    plain = asdict(row)
+    if not row.reference_ids:
+        for column in REFERENCE_FIELDS:
+            del plain[column.name]
+    return plain
 
 
 def reject_table(rejects: Iterable[Reject]) -> pa.Table:
@@ -143,7 +186,17 @@ class PreparedDataset:
             raise DatasetError(
                 f"{path} is damaged: it does not have its checksum. Run `ftk prepare RUN.yaml` again: it makes this shard anew."
             )
-        return storage.read_table(path)
+        table = storage.read_table(path)
+        if not self.has_references or REFERENCE_FIELDS[0].name in table.column_names:
+            return table
+        for column in REFERENCE_FIELDS:
+            table = table.append_column(column, pa.array([[]] * len(table), column.type))
+        return table
+
+    @property
+    def has_references(self) -> bool:
+        """Whether a source names references: `tables` then have the columns of `REFERENCE_FIELDS`."""
+        return any(source.get("references") for source in self.manifest.recipe.get("sources", {}).values())
 
     def rejects(self) -> list[Reject]:
         """Every input that did not become a sample."""
@@ -156,7 +209,7 @@ class PreparedDataset:
         return rows
 
     def tables(self) -> Iterator[pa.Table]:
-        """The samples shard by shard, in order: the columns of `SAMPLE_SCHEMA`."""
+        """The samples shard by shard, in order: the columns of `SAMPLE_SCHEMA`, and of `REFERENCE_FIELDS` if there are any."""
         return (self._table(shard) for shard in self.manifest.shards)
 
     def image_bytes(self, row: SampleRow) -> bytes:
@@ -171,8 +224,12 @@ class PreparedDataset:
         """The sample's control images as PNG files of the bucket's size."""
         return [self.span(row.shard, row.key, f"control{number}").read() for number in range(row.num_controls)]
 
+    def reference_bytes(self, row: SampleRow) -> list[bytes]:
+        """The sample's references as PNG files, each of its own size."""
+        return [self.span(row.shard, row.key, f"reference{number}").read() for number in range(len(row.reference_ids))]
+
     def span(self, shard: str, key: str, part: str) -> "Span":
-        """Where a sample's `image`, `mask` or `controlN` lies; the shard's checksum is verified before its first use."""
+        """Where a sample's `image`, `mask`, `controlN` or `referenceN` lies; the shard is verified before its first use."""
         index = self._index(shard)
         suffixes = IMAGE_SUFFIXES if part == "image" else (f"{part}.png",)
         name = next(name for suffix in suffixes if (name := f"{key}.{suffix}") in index)

@@ -1,4 +1,4 @@
-"""From an image file, with its mask and controls, to the encoded samples of its buckets. Runs in worker processes.
+"""From an image file, with its mask, controls and references, to the encoded samples of its buckets. Runs in workers.
 
     read → header checks → placements → decode, orient, sRGB, resize → crop, flip → encode
 
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageOps
 
-from ftk import locations, storage
+from ftk import storage
 from ftk.contracts import RejectReason
 from ftk.locations import NotAFileError
+from ftk.models.components.geometry import ReferenceRule
 from ftk.pipeline import decode, resize
 from ftk.pipeline.buckets import Placement, follow, place, random_crops
 from ftk.pipeline.decode import Opened, Unfit
@@ -49,16 +50,18 @@ class ImageRecipe:
     animated: str
     max_pixels: int
     max_input_aspect: float
+    references: ReferenceRule | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageTask:
-    """One image for a worker, with the mask and controls that belong to it."""
+    """One image for a worker, with the mask, controls and references that belong to it."""
 
     image: Blob
     mask: Blob | None
     controls: tuple[Blob, ...]
     recipe: ImageRecipe
+    references: tuple[Blob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +69,7 @@ class Variant:
     """One sample of an image, encoded: `data` is a file of the kind that `suffix` (png, jpg, webp) says.
 
     `flipped`: mirrored after the crop. `copied`: the source's own bytes. Mask (8-bit gray) and controls (RGB) have the same
-    size and are PNG files; `mask_id` is empty when there is no mask.
+    size and are PNG files; `mask_id` is empty when there is no mask. References (RGB, PNG) have sizes of their own.
     """
 
     placement: Placement
@@ -79,13 +82,16 @@ class Variant:
     mask_id: str
     controls: tuple[bytes, ...]
     control_ids: tuple[str, ...]
+    references: tuple[bytes, ...]
+    reference_ids: tuple[str, ...]
+    reference_sizes: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedImage:
     """All samples of one image; `width` and `height` are the original's after its EXIF orientation.
 
-    `contents` are the SHA-256 of the image's file, of its mask's where there is one, and of each control's.
+    `contents` are the SHA-256 of the image's file, of its mask's where there is one, of each control's and each reference's.
     """
 
     width: int
@@ -115,10 +121,10 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _File:
-    """A file of a task, whose bytes were read or not. `kind` is image, mask or control."""
+    """A file of a task, whose bytes were read or not. `kind` is image, mask, control or reference; `name` names no place."""
 
     kind: str
-    location: str
+    name: str
     data: bytes
     sha256: str
     problem: Unfit | None
@@ -126,7 +132,7 @@ class _File:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ResizedFile:
-    """An image, mask or control at the size that one placement asks for, before the crop; `width` and `height` as opened."""
+    """A file's image at the size that one placement asks for, before the crop; `width` and `height` as opened."""
 
     file: _File
     width: int
@@ -138,8 +144,13 @@ _MISSING = {
     "image": RejectReason.FILE_MISSING,
     "mask": RejectReason.MASK_MISSING,
     "control": RejectReason.CONTROL_MISSING,
+    "reference": RejectReason.CONTROL_MISSING,
 }
-_UNREADABLE = {"mask": RejectReason.MASK_UNREADABLE, "control": RejectReason.CONTROL_UNREADABLE}
+_UNREADABLE = {
+    "mask": RejectReason.MASK_UNREADABLE,
+    "control": RejectReason.CONTROL_UNREADABLE,
+    "reference": RejectReason.CONTROL_UNREADABLE,
+}
 
 
 def prepare_image(task: ImageTask) -> PreparedImage | ImageProblem:
@@ -183,6 +194,7 @@ def _read(task: ImageTask) -> list[_File]:
     if task.mask is not None:
         files.append(("mask", task.mask))
     files += [("control", control) for control in task.controls]
+    files += [("reference", reference) for reference in task.references]
     return [_read_file(kind, blob) for kind, blob in files]
 
 
@@ -197,8 +209,8 @@ def _read_file(kind: str, blob: Blob) -> _File:
         unfit = Unfit(RejectReason.UNREADABLE, error.strerror or str(error) or type(error).__name__)
     else:
         sha256 = hashlib.sha256(data).hexdigest()
-        return _File(kind=kind, location=blob.location, data=data, sha256=sha256, problem=None)
-    return _File(kind=kind, location=blob.location, data=b"", sha256="", problem=unfit)
+        return _File(kind=kind, name=blob.name, data=data, sha256=sha256, problem=None)
+    return _File(kind=kind, name=blob.name, data=b"", sha256="", problem=unfit)
 
 
 def _open_all(files: list[_File], recipe: ImageRecipe) -> list[Opened]:
@@ -225,7 +237,7 @@ def _blaming(file: _File) -> Iterator[None]:
         if file.kind == "image":
             raise
         reason = unfit.reason if unfit.reason == _MISSING[file.kind] else _UNREADABLE[file.kind]
-        raise Unfit(reason, f"{locations.redacted(file.location)}: {unfit.detail}") from None
+        raise Unfit(reason, f"{file.kind} {file.name}: {unfit.detail}") from None
 
 
 def _check_header(opened: Opened, recipe: ImageRecipe) -> None:
@@ -274,7 +286,7 @@ def _prepare(files: list[_File], contents: tuple[str, ...], recipe: ImageRecipe)
     variants: list[Variant] = []
     hashed = ""
     for placement in placements:
-        parts = [_part(file, picture, placement) for file, picture in zip(files, pictures, strict=True)]
+        parts = [_part(file, picture, placement, recipe) for file, picture in zip(files, pictures, strict=True)]
         hashed = hashed or perceptual_hash(parts[0].resized)
         for cropped in _crops(placement, parts[0].resized, contents[0], recipe):
             variants += [_variant(parts, image, cropped, flipped, recipe) for flipped in (False, True)[: 1 + recipe.flip]]
@@ -293,9 +305,9 @@ def _picture(file: _File, opened: Opened, recipe: ImageRecipe) -> Rendering:
     )
 
 
-def _part(file: _File, picture: Rendering, leader: Placement) -> _ResizedFile:
+def _part(file: _File, picture: Rendering, leader: Placement, recipe: ImageRecipe) -> _ResizedFile:
     width, height = picture.opened.width, picture.opened.height
-    own = follow(leader, width, height)
+    own = _placement(file.kind, width, height, leader, recipe)
     with _blaming(file):
         resized = picture.at(own.resize_width, own.resize_height)
     return _ResizedFile(file=file, width=width, height=height, resized=resized)
@@ -304,9 +316,11 @@ def _part(file: _File, picture: Rendering, leader: Placement) -> _ResizedFile:
 def _variant(parts: list[_ResizedFile], image: Opened, placement: Placement, flipped: bool, recipe: ImageRecipe) -> Variant:
     encoding = encoding_of(image, recipe.image_format, recipe.quality)
     suffix = None if flipped else _copied_suffix(image, placement, recipe)
-    data = parts[0].file.data if suffix else encode(_cut(parts[0], placement, flipped), encoding)
+    data = parts[0].file.data if suffix else encode(_cut(parts[0], placement, flipped, recipe), encoding)
     stored = "copy" if suffix else f"{encoding.image_format} {encoding.quality}"
-    masks, controls = ([part for part in parts if part.file.kind == kind] for kind in ("mask", "control"))
+    masks, controls, references = (
+        [part for part in parts if part.file.kind == kind] for kind in ("mask", "control", "reference")
+    )
     return Variant(
         placement=placement,
         flipped=flipped,
@@ -314,10 +328,13 @@ def _variant(parts: list[_ResizedFile], image: Opened, placement: Placement, fli
         suffix=suffix or encoding.suffix,
         data=data,
         copied=suffix is not None,
-        mask=encode(_cut(masks[0], placement, flipped), PNG) if masks else None,
+        mask=encode(_cut(masks[0], placement, flipped, recipe), PNG) if masks else None,
         mask_id=_part_id(masks[0], placement, flipped, "png", recipe) if masks else "",
-        controls=tuple(encode(_cut(part, placement, flipped), PNG) for part in controls),
+        controls=tuple(encode(_cut(part, placement, flipped, recipe), PNG) for part in controls),
         control_ids=tuple(_part_id(part, placement, flipped, "png", recipe) for part in controls),
+        references=tuple(encode(_cut(part, placement, flipped, recipe), PNG) for part in references),
+        reference_ids=tuple(_part_id(part, placement, flipped, "png", recipe) for part in references),
+        reference_sizes=tuple(part.resized.size for part in references),
     )
 
 
@@ -326,20 +343,29 @@ def _copied_suffix(image: Opened, placement: Placement, recipe: ImageRecipe) -> 
     return copied_suffix(image, recipe.image_format) if is_whole and placement.slack == (0, 0) else None
 
 
-def _cut(part: _ResizedFile, placement: Placement, flipped: bool) -> Image.Image:
-    own = follow(placement, part.width, part.height)
+def _placement(kind: str, width: int, height: int, leader: Placement, recipe: ImageRecipe) -> Placement:
+    """Where an image of these sides goes: a reference to a size of its own, uncropped; all others where their image goes."""
+    if kind != "reference":
+        return follow(leader, width, height)
+    assert recipe.references is not None
+    width, height = recipe.references.size(width, height)
+    return Placement(bucket_width=width, bucket_height=height, resize_width=width, resize_height=height, crop_x=0, crop_y=0)
+
+
+def _cut(part: _ResizedFile, placement: Placement, flipped: bool, recipe: ImageRecipe) -> Image.Image:
+    own = _placement(part.file.kind, part.width, part.height, placement, recipe)
     left, top = own.crop_x, own.crop_y
     cropped = part.resized.crop((left, top, left + own.bucket_width, top + own.bucket_height))
     return ImageOps.mirror(cropped) if flipped else cropped
 
 
 def _part_id(part: _ResizedFile, placement: Placement, flipped: bool, stored: str, recipe: ImageRecipe) -> str:
-    own = follow(placement, part.width, part.height)
+    own = _placement(part.file.kind, part.width, part.height, placement, recipe)
     return image_id(part.file.kind, part.file.sha256, own, flipped=flipped, stored=stored, recipe=recipe)
 
 
 def image_id(kind: str, content_sha256: str, placement: Placement, *, flipped: bool, stored: str, recipe: ImageRecipe) -> str:
-    """Names the pixels of a sample's image, mask or control (`kind`): the file's content and everything done to it.
+    """Names the pixels of a sample's image, mask, control or reference (`kind`): the file's content and all done to it.
 
     `stored` says how they are encoded, so that equal names mean equal bytes too.
     """

@@ -249,11 +249,12 @@ def _make_shard(
     shard = _Shard(job, unit, name)
     with storage.committing(tar_path) as file:
         tar = dataset.TarWriter(file)
-        for item, result in worked(piece, job.recipe, images.prepare_image, pool):
+        num_references = len(unit.source.references)
+        for item, result in worked(piece, job.recipe, images.prepare_image, pool, num_references):
             shard.add(tar, item, result)
             advance(1)
         tar.close()
-    storage.commit_table(table_path, dataset.sample_table(shard.rows))
+    storage.commit_table(table_path, dataset.sample_table(shard.rows, has_references=bool(unit.source.references)))
     record = shard.record(is_last=not inputs.has_more())
     _commit_receipt(job, unit, record)
     return record
@@ -264,15 +265,27 @@ def worked(
     recipe: images.ImageRecipe,
     function: Callable[[images.ImageTask], Result],
     pool: WorkerPool,
+    num_references: int = 0,
 ) -> Iterator[tuple[Record | Reject, Result | Lost | None]]:
-    """Each input, and what `function` made of it if it is a record; in order, holding no more inputs than are in flight."""
+    """Each input, and what `function` made of it if it is a record; in order, holding no more inputs than are in flight.
+
+    Args:
+        num_references: how many of a record's controls, the last ones, are references.
+    """
     waiting: deque[Record | Reject] = deque()
 
     def tasks() -> Iterator[images.ImageTask]:
         for item in items:
             waiting.append(item)
             if isinstance(item, Record):
-                yield images.ImageTask(image=item.image, mask=item.mask, controls=item.controls, recipe=recipe)
+                first = len(item.controls) - num_references
+                yield images.ImageTask(
+                    image=item.image,
+                    mask=item.mask,
+                    controls=item.controls[:first],
+                    references=item.controls[first:],
+                    recipe=recipe,
+                )
 
     for result in pool.map(function, tasks()):
         while isinstance(waiting[0], Reject):
@@ -307,6 +320,9 @@ def _rows(shard: _Shard, record: Record, prepared: images.PreparedImage) -> Iter
             has_mask=variant.mask is not None,
             mask_id=variant.mask_id,
             shard=shard.name,
+            reference_ids=list(variant.reference_ids),
+            reference_widths=[width for width, _ in variant.reference_sizes],
+            reference_heights=[height for _, height in variant.reference_sizes],
             **asdict(variant.placement),
         )
         yield row, variant
@@ -328,4 +344,6 @@ def _add_to_tar(tar: dataset.TarWriter, row: SampleRow, variant: images.Variant)
         tar.add(f"{row.key}.mask.png", variant.mask)
     for number, control in enumerate(variant.controls):
         tar.add(f"{row.key}.control{number}.png", control)
-    tar.add(f"{row.key}.json", json.dumps(asdict(row), sort_keys=True, ensure_ascii=False).encode())
+    for number, reference in enumerate(variant.references):
+        tar.add(f"{row.key}.reference{number}.png", reference)
+    tar.add(f"{row.key}.json", json.dumps(dataset.plain_row(row), sort_keys=True, ensure_ascii=False).encode())

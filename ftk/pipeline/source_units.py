@@ -37,7 +37,10 @@ class SourceUnit:
         """Changes whenever the unit's records might have changed; None when nothing vouches for them."""
         if self.partition.signature is None:
             return None
-        return storage.digest([sources.kind(self.source), self.source.settings, self.source.caption, self.partition.signature])
+        settings = sources.without_places(self.source, self.source.settings)
+        # Only where there are some: what was prepared without them keeps its signature.
+        references = [len(self.source.references)] if self.source.references else []
+        return storage.digest([sources.kind(self.source), settings, self.source.caption, *references, self.partition.signature])
 
     @property
     def listing(self) -> str:
@@ -49,7 +52,11 @@ class SourceUnit:
         source = self.source.model_dump(mode="json", include={"repeats", "role", "trigger", "prefix", "suffix"})
         captions = data.captions.model_dump(mode="json")
         duplicates = sorted(self.duplicates.items())
-        parts = [self.source.source_name, source, captions, data.shard_samples, duplicates, asdict(recipe)]
+        shape = {name: value for name, value in asdict(recipe).items() if name != "references"}
+        parts = [self.source.source_name, source, captions, data.shard_samples, duplicates, shape]
+        if self.source.references:
+            assert recipe.references is not None
+            parts.append([len(self.source.references), asdict(recipe.references)])
         return storage.digest([PREPARED_SCHEMA, IMAGES_VERSION, *parts])
 
 

@@ -13,17 +13,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ftk import locations, storage
-from ftk.configs.load import default_workers, prepared_path
+from ftk.configs.load import default_workers
 from ftk.configs.schema import DataConfig, RunConfig
 from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, ShardRecord
-from ftk.errors import SourceError, TooManyRejects
-from ftk.models import base as models
+from ftk.errors import ConfigError, SourceError, TooManyRejects
 from ftk.pipeline import class_images, dataset, duplicates, images, shard_writer, source_units
 from ftk.pipeline.buckets import bucket_sizes
 from ftk.pipeline.class_images import ClassImages
 from ftk.pipeline.engine import WHOLE, JobPart, WorkerPool, map_units
 from ftk.pipeline.shard_writer import Made, PrepareJob
 from ftk.progress import ProgressBar, track
+from ftk.run import Run
 
 _GIB = 1 << 30
 _UNITS_AT_ONCE = 64
@@ -55,7 +55,7 @@ class PrepareReport:
     rejects: list[dict[str, str]]
 
 
-def run(config: RunConfig, part: JobPart = WHOLE) -> PrepareReport:
+def run(run: Run, part: JobPart = WHOLE) -> PrepareReport:
     """Prepare the dataset, or one part of it; shards whose inputs and recipe are unchanged are kept as they are.
 
     Raises:
@@ -63,8 +63,9 @@ def run(config: RunConfig, part: JobPart = WHOLE) -> PrepareReport:
         TooManyRejects: more rejects than `data.max_reject_fraction`; the dataset is committed before this is raised.
         EnvironmentFault: disk, memory, network, or another writer.
     """
-    job = PrepareJob(directory=prepared_path(config), recipe=image_recipe(config), data=config.data)
-    wanted = check(config)
+    config = run.config
+    job = PrepareJob(directory=run.paths.prepared, recipe=image_recipe(run), data=config.data)
+    wanted = check(run)
     class_images.refuse_changes(wanted, config.model)
     class_images.refuse_missing(wanted)
     with storage.lock(job.directory, part.label):
@@ -84,40 +85,46 @@ def run(config: RunConfig, part: JobPart = WHOLE) -> PrepareReport:
     return report
 
 
-def check(config: RunConfig) -> tuple[ClassImages, ...]:
+def check(run: Run) -> tuple[ClassImages, ...]:
     """Look at settings and local sources before anything is drawn or written; class images may be missing still.
 
     Raises:
         ConfigError, SourceError: a source is missing or empty, or a setting does not go with the family.
     """
-    image_recipe(config)
-    wanted = class_images.wanted(config)
-    source_units.look(class_images.listable(config.data, wanted))
+    image_recipe(run)
+    wanted = class_images.wanted(run)
+    source_units.look(class_images.listable(run.config.data, wanted))
     return wanted
 
 
-def image_recipe(config: RunConfig) -> images.ImageRecipe:
+def image_recipe(run: Run) -> images.ImageRecipe:
     """The buckets and image settings that the configuration and the family's geometry come to."""
-    multiple = models.get(config.model.family).geometry.pixel_multiple
-    data = config.data
+    multiple, data = run.family.geometry.pixel_multiple, run.config.data
     step = data.bucket_step or multiple
     if step % multiple:
-        raise SourceError(f"data.bucket_step {step} is not a multiple of {multiple}, which {config.model.family} needs.")
+        raise SourceError(f"data.bucket_step {step} is not a multiple of {multiple}, which {run.family.name} needs.")
     small = [edge for edge in data.resolutions if edge < step]
     if small:
         raise SourceError(f"data.resolutions {small[0]} is smaller than one bucket step of {step} px.")
+    with_references = next((source.source_name for source in data.sources if source.references), None)
+    if with_references is not None and run.family.references is None:
+        raise ConfigError(
+            f"data.sources: source {with_references} has `references`, and {run.family.name} takes no input images: those are "
+            f"for edit models. Leave it out; what a control network reads is named under `controls`."
+        )
     return images.ImageRecipe(
         sizes=tuple(tuple(bucket_sizes(resolution, step, data.max_aspect)) for resolution in data.resolutions),
-        **data.model_dump(include={name for name in images.ImageRecipe.__slots__ if name != "sizes"}),
+        references=run.family.references,
+        **data.model_dump(include={name for name in images.ImageRecipe.__slots__ if name not in ("sizes", "references")}),
     )
 
 
-def dry_run(config: RunConfig, part: JobPart = WHOLE) -> dict[str, Any]:
+def dry_run(run: Run, part: JobPart = WHOLE) -> dict[str, Any]:
     """What `run` would make, from listings, captions and image headers alone; writes nothing."""
-    recipe = image_recipe(config)
-    wanted = class_images.wanted(config)
-    class_images.refuse_changes(wanted, config.model)
-    data = class_images.listable(config.data, wanted)
+    recipe = image_recipe(run)
+    wanted = class_images.wanted(run)
+    class_images.refuse_changes(wanted, run.config.model)
+    data = class_images.listable(run.config.data, wanted)
     counts: Counter[str] = Counter()
     buckets: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
@@ -126,7 +133,8 @@ def dry_run(config: RunConfig, part: JobPart = WHOLE) -> dict[str, Any]:
             if not part.has(unit.number):
                 continue
             num_inputs = 0
-            for item, probe in shard_writer.worked(source_units.records(unit), recipe, images.probe_image, pool):
+            records, num_references = source_units.records(unit), len(unit.source.references)
+            for item, probe in shard_writer.worked(records, recipe, images.probe_image, pool, num_references):
                 num_inputs += 1
                 progress.advance(1)
                 if isinstance(probe, images.Probe):

@@ -2,7 +2,6 @@
 malformed is an error that names the line, not a reject."""
 
 import csv
-import difflib
 import json
 import posixpath
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ftk import locations
-from ftk.errors import SourceError
+from ftk.errors import SourceError, did_you_mean
 
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _MAX_LINE_BYTES = 16 << 20
@@ -65,7 +64,7 @@ def _parquet(location: str, file: BinaryIO) -> OpenTable:
 
     def rows(columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
         for number, row in enumerate(parquet_rows(parquet, columns, _BATCH_ROWS)):
-            yield f"row {number} of {posixpath.basename(location)}", row
+            yield f"row {number} of {locations.file_name(location)}", row
 
     return OpenTable(location=location, columns=parquet.schema_arrow.names, rows=rows, parquet=parquet)
 
@@ -87,7 +86,7 @@ def _json_rows(location: str, file: BinaryIO) -> Iterator[tuple[str, Row]]:
             raise _malformed(location, number, f"is not JSON: {error}. Each line must be one object") from None
         if not isinstance(row, dict):
             raise _malformed(location, number, f"holds {type(row).__name__}, not an object with a value for each column")
-        yield f"line {number} of {posixpath.basename(location)}", row
+        yield f"line {number} of {locations.file_name(location)}", row
 
 
 def _csv(location: str, file: BinaryIO, suffix: str) -> OpenTable:
@@ -106,7 +105,7 @@ def _csv(location: str, file: BinaryIO, suffix: str) -> OpenTable:
             if len(cells) != len(columns):
                 what = f"has {len(cells)} fields where the header has {len(columns)}: quote texts that hold a separator"
                 raise _malformed(location, number, what)
-            yield f"line {number} of {posixpath.basename(location)}", dict(zip(columns, cells, strict=True))
+            yield f"line {number} of {locations.file_name(location)}", dict(zip(columns, cells, strict=True))
 
     return OpenTable(location=location, columns=columns, rows=checked)
 
@@ -159,5 +158,5 @@ def nearest(location: str) -> str:
         return ""
     path = locations.local_path(location)
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, [name for name in names if name.lower().endswith(SUFFIXES)], n=1, cutoff=0.5)
-    return f" Did you mean {locations.printable(str(path.parent / close[0]))}?" if close else ""
+    tables = (name for name in names if name.lower().endswith(SUFFIXES))
+    return locations.printable(did_you_mean(path.name, tables, str(path.parent)))

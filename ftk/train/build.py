@@ -1,7 +1,7 @@
 """Puts a trainer together: denoiser, method, optimizer, hooks, and the newest checkpoint."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,22 +9,21 @@ from typing import Any
 
 import torch
 
+from ftk import devices
 from ftk.cache import fingerprint
-from ftk.configs.load import run_path
-from ftk.configs.schema import RunConfig, TrainConfig
 from ftk.methods import base as methods
-from ftk.methods.base import DENOISER
-from ftk.models import base as models
+from ftk.models.base import Model, load_model
 from ftk.progress import track
+from ftk.run import Run
 from ftk.train import checkpoint, memory, optim, placement
 from ftk.train.data import Batch, BatchBuilder, Loader
-from ftk.train.delivery import MakeDelivery
+from ftk.train.delivery import Delivery, MakeDelivery
 from ftk.train.hooks import samples
 from ftk.train.hooks.checkpoints import Checkpoints
 from ftk.train.hooks.recorder import Recorder, ValidationLog
 from ftk.train.hooks.trackers import open_trackers
 from ftk.train.hooks.validation import Validation
-from ftk.train.inputs import Inputs, load_components, open_inputs, with_rates
+from ftk.train.inputs import Inputs, open_inputs, with_rates
 from ftk.train.loop import Hook, Trainer
 from ftk.train.order import keyed_seed
 from ftk.train.ranks import Ranks
@@ -43,145 +42,144 @@ class Build:
     directory: Path
 
 
-def build_trainer(config: RunConfig, make_delivery: MakeDelivery, ranks: Ranks | None = None,
-                  device: torch.device | None = None, *, allow_change: bool = False) -> Build:  # fmt: skip
+def build_trainer(
+    run: Run,
+    make_delivery: MakeDelivery,
+    ranks: Ranks | None = None,
+    device: torch.device | None = None,
+    *,
+    allow_change: bool = False,
+) -> Build:
     """A trainer with its hooks, at the newest checkpoint."""
     ranks = ranks or Ranks()
-    device = device or models.resolve_device(config.train.device)
-    inputs, directory = open_inputs(config, device, ranks.size), run_path(config)
-    LOGGER.log(logging.INFO if inputs.plan.fits else logging.WARNING, "%s", memory.in_a_line(inputs.plan))
-    dtype = getattr(torch, inputs.plan.dtype)
-    components, parameters = _load(config, inputs, ranks, device)
-    optimizer = optim.MasterOptimizer(parameters, with_rates(config.train, inputs.method, inputs.method_config), ranks)
+    config, directory = run.config, run.paths.run
+    device = device or devices.resolve_device(config.train.device)
+    inputs = open_inputs(run, device, ranks.size)
+    plan = inputs.sizes.plan
+    LOGGER.log(logging.INFO if plan.fits else logging.WARNING, "%s", memory.in_a_line(plan))
+    model, parameters = _load(inputs, ranks, device)
+    optimizer = optim.MasterOptimizer(parameters, with_rates(run), ranks)
     if optimizer.is_split:
         checkpoint.refuse_unshared(directory, ranks)
-    settings = checkpoint.exact_settings(config.train, _identities(config, inputs))
-    trackers = open_trackers(config, directory) if ranks.is_main else []
-    recorder = Recorder(directory, config.train, trackers, writes=ranks.is_main)
-    delivery = make_delivery(config, inputs, components, ranks)
-    checkpoints = Checkpoints(directory / "checkpoints", settings, recorder, delivery.export)
-    builder = BatchBuilder(store=inputs.store, family=inputs.family, sigmas=inputs.sigmas, config=config.train, dtype=dtype)
+    settings = checkpoint.exact_settings(config.train, _identities(inputs))
     trainer = Trainer(
-        family=inputs.family,
-        denoiser=components[DENOISER],
-        encoders={name: module for name, module in components.items() if name != DENOISER},
-        predict=getattr(inputs.method, "predict", inputs.family.predict),
+        model=model,
+        method=run.method,
         optimizer=optimizer,
         schedule=optim.schedule(config.train.schedule, config.train.steps),
-        noise_schedule=inputs.schedule.to(device),
         config=config.train,
         device=device,
-        dtype=dtype,
+        dtype=getattr(torch, plan.dtype),
         ranks=ranks,
     )
-    is_sharded = inputs.plan.sharding == "fsdp"
-    validation = _validation(config.train, inputs, builder, directory, recorder, checkpoints)
-    drawn: list[Hook] = []
-    if config.sample.every and config.sample.prompts:
-        drawn = [samples.Samples(config, inputs.model, inputs.store, recorder, delivery.renew_cards, is_sharded=is_sharded)]
-    trainer.hooks = [recorder, *validation, checkpoints, *drawn]
-    loader = Loader(
-        order=inputs.order, builder=builder, device=device, rank=ranks.rank, world_size=ranks.size, is_even=is_sharded
-    )
+    builder = BatchBuilder(store=inputs.store, run=run, sigmas=inputs.sigmas, dtype=trainer.dtype)
+    is_even = plan.sharding == "fsdp"
+    loader = Loader(order=inputs.order, builder=builder, device=device, rank=ranks.rank, world_size=ranks.size, is_even=is_even)
+    recorder, trainer.hooks = _hooks(inputs, builder, settings, make_delivery(inputs, model, ranks), ranks)
     is_begun = _restore(trainer, directory / "checkpoints", settings, allow_change)
-    if not is_begun and (count := methods.start_batches(inputs.method, inputs.method_config)):
-        _start_from_data(trainer, inputs, components, loader, count)
-    if inputs.plan.compile:
+    if not is_begun and (count := methods.start_batches(run.method, run.settings)):
+        _start_from_data(trainer, inputs, loader, count)
+    if plan.compile:
         seconds = placement.warm_up(trainer.losses, _one_of_each_shape(inputs, loader), trainer.optimizer.parameters.values())
         LOGGER.info("compiled for every bucket in %.0f s", seconds)
     return Build(inputs=inputs, trainer=trainer, loader=loader, recorder=recorder, directory=directory)
 
 
-def _load(
-    config: RunConfig, inputs: Inputs, ranks: Ranks, device: torch.device
-) -> tuple[dict[str, Any], dict[str, torch.nn.Parameter]]:
-    """The denoiser on the device, with what is trained attached."""
-    family, plan = inputs.family, inputs.plan
+def _hooks(
+    inputs: Inputs, builder: BatchBuilder, settings: dict[str, Any], delivery: Delivery, ranks: Ranks
+) -> tuple[Recorder, list[Hook]]:
+    """The recorder, and all hooks in the order in which they must run: what is recorded is saved, then drawn."""
+    run, directory = inputs.run, inputs.run.paths.run
+    trackers = open_trackers(run.config, directory) if ranks.is_main else []
+    recorder = Recorder(directory, run.config.train, trackers, writes=ranks.is_main)
+    checkpoints = Checkpoints(directory / "checkpoints", settings, recorder, delivery.export)
+    validation = _validation(inputs, builder, recorder, checkpoints)
+    drawn: list[Hook] = []
+    if run.config.sample.every and run.config.sample.prompts:
+        is_sharded = inputs.sizes.plan.sharding == "fsdp"
+        drawn = [samples.Samples(run, inputs.model, inputs.store, recorder, delivery.renew_cards, is_sharded=is_sharded)]
+    return recorder, [recorder, *validation, checkpoints, *drawn]
+
+
+def _load(inputs: Inputs, ranks: Ranks, device: torch.device) -> tuple[Model, dict[str, torch.nn.Parameter]]:
+    """The model on the device, with what is trained attached."""
+    run, plan = inputs.run, inputs.sizes.plan
+    family, dtype = run.family, getattr(torch, plan.dtype)
     first = torch.device("cpu") if plan.load_device == "cpu" else device
-    names = inputs.method.needs(family, inputs.method_config)
-    components = load_components(names, family, inputs.model, getattr(torch, plan.dtype), first)
-    denoiser = components[DENOISER]
-    placement.before_method(denoiser, plan, family, device)
-    parameters = inputs.method.attach(components, family, inputs.method_config, keyed_seed(config.train.seed, "adapter"))
-    placement.after_method(denoiser, plan, family, device)
-    for module in components.values():
-        if module is not denoiser:
-            module.to(device)
+    model = load_model(family, inputs.model, run.encoders, dtype, first)
+    model.schedule = model.schedule.to(device)
+    placement.before_method(model.denoiser, plan, family, device)
+    parameters = run.method.attach(model, run.settings, keyed_seed(run.config.train.seed, "adapter"))
+    placement.after_method(model.denoiser, plan, family, device)
+    for module in (*model.encoders.values(), *model.extras.values()):
+        module.to(device)
     if plan.sharding == "fsdp":
-        whole = [] if methods.trains_base(inputs.method, inputs.method_config) else list(parameters.values())
-        now = ranks.shard(denoiser, family, whole, device, getattr(torch, plan.dtype))
+        whole = [] if run.trains_base else list(parameters.values())
+        now = ranks.shard(model.denoiser, family, whole, device, dtype)
         parameters = {name: now.get(parameter, parameter) for name, parameter in parameters.items()}
-    return components, parameters
+    return model, parameters
 
 
-def _identities(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+def _identities(inputs: Inputs) -> dict[str, Any]:
     """What else a run is made of: two with the same are the same run."""
+    run, plan = inputs.run, inputs.sizes.plan
+    family_settings = run.family.config.model_dump(mode="json", exclude_defaults=True)
     return {
-        "method": {"name": config.method.name, **inputs.method_config.model_dump(mode="json")},
+        "method": {"name": run.config.method.name, **run.settings.model_dump(mode="json")},
+        **({"model": family_settings} if family_settings else {}),
         "order": inputs.order.fingerprint,
         "latents": inputs.store.manifest.latents_fingerprint,
         "texts": inputs.store.manifest.texts_fingerprint,
-        "denoiser": fingerprint.weights_digest(inputs.model / inputs.family.denoiser_components[0]),
-        **{name: fingerprint.weights_digest(inputs.model / name) for name in _encoders(inputs)},
-        "dtype": inputs.plan.dtype,
-        "base": inputs.plan.base,
+        "denoiser": fingerprint.weights_digest(inputs.model / run.family.denoiser_attribute),
+        **{name: fingerprint.weights_digest(inputs.model / name) for name in run.encoders},
+        "dtype": plan.dtype,
+        "base": plan.base,
     }
 
 
-def _encoders(inputs: Inputs) -> list[str]:
-    return [name for name in inputs.method.needs(inputs.family, inputs.method_config) if name != DENOISER]
-
-
-def _validation(
-    config: TrainConfig,
-    inputs: Inputs,
-    builder: BatchBuilder,
-    directory: Path,
-    recorder: Recorder,
-    checkpoints: Checkpoints,
-) -> list[Hook]:
+def _validation(inputs: Inputs, builder: BatchBuilder, recorder: Recorder, checkpoints: Checkpoints) -> list[Hook]:
     """The hook, when samples are held out; of each bucket's as many together as a micro-batch holds."""
+    config = inputs.run.config.train
     held_out = [int(sample) for sample in inputs.order.held_out[: config.validation.samples]]
     if not held_out:
         return []
-    buckets: dict[tuple[int, int], list[int]] = {}
+    buckets: dict[int, list[int]] = {}
     for sample in held_out:
-        side = tuple(int(inputs.store.table[name][sample].as_py()) for name in ("bucket_width", "bucket_height"))
-        buckets.setdefault((side[0], side[1]), []).append(sample)
+        buckets.setdefault(inputs.order.shape_of(sample), []).append(sample)
     size = config.micro_batch_size
     groups = [members[start : start + size] for members in buckets.values() for start in range(0, len(members), size)]
     batches: list[tuple[Sequence[int], int]] = [
         (group, position) for group in groups for position in range(config.validation.sigmas)
     ]
-    return [Validation(builder, batches, ValidationLog(directory), recorder, checkpoints)]
+    return [Validation(builder, batches, ValidationLog(inputs.run.paths.run), recorder, checkpoints)]
 
 
 def _one_of_each_shape(inputs: Inputs, loader: Loader) -> Iterator[Batch]:
-    """A batch from each bucket of the first epoch, on the device."""
-    seen: set[tuple[int, int]] = set()
-    table = inputs.store.table
+    """A batch of each shape of the first epoch, on the device."""
+    seen: set[int] = set()
     for index in range(inputs.order.micro_batches_an_epoch):
         micro_batch = inputs.order.micro_batch(index)
-        side = (table["bucket_width"][micro_batch[0].sample].as_py(), table["bucket_height"][micro_batch[0].sample].as_py())
-        if side not in seen:
-            seen.add(side)
+        shape = inputs.order.shape_of(micro_batch[0].sample)
+        if shape not in seen:
+            seen.add(shape)
             yield loader.builder.build(micro_batch).map(lambda tensor: tensor.to(loader.device))
 
 
-def _start_from_data(trainer: Trainer, inputs: Inputs, components: Mapping[str, Any], loader: Loader, num_batches: int) -> None:
+def _start_from_data(trainer: Trainer, inputs: Inputs, loader: Loader, num_batches: int) -> None:
     """All processes: initial values from the first micro-batches; every process looks at all, and the main one's are used."""
-    assert isinstance(inputs.method, methods.HasDataStart)
+    method, initialisation = inputs.run.method, inputs.run.settings.initialisation
+    assert isinstance(method, methods.HasDataStart)
 
     def predictions() -> Iterator[Callable[[], torch.Tensor]]:
-        with track(inputs.method_config.initialisation, num_batches, "batch") as progress:
+        with track(initialisation, num_batches, "batch") as progress:
             for index in range(num_batches):
                 batch = loader.builder.build(inputs.order.micro_batch(index)).map(lambda tensor: tensor.to(loader.device))
                 yield partial(trainer.losses, batch)
                 progress.advance()
 
-    LOGGER.info("initialisation %s: looking at %d micro-batches", inputs.method_config.initialisation, num_batches)
-    with trainer.evaluating():
-        inputs.method.start_from(components, predictions())
+    LOGGER.info("initialisation %s: looking at %d micro-batches", initialisation, num_batches)
+    with trainer.model.evaluating():
+        method.start_from(trainer.model, predictions())
     values = {name: parameter.detach().cpu() for name, parameter in trainer.optimizer.parameters.items()}
     trainer.optimizer.begin_from(trainer.ranks.from_main(values)[0])
 

@@ -15,7 +15,10 @@ import torch
 
 from ftk.cache.store import CacheStore
 from ftk.configs.schema import TrainConfig
-from ftk.models.base import Family, SampleGeometry
+from ftk.methods.base import HasControls
+from ftk.models.base import Conditions
+from ftk.models.components.geometry import SampleGeometry
+from ftk.run import Run
 from ftk.train.flow import SigmaDistribution
 from ftk.train.order import Draw, MicroBatch, Order, keyed_permutation, keyed_seed, share
 
@@ -27,7 +30,7 @@ _GEOMETRY_COLUMNS = tuple(field.name for field in fields(SampleGeometry))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One micro-batch: clean latents and noise in the working dtype, sigma in fp32, texts as the family collates them.
+    """One micro-batch: clean latents and noise in the working dtype, sigma in fp32, and what the samples are conditioned on.
 
     `weight_B` is each sample's own (that of class images), `cell_weight_BHW` that of its cells (masks). `share` is 0 where
     a process computes along only because the others do.
@@ -37,7 +40,7 @@ class Batch:
     noise_BCHW: torch.Tensor
     sigma_B: torch.Tensor
     weight_B: torch.Tensor
-    texts: Mapping[str, torch.Tensor | None]
+    conditions: Conditions
     cell_weight_BHW: torch.Tensor | None = None
     share: float = 1.0
 
@@ -51,7 +54,7 @@ class Batch:
             noise_BCHW=function(self.noise_BCHW),
             sigma_B=function(self.sigma_B),
             weight_B=function(self.weight_B),
-            texts={name: None if tensor is None else function(tensor) for name, tensor in self.texts.items()},
+            conditions=self.conditions.map(function),
             cell_weight_BHW=None if self.cell_weight_BHW is None else function(self.cell_weight_BHW),
             share=self.share,
         )
@@ -70,10 +73,14 @@ class BatchBuilder:
     """Turns the order's micro-batches into tensors."""
 
     store: CacheStore
-    family: Family
+    run: Run
     sigmas: SigmaDistribution
-    config: TrainConfig
     dtype: torch.dtype
+
+    @property
+    def config(self) -> TrainConfig:
+        """The settings under `train`."""
+        return self.run.config.train
 
     def build(self, micro_batch: MicroBatch, strata: Sequence[tuple[int, int]] | None = None) -> Batch:
         """Latents [B,C,H,W] drawn from their posterior, noise, sigma, and texts.
@@ -115,12 +122,9 @@ class BatchBuilder:
         return Batch(
             latents_BCHW=latents_BCHW.to(self.dtype),
             noise_BCHW=torch.stack([noise for _, noise in pairs]).to(self.dtype),
-            sigma_B=self.sigmas.sigma(u_B, height * width // self.family.geometry.patch**2),
+            sigma_B=self.sigmas.sigma(u_B, height * width // self.run.family.geometry.patch**2),
             weight_B=torch.tensor([self._weights[sample] for sample in samples], dtype=torch.float32),
-            texts=self.family.collate_texts(
-                [self._text(*chosen) for chosen in zip(samples, captions, strict=True)],
-                [self._geometry(sample) for sample in samples],
-            ),
+            conditions=conditions_of(self.store, self.run, samples, captions, self.dtype),
             cell_weight_BHW=self._cell_weights(samples, height, width),
         )
 
@@ -130,9 +134,6 @@ class BatchBuilder:
     def _name(self, sample: int) -> str:
         name: str = self.store.table["key"][sample].as_py()
         return name
-
-    def _geometry(self, sample: int) -> SampleGeometry:
-        return SampleGeometry(**{name: self.store.table[name][sample].as_py() for name in _GEOMETRY_COLUMNS})
 
     @cached_property
     def _weights(self) -> "np.ndarray[tuple[int], np.dtype[np.float32]]":
@@ -147,10 +148,6 @@ class BatchBuilder:
             latents = mean + std * torch.randn(mean.shape, generator=_generator(*drawn_by, "posterior"))
         return latents, torch.randn(mean.shape, generator=_generator(*key, "noise"))
 
-    def _text(self, sample: int, caption: int) -> dict[str, torch.Tensor]:
-        text = self.store.text(sample, caption) if caption >= 0 else self.store.empty_text()
-        return {name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in text.items()}
-
     def _cell_weights(self, samples: Sequence[int], height: int, width: int) -> torch.Tensor | None:
         unmasked = self.config.loss.unmasked_weight
         if unmasked == 1:
@@ -160,6 +157,42 @@ class BatchBuilder:
             return None
         whole = torch.ones(height, width)
         return torch.stack([whole if mask is None else unmasked + (1 - unmasked) * mask.float() for mask in masks])
+
+
+def conditions_of(
+    store: CacheStore, run: Run, samples: Sequence[int], captions: Sequence[int], dtype: torch.dtype
+) -> Conditions:
+    """What these samples of a cache are conditioned on, in the working dtype: the same for training and for all that checks it.
+
+    Args:
+        samples: of one group of the order: they have as many references, of the same sizes, and as many controls.
+        captions: for each sample which of its captions, or `EMPTY_CAPTION`.
+    """
+
+    def as_computed(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    texts = [
+        store.text(sample, caption) if caption >= 0 else store.empty_text(sample)
+        for sample, caption in zip(samples, captions, strict=True)
+    ]
+    references = [store.references(sample) for sample in samples] if store.has_references else []
+    reads_controls = isinstance(run.method, HasControls)
+    controls = [list(map(control_tensor, store.control_items(sample))) for sample in samples] if reads_controls else []
+    geometries = [
+        SampleGeometry(**{name: store.table[name][sample].as_py() for name in _GEOMETRY_COLUMNS}) for sample in samples
+    ]
+    return Conditions(
+        texts=run.family.collate_texts([{name: as_computed(tensor) for name, tensor in text.items()} for text in texts]),
+        references=tuple(torch.stack(tensors).to(dtype) for tensors in zip(*references, strict=True)),
+        controls=tuple(torch.stack(tensors).to(dtype) for tensors in zip(*controls, strict=True)),
+        geometry_BG=torch.tensor([geometry.numbers() for geometry in geometries]),
+    )
+
+
+def control_tensor(item: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A cached control image: the mean of its latents [C,h,w], or its pixels [3,H,W] in [-1, 1]."""
+    return item["pixels"].float() / 127.5 - 1.0 if "pixels" in item else item["mean"].float()
 
 
 def _generator(*key: object) -> torch.Generator:

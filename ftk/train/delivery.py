@@ -1,9 +1,9 @@
 """What training needs of delivery: the weights that it hands over while it runs. `ftk.deliver` implements it, a layer above."""
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
-from ftk.configs.schema import RunConfig
+from ftk.models.base import Model
 from ftk.train.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -20,5 +20,5 @@ class Delivery(Protocol):
         """Put the sample images of a step on the model cards of its weights: they are drawn after those are written."""
 
 
-MakeDelivery = Callable[[RunConfig, "Inputs", Mapping[str, Any], Ranks], Delivery]
+MakeDelivery = Callable[["Inputs", Model, Ranks], Delivery]
 """Builds the delivery of a run, once its model is in memory."""

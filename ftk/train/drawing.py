@@ -1,37 +1,42 @@
 """Draws images with a diffusers pipeline: the sample images of training and of `ftk sample`, by the same settings and seeds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 
-from ftk.configs.schema import RunConfig
-from ftk.errors import ConfigError
-from ftk.models import base as models
-from ftk.models.base import Family
+from ftk.methods.base import HasControls
+from ftk.models.base import EditsImages
+from ftk.run import Run
 
 
-def generate(pipeline: Any, family: Family, config: RunConfig, texts: Mapping[str, Any], position: int) -> Image.Image:
-    """One image; its seed is `sample.seed` plus the prompt's position, drawn on the CPU so that it is the same anywhere."""
-    width, height = size(config)
+def generate(pipeline: Any, run: Run, arguments: Mapping[str, Any], position: int) -> Image.Image:
+    """One image of a prompt, whose texts and images are in the arguments.
+
+    Its seed is `sample.seed` plus the prompt's position; noise is drawn on the CPU, so that it is the same anywhere.
+    """
+    width, height = run.sample_size
+    settings = run.config.sample
     result = pipeline(
-        **texts,
+        **arguments,
         width=width,
         height=height,
-        num_inference_steps=config.sample.num_inference_steps,
-        generator=torch.Generator().manual_seed(config.sample.seed + position),
-        **family.generation(config.sample.guidance_scale),
+        num_inference_steps=settings.num_inference_steps,
+        generator=torch.Generator().manual_seed(settings.seed + position),
+        **run.family.generation(settings.guidance_scale),
     )
     image: Image.Image = result.images[0]
     return image
 
 
-def size(config: RunConfig) -> tuple[int, int]:
-    """(width, height) in px of what is drawn; `ConfigError` if the family has no such images."""
-    multiple = models.get(config.model.family).geometry.pixel_multiple
-    edge = config.data.resolutions[0] // multiple * multiple
-    width, height = config.sample.width or edge, config.sample.height or edge
-    if width % multiple or height % multiple:
-        raise ConfigError(f"sample: {width} x {height} px; {config.model.family} needs multiples of {multiple} px.")
-    return width, height
+def image_arguments(run: Run, references: Sequence[torch.Tensor], controls: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """The pipeline's arguments for a prompt's images, as `Conditions` has them, each in a batch of one."""
+    arguments: dict[str, Any] = {}
+    if references:
+        assert isinstance(run.family, EditsImages)
+        arguments |= run.family.pipeline_references(references)
+    if controls:
+        assert isinstance(run.method, HasControls)
+        arguments |= run.method.pipeline_controls(controls)
+    return arguments

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from ftk.models.base import Objective, TokenShift
+from ftk.models.components.schedule import Objective, TokenShift
 
 Sampling = Literal["uniform", "logit_normal", "sigmoid", "mode", "beta"]
 Weighting = Literal["none", "sigma_sqrt", "cosmap"]

@@ -1,10 +1,8 @@
 """What a run trains on: cache, order, noise, method and memory plan, opened and checked before any weights are read."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow.compute as pc
 import torch
@@ -13,14 +11,14 @@ from ftk.cache import fingerprint
 from ftk.cache.fetch import Download
 from ftk.cache.shards import KINDS
 from ftk.cache.store import CacheStore
-from ftk.configs.load import cache_location, prepared_path
 from ftk.configs.schema import ParameterGroupConfig, RunConfig, TrainConfig
 from ftk.errors import CacheError, ConfigError
 from ftk.methods import base as methods
-from ftk.methods.base import DENOISER
-from ftk.models import base as models
-from ftk.models.base import Family, NoiseSchedule, TrainsEncoders
+from ftk.models.base import Family, load_model
+from ftk.models.components import loading
+from ftk.models.components.schedule import NoiseSchedule
 from ftk.pipeline import dataset as prepared
+from ftk.run import Run
 from ftk.train import memory, optim, optimizers
 from ftk.train.flow import SigmaDistribution
 from ftk.train.hooks import samples
@@ -31,73 +29,74 @@ LOGGER = logging.getLogger("ftk")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What a run trains on, without any weights in memory."""
+    """What a run trains on, without any weights in memory. `model` is the folder of the base model."""
 
-    family: Family
-    method: methods.Method
-    method_config: Any
+    run: Run
     store: CacheStore
     order: Order
     model: Path
     schedule: NoiseSchedule
     sigmas: SigmaDistribution
     workload: memory.Workload
+    sizes: "Sizes"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What the shapes of the model alone tell: how much is trained, and how it is made to fit the device."""
+
     plan: memory.MemoryPlan
     num_frozen_parameters: int
     num_trainable_parameters: int
 
 
-def open_inputs(config: RunConfig, device: torch.device, world_size: int = 1) -> Inputs:
+def open_inputs(run: Run, device: torch.device, world_size: int = 1) -> Inputs:
     """Open the cache, order it, and plan the memory; the denoiser's shapes alone are read.
 
     Raises:
         CacheError: the cache is missing, damaged, or was made with something else than this run names.
         ConfigError: a setting does not fit the family, the method or the samples.
     """
-    family = models.get(config.model.family)
-    method, method_config = methods.parse(config.method)
-    _check_needs(method)
+    config, family = run.config, run.family
     optim.check(config.train)
-    needed = family.latent_components if config.sample.every and config.sample.prompts else ()
-    trained_components = method.needs(family, method_config)
-    encoders = [name for name in trained_components if name != DENOISER]
-    model = models.locate(config.model, (*family.denoiser_components, *encoders, *needed))
+    draws = family.latent_components if config.sample.every and config.sample.prompts else ()
+    model = run.locate((*run.trained_components, *draws))
     schedule = family.load_schedule(model)
     sigmas = sigma_distribution(config.train, schedule, family)
-    store = open_cache(config, family)
-    samples.check(config, store)
-    order = build_order(config, store)
-    shapes = load_components(trained_components, family, model, torch.float32, torch.device("meta"))
-    trained = method.attach(shapes, family, method_config, 0)
-    train = settings_for_plan(config.train, method, method_config)
+    store = open_cache(run)
+    samples.check(run, store)
     workload = memory.cached_workload(store.table, family, config.train, world_size)
     return Inputs(
-        family=family,
-        method=method,
-        method_config=method_config,
+        run=run,
         store=store,
-        order=order,
+        order=build_order(config, store),
         model=model,
         schedule=schedule,
         sigmas=sigmas,
         workload=workload,
+        sizes=plan_sizes(run, model, workload, device),
+    )
+
+
+def plan_sizes(run: Run, model: Path, workload: memory.Workload, device: torch.device) -> Sizes:
+    """Attach the method to the model's shapes, count, and plan the memory; no weights are read.
+
+    Raises:
+        ConfigError: the method does not fit the model, or settings of the memory exclude each other.
+    """
+    shapes = load_model(run.family, model, run.encoders, torch.float32, torch.device("meta"))
+    trained = run.method.attach(shapes, run.settings, 0)
+    every = [each for module in shapes.components.values() for each in module.parameters()]
+    return Sizes(
         plan=memory.plan(
-            family,
-            shapes[DENOISER],
-            train,
-            workload,
-            memory.inspect_device(device),
-            encoders=[module for name, module in shapes.items() if name != DENOISER],
-            splits_trained=methods.trains_base(method, method_config),
+            shapes, settings_for_plan(run), workload, memory.inspect_device(device), splits_trained=run.trains_base
         ),
-        num_frozen_parameters=sum(
-            each.numel() for module in shapes.values() for each in module.parameters() if not each.requires_grad
-        ),
+        num_frozen_parameters=sum(each.numel() for each in every if not each.requires_grad),
         num_trainable_parameters=sum(parameter.numel() for parameter in trained.values()),
     )
 
 
-def settings_for_plan(config: TrainConfig, method: methods.Method, settings: Any) -> TrainConfig:
+def settings_for_plan(run: Run) -> TrainConfig:
     """The settings that the memory plan may choose within: a base that changes is there in full precision.
 
     It is split over processes only where it is what is trained, and only with an optimizer that updates part by part.
@@ -105,13 +104,14 @@ def settings_for_plan(config: TrainConfig, method: methods.Method, settings: Any
     Raises:
         ConfigError: the settings ask for what the method, or the optimizer, cannot do.
     """
-    if not methods.changes_base(method, settings):
+    config = run.config.train
+    if not run.changes_base:
         return config
     if config.memory.base == "int8":
         raise ConfigError("train.memory.base: int8 does not go with a method that changes the base weights. Leave it out.")
-    splits = methods.trains_base(method, settings) and optimizers.splits(config)
+    splits = run.trains_base and optimizers.splits(config)
     if config.sharding == "fsdp" and not splits:
-        raise ConfigError(_why_whole(config, method, settings))
+        raise ConfigError(_why_whole(run))
     return config.model_copy(
         update={
             "sharding": config.sharding if splits else "none",
@@ -120,69 +120,50 @@ def settings_for_plan(config: TrainConfig, method: methods.Method, settings: Any
     )
 
 
-def _why_whole(config: TrainConfig, method: methods.Method, settings: Any) -> str:
-    if methods.trains_base(method, settings):
+def _why_whole(run: Run) -> str:
+    if run.trains_base:
         return (
-            f"train.sharding: fsdp splits what method {method.name} trains, and optimizer {config.optimizer.name} is not known "
-            f"to treat a part of a tensor as within the whole. Those that do: {', '.join(optimizers.elementwise())}, and "
-            f"most of torch.optim. Or leave train.sharding out."
+            f"train.sharding: fsdp splits what method {run.method.name} trains, and optimizer "
+            f"{run.config.train.optimizer.name} is not known to treat a part of a tensor as within the whole. Those that do: "
+            f"{', '.join(optimizers.elementwise())}, and most of torch.optim. Or leave train.sharding out."
         )
     return (
         f"train.sharding: fsdp does not go with a method that changes the base weights and trains something beside them "
-        f"({method.name} with these settings): what it delivers is computed from both. Leave it out."
+        f"({run.method.name} with these settings): what it delivers is computed from both. Leave it out."
     )
 
 
-def with_rates(config: TrainConfig, method: methods.Method, settings: Any) -> TrainConfig:
+def with_rates(run: Run) -> TrainConfig:
     """The settings with the learning rates that the method asks for, behind those of the run file."""
+    config = run.config.train
     asked = tuple(
         ParameterGroupConfig(match=match, learning_rate=config.learning_rate * factor)
-        for match, factor in methods.parameter_groups(method, settings)
+        for match, factor in methods.parameter_groups(run.method, run.settings)
     )
     groups = (*config.optimizer.groups, *asked)
     return config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"groups": groups})})
 
 
-def _check_needs(method: methods.Method) -> None:
-    """What this stage can give a method from the cache: latents and texts."""
-    if method.EXTRA:
-        raise ConfigError(f"method {method.name} needs {', '.join(sorted(method.EXTRA))}, which this ftk cannot give it yet.")
-
-
-def load_components(
-    names: Sequence[str], family: Family, model: Path, dtype: torch.dtype, device: torch.device
-) -> dict[str, Any]:
-    """The denoiser and text encoders that a method needs, frozen, in training mode; on `meta` their shapes alone."""
-    components: dict[str, Any] = {}
-    for name in names:
-        if name == DENOISER:
-            components[name] = family.load_denoiser(model, dtype, device)
-        else:
-            assert isinstance(family, TrainsEncoders)
-            components[name] = family.load_encoder(model, name, dtype, device)
-    return components
-
-
-def open_cache(config: RunConfig, family: Family) -> CacheStore:
+def open_cache(run: Run) -> CacheStore:
     """Open the cache and refuse one that is not what this run names, with a table of what differs.
 
     Weights are compared where the VAE and text encoder are at hand; a training machine need not have them.
     """
-    location = cache_location(config)
+    config, family, location = run.config, run.family, run.paths.cache
     download = Download(directory=Path(config.cache.download_dir), max_bytes=round(config.cache.download_gib * 2**30))
     store = CacheStore.open(location, download)
     manifest = store.manifest
     rows: list[tuple[str, str, str]] = []
     for kind in KINDS:
         components = family.latent_components if kind == "latents" else family.text_components
-        local = models.local_components(config.model, components)
+        local = loading.local_components(config.model, components)
         found = manifest.encoders[kind]
-        expected = fingerprint.encoder_parts(kind, family, config.cache, local, full=fingerprint.is_full(found))
+        expected = fingerprint.encoder_parts(kind, run, local, full=fingerprint.is_full(found))
         rows += [(f"{kind}.{part}", e, f) for part, e, f in fingerprint.differences(expected, found)]
-    there = prepared.read_manifest(prepared_path(config))
+    there = prepared.read_manifest(run.paths.prepared)
     if there is not None and there.fingerprint != manifest.prepared_fingerprint:
         rows.append(("prepared dataset", there.fingerprint, manifest.prepared_fingerprint))
-    recipe = fingerprint.differences(prepared.recipe(config), manifest.prepared_recipe)
+    recipe = fingerprint.differences(*prepared.recipes(config, manifest.prepared_recipe))
     rows += [(f"data.{part}", expected, found) for part, expected, found in recipe]
     if rows:
         raise CacheError(
@@ -191,9 +172,32 @@ def open_cache(config: RunConfig, family: Family) -> CacheStore:
             f"keeps the rest."
         )
     num_unused = pc.sum(pc.greater(pc.list_value_length(store.table["controls"]), 0)).as_py()
-    if num_unused:
-        LOGGER.warning("%d samples have control images: no method of this ftk uses them yet.", num_unused)
+    if isinstance(run.method, methods.HasControls):
+        _check_controls(run, store)
+    elif num_unused:
+        LOGGER.warning("%d samples have control images, which method %s does not use.", num_unused, run.method.name)
     return store
+
+
+def _check_controls(run: Run, store: CacheStore) -> None:
+    """Every sample must have as many control images, in the form that the method reads.
+
+    Raises:
+        CacheError: one has not.
+    """
+    counts = pc.list_value_length(store.table["controls"])
+    least, most = (function(counts).as_py() for function in (pc.min, pc.max))
+    if not least or least != most:
+        raise CacheError(
+            f"method {run.method.name} reads control images, and every sample must have as many: the cache's samples have "
+            f"{least} to {most}. Name them under `controls` of each source, then run `ftk prepare` and `ftk cache`."
+        )
+    is_pixels = "pixels" in store.control_items(0)[0]
+    if is_pixels != (run.needs.controls == "pixels"):
+        raise CacheError(
+            f"method {run.method.name} reads control images as {run.needs.controls}, and {store.location} holds them as "
+            f"{'pixels' if is_pixels else 'latents'}. Run `ftk cache RUN.yaml`: it encodes those alone."
+        )
 
 
 def build_order(config: RunConfig, store: CacheStore) -> Order:

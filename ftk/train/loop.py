@@ -4,16 +4,16 @@ Shape legend: B batch, C channels, H W latent cells, K sigma bands.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from ftk.configs.schema import TrainConfig
 from ftk.errors import Preempted
-from ftk.models.base import Family, NoiseSchedule, TrainsEncoders
+from ftk.methods.base import Method
+from ftk.models.base import Model
 from ftk.train import flow
 from ftk.train.data import Batch, Step
 from ftk.train.optim import MasterOptimizer
@@ -60,14 +60,11 @@ class Hook(Protocol):
 class Trainer:
     """The state of a run between two updates: weights and moments (in `optimizer`) and `step`. Nothing else is random."""
 
-    family: Family
-    denoiser: Any
-    encoders: Mapping[str, Any] = field(default_factory=dict)
-    """Text encoders that are trained with it, by name: captions then pass through them at every step."""
-    predict: Callable[..., torch.Tensor]
+    model: Model
+    method: Method
     optimizer: MasterOptimizer
     schedule: Callable[[int], float]
-    noise_schedule: NoiseSchedule
+    """The factor on the learning rate after so many steps."""
     config: TrainConfig
     device: torch.device
     dtype: torch.dtype = torch.float32
@@ -127,10 +124,11 @@ class Trainer:
 
     def losses(self, batch: Batch) -> torch.Tensor:
         """[B] fp32 weighted loss of each sample: noise it to its sigma, predict, compare with the target."""
-        noise = self.noise_schedule
+        # In flow matching: x_sigma = (1 - sigma) x + sigma n, and the model learns n - x. Other objectives have tables of both.
+        noise = self.model.schedule
         signal_B, sigma_B = noise.scales(batch.sigma_B, batch.latents_BCHW.dtype)
         noisy_BCHW = flow.interpolate(batch.latents_BCHW, batch.noise_BCHW, signal_B, sigma_B)
-        prediction_BCHW = self.predict(self.denoiser, noisy_BCHW, noise.time(batch.sigma_B), self.encoded(batch.texts))
+        prediction_BCHW = self.method.predict(self.model, noisy_BCHW, batch.sigma_B, batch.conditions)
         return batch.weight_B * flow.loss_per_sample(
             prediction_BCHW,
             flow.target(noise.objective, batch.latents_BCHW, batch.noise_BCHW, signal_B, sigma_B),
@@ -139,30 +137,11 @@ class Trainer:
             huber_delta=self.config.loss.huber_delta if self.config.loss.kind == "huber" else None,
         )
 
-    def encoded(self, texts: Mapping[str, torch.Tensor | None]) -> Mapping[str, torch.Tensor | None]:
-        """Collated texts as the text encoders that are trained encode them now; else as they are cached."""
-        if not self.encoders:
-            return texts
-        assert isinstance(self.family, TrainsEncoders)
-        return self.family.encode_tokens(self.encoders, texts)
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Without what is random in training, such as dropout."""
-        models = (self.denoiser, *self.encoders.values())
-        for model in models:
-            model.eval()
-        try:
-            yield
-        finally:
-            for model in models:
-                model.train()
-
     def _weights(self, signal_B: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
         """[B]: of the sigma that was applied, rounded to the working dtype as in the interpolation."""
         settings = self.config.sigma
         if settings.weighting == "min_snr":
-            return flow.min_snr_weight(signal_B, sigma_B, self.noise_schedule.objective, settings.min_snr_gamma)
+            return flow.min_snr_weight(signal_B, sigma_B, self.model.schedule.objective, settings.min_snr_gamma)
         return flow.weight(sigma_B, settings.weighting)
 
 

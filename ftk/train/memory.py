@@ -7,7 +7,7 @@ Estimates err: a plan that does not fit is a warning, not an error.
 """
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from ftk.configs.schema import RunConfig, TrainConfig
 from ftk.errors import ConfigError
-from ftk.models.base import Activations, Family
+from ftk.models.base import Activations, Family, Model
 from ftk.progress import human_bytes
 
 if TYPE_CHECKING:
@@ -49,17 +49,21 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """The largest micro-batch of a run: `height` and `width` in latent cells, text padded to `text_tokens`."""
+    """The largest micro-batch of a run: `height` and `width` in latent cells, text padded to `text_tokens`.
+
+    `reference_tokens` are those of all references of one sample.
+    """
 
     height: int
     width: int
     text_tokens: int
     micro_batch_size: int
     world_size: int = 1
+    reference_tokens: int = 0
 
     def image_tokens(self, family: Family) -> int:
-        """Tokens of one image."""
-        return self.height * self.width // family.geometry.patch**2
+        """Tokens of one image and its references."""
+        return self.height * self.width // family.geometry.patch**2 + self.reference_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,23 +160,36 @@ def cached_workload(samples: pa.Table, family: Family, config: TrainConfig, worl
     """The largest micro-batch of a cache, whose table of samples this is: the bucket with most tokens, its longest text."""
     lengths = samples["text_lengths"].combine_chunks()
     rows = pc.list_parent_indices(lengths)
+    pixels_per_token = family.geometry.pixel_multiple**2
     flat = pa.table(
         {
             "width": samples["bucket_width"].take(rows),
             "height": samples["bucket_height"].take(rows),
+            "references": _reference_pixels(samples).take(rows),
             "tokens": pc.list_flatten(lengths),
         }
     )
-    factor, patch = family.geometry.factor, family.geometry.patch
-    buckets = flat.group_by(["width", "height"]).aggregate([("tokens", "max")]).to_pylist()
-    found = max(buckets, key=lambda one: one["width"] * one["height"] // (factor * patch) ** 2 + one["tokens_max"])
+    buckets = flat.group_by(["width", "height", "references"]).aggregate([("tokens", "max")]).to_pylist()
+    largest = max(
+        buckets,
+        key=lambda row: (row["width"] * row["height"] + row["references"]) // pixels_per_token + row["tokens_max"],
+    )
     return Workload(
-        height=found["height"] // factor,
-        width=found["width"] // factor,
-        text_tokens=found["tokens_max"],
+        height=largest["height"] // family.geometry.factor,
+        width=largest["width"] // family.geometry.factor,
+        text_tokens=largest["tokens_max"],
         micro_batch_size=config.micro_batch_size,
         world_size=world_size,
+        reference_tokens=largest["references"] // pixels_per_token,
     )
+
+
+def _reference_pixels(samples: pa.Table) -> pa.Array:
+    """Pixels of all references of each sample; 0 where the cache has none."""
+    if "reference_widths" not in samples.column_names:
+        return pa.repeat(pa.scalar(0, pa.int64()), len(samples))
+    pairs = zip(samples["reference_widths"].to_pylist(), samples["reference_heights"].to_pylist(), strict=True)
+    return pa.array([sum(w * h for w, h in zip(*pair, strict=True)) for pair in pairs], pa.int64())
 
 
 def assumed_workload(config: RunConfig, family: Family, world_size: int = 1) -> Workload:
@@ -187,30 +204,21 @@ def assumed_workload(config: RunConfig, family: Family, world_size: int = 1) -> 
     )
 
 
-def plan(
-    family: Family,
-    denoiser: Any,
-    config: TrainConfig,
-    workload: Workload,
-    device: Device,
-    *,
-    encoders: Sequence[Any] = (),
-    splits_trained: bool = False,
-) -> MemoryPlan:
+def plan(model: Model, config: TrainConfig, workload: Workload, device: Device, *, splits_trained: bool = False) -> MemoryPlan:
     """Choose precision, checkpointing, sharding, base, offload and attention.
 
     Args:
-        encoders: text encoders that are trained with it, likewise; they are whole on every process.
-        denoiser: with the method attached, on whatever device; `meta` will do. What requires a gradient is what is trained.
-        splits_trained: whether sharding splits that as well; else it stays whole on every process.
+        model: with the method attached, on whatever device; `meta` will do. What requires a gradient is what is trained.
+            Text encoders and extra networks are whole on every process.
+        splits_trained: whether sharding splits what is trained of the denoiser as well; else it stays whole on every process.
 
     Raises:
         ConfigError: settings that exclude each other, or an 8-bit base without torchao.
     """
     budget = device.budget_bytes if config.memory.device_gib is None else round(config.memory.device_gib * _GIB)
     dtype, precision_reason = precision(config, device)
-    sizes = _sizes(family, denoiser, config, workload, dtype, splits_trained)
-    fixed = {"text encoders": _encoder_bytes(encoders, config, workload, dtype)} if encoders else {}
+    sizes = _sizes(model, config, workload, dtype, splits_trained)
+    fixed = _fixed(model, config, workload, dtype, sizes)
     _check(config, sizes.num_blocks)
     # Without a known budget there is nothing to decide: the first of the measures that were asked for.
     for measures in _candidates(config, sizes, workload.world_size, budget is not None):
@@ -307,7 +315,7 @@ def advice(plan: MemoryPlan, workload: Workload, family: Family) -> str:
 
 def blocks(denoiser: Any, family: Family) -> list[Any]:
     """The repeated blocks in the order in which they run."""
-    return [module for module in denoiser.modules() if type(module).__name__ == family.block_class]
+    return [module for module in denoiser.modules() if type(module).__name__ in family.block_classes]
 
 
 def has_torchao() -> bool:
@@ -315,9 +323,8 @@ def has_torchao() -> bool:
     return importlib.util.find_spec("torchao") is not None
 
 
-def _sizes(
-    family: Family, denoiser: Any, config: TrainConfig, workload: Workload, dtype: "torch.dtype", splits_trained: bool
-) -> _Sizes:
+def _sizes(model: Model, config: TrainConfig, workload: Workload, dtype: "torch.dtype", splits_trained: bool) -> _Sizes:
+    family, denoiser = model.family, model.denoiser
     repeated = blocks(denoiser, family)
     frozen = sum(one.numel() for one in denoiser.parameters() if not one.requires_grad)
     trained = _num_trained(denoiser)
@@ -352,12 +359,30 @@ def _bytes_a_trained_parameter(config: TrainConfig, dtype: "torch.dtype | None" 
     return plain + (4 if config.ema_decay else 0)
 
 
-def _encoder_bytes(encoders: Sequence[Any], config: TrainConfig, workload: Workload, dtype: "torch.dtype") -> int:
-    """Weights, what is trained of them, and a micro-batch's activations."""
-    total, trained = sum(one.numel() for each in encoders for one in each.parameters()), sum(map(_num_trained, encoders))
-    widths = sum(each.config.num_hidden_layers * each.config.hidden_size for each in encoders)
-    kept = workload.micro_batch_size * workload.text_tokens * widths * _ENCODER_WIDTHS
-    return int((total - trained + kept) * dtype.itemsize + trained * _bytes_a_trained_parameter(config, dtype))
+def _fixed(model: Model, config: TrainConfig, workload: Workload, dtype: "torch.dtype", sizes: _Sizes) -> dict[str, int]:
+    """Bytes of what is beside the denoiser and no measure touches: text encoders and extra networks, where there are any."""
+    fixed = {}
+    if model.encoders:
+        widths = sum(each.config.num_hidden_layers * each.config.hidden_size for each in model.encoders.values())
+        kept = workload.micro_batch_size * workload.text_tokens * widths * _ENCODER_WIDTHS
+        fixed["text encoders"] = _beside_bytes(model.encoders.values(), config, dtype) + kept * dtype.itemsize
+    if model.extras:
+        # A network like the denoiser keeps as much of a sample as its share of the denoiser's parameters.
+        activations = sizes.activations
+        whole = activations.outside + sizes.num_blocks * activations.block_saved
+        num_denoiser = sum(each.numel() for each in model.denoiser.parameters())
+        share = sum(each.numel() for module in model.extras.values() for each in module.parameters()) / num_denoiser
+        kept = round(workload.micro_batch_size * share * whole)
+        fixed["extra networks"] = _beside_bytes(model.extras.values(), config, dtype) + kept
+    return fixed
+
+
+def _beside_bytes(modules: Iterable[Any], config: TrainConfig, dtype: "torch.dtype") -> int:
+    """Weights of modules that are whole on every process, and gradients, moments and masters of what is trained of them."""
+    every = [each for module in modules for each in module.parameters()]
+    trained = sum(each.numel() for each in every if each.requires_grad)
+    frozen = sum(each.numel() for each in every) - trained
+    return int(frozen * dtype.itemsize + trained * _bytes_a_trained_parameter(config, dtype))
 
 
 def _num_trained(module: Any) -> int:

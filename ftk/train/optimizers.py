@@ -4,7 +4,6 @@ A new optimizer is one entry of `OPTIMIZERS`. A dotted class works without an en
 """
 
 import contextlib
-import difflib
 import importlib
 import inspect
 import io
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from ftk.configs.schema import ParameterGroupConfig, TrainConfig
-from ftk.errors import ConfigError
+from ftk.errors import ConfigError, did_you_mean
 
 LOGGER = logging.getLogger("ftk")
 
@@ -131,7 +130,7 @@ def choose(config: TrainConfig) -> Choice:
             raise ConfigError(f"train.optimizer.{setting}: {refused[setting]}. Leave `{setting}` out.")
         if known is not None and setting not in known:
             valid = [argument for argument in known if argument not in refused]
-            raise ConfigError(f"train.optimizer.{setting}: {name} has no such setting.{_nearest(setting, valid)}")
+            raise ConfigError(f"train.optimizer.{setting}: {name} has no such setting.{_names(setting, valid)}")
     arguments = {**entry.defaults, **{key: _as_tuples(value) for key, value in config.optimizer.settings.items()}}
     _check_groups(config, entry, takes_decay=known is None or "weight_decay" in known)
     _check_rate(config, entry)
@@ -200,7 +199,7 @@ def _entry(name: str) -> Entry:
         return OPTIMIZERS[name]
     if not _DOTTED.fullmatch(name):
         raise ConfigError(
-            f"train.optimizer.name: there is no optimizer {name!r}.{_nearest(name, OPTIMIZERS)}, "
+            f"train.optimizer.name: there is no optimizer {name!r}.{_names(name, OPTIMIZERS)}, "
             f"or a dotted class such as torch.optim.SGD."
         )
     return Entry(path=name, is_elementwise=name in _ELEMENTWISE)
@@ -224,7 +223,7 @@ def _import_class(name: str, entry: Entry) -> type[torch.optim.Optimizer]:
             if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
         ]
         what = "is no torch.optim.Optimizer" if found is not None else f"is not in {module_name}"
-        raise ConfigError(f"train.optimizer.name: {entry.path} {what}.{_nearest(class_name, valid)}")
+        raise ConfigError(f"train.optimizer.name: {entry.path} {what}.{_names(class_name, valid)}")
     closure = inspect.signature(found.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise ConfigError(
@@ -342,7 +341,6 @@ def _as_tuples(value: Any) -> Any:
     return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _nearest(given: str, valid: Iterable[str]) -> str:
+def _names(given: str, valid: Iterable[str]) -> str:
     valid = list(valid)
-    close = difflib.get_close_matches(given, valid, n=1, cutoff=0.5)
-    return (f" Did you mean `{close[0]}`?" if close else "") + f" Valid: {', '.join(valid) or 'none'}"
+    return f"{did_you_mean(given, valid)} Valid: {', '.join(valid) or 'none'}"

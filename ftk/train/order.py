@@ -1,6 +1,7 @@
 """Which sample when, and with which random numbers: a pure function of (seed, index). No loader state, no RNG state.
 
-Each epoch permutes every group (a bucket, or a bucket and a text length) under a key, cuts it into micro-batches of one
+Each epoch permutes every group (samples of one bucket and one list of reference sizes, and where it is asked for of one text
+length) under a key, cuts it into micro-batches of one
 group, and shuffles those. Epochs follow each other without a seam; a step is the next `global_batch_size /
 micro_batch_size` micro-batches, and rank r takes every world-th of them: another number of processes changes who computes,
 not what is computed.
@@ -57,8 +58,8 @@ class Order:
     the first epoch.
 
     Args:
-        samples: the cache's sample table; its columns key, bucket_width, bucket_height, repeats, role and text_lengths, and
-            for `validation.share` latents, texts, width and height.
+        samples: the cache's sample table; its columns key, bucket_width, bucket_height, repeats, role and text_lengths, those
+            of references where there are any, and for `validation.share` latents, texts, width and height.
         empty_length: tokens of the empty caption.
 
     Raises:
@@ -84,6 +85,10 @@ class Order:
         self._starts = np.zeros(1, np.int64)
         self._most_epochs = max(1, _BLOCK // max(self._uses.num_an_epoch, self._captions.num_groups))
         self._epoch = lru_cache(maxsize=min(64, max(2, self._most_epochs)))(self._plan_epoch)
+
+    def shape_of(self, sample: int) -> int:
+        """A number for the shape of a sample's tensors: its bucket, and the sizes of its references."""
+        return int(self._captions.bucket_S[sample])
 
     def step(self, step: int) -> list[MicroBatch]:
         """The micro-batches of a step, counted from 0."""
@@ -333,6 +338,9 @@ class _Captions:
 def _captions(samples: pa.Table, config: TrainConfig, empty_length: int) -> _Captions:
     num_S = _integers(pc.list_value_length(samples["text_lengths"])).astype(np.int32)
     bucket_S, num_groups = _codes((_integers(samples["bucket_width"]) << 32) | _integers(samples["bucket_height"]))
+    if (sizes := _reference_sizes(samples)) is not None:
+        sizes_S = sizes.dictionary_encode().indices.to_numpy()
+        bucket_S, num_groups = _codes((bucket_S.astype(np.int64) << 32) | sizes_S)
     slot_S = np.cumsum(num_S + 1) - (num_S + 1)
     slot_group = None
     if config.group_by == "text_length":
@@ -349,6 +357,15 @@ def _captions(samples: pa.Table, config: TrainConfig, empty_length: int) -> _Cap
         num_groups=num_groups,
         dropout=config.caption_dropout,
     )
+
+
+def _reference_sizes(samples: pa.Table) -> pa.Array | None:
+    """[S]: the sizes of each sample's references as one text; None where the cache has no references."""
+    if "reference_widths" not in samples.column_names:
+        return None
+    sides = [pc.cast(samples[name], pa.list_(pa.string())) for name in ("reference_widths", "reference_heights")]
+    joined = pc.binary_join_element_wise(*(pc.binary_join(column, ",") for column in sides), "x")
+    return joined.combine_chunks() if isinstance(joined, pa.ChunkedArray) else joined
 
 
 def _fingerprint(
@@ -376,6 +393,8 @@ def _fingerprint(
         columns.append(_integers(pc.list_flatten(samples["text_lengths"])))
     if config.class_ratio is not None:
         columns.append(is_class_S)
+    if (sizes := _reference_sizes(samples)) is not None:
+        hasher.update(storage.json_bytes(sizes.to_pylist()))
     for column in columns:
         hasher.update(np.ascontiguousarray(column).view(np.uint8).data)
     return hasher.hexdigest()[:32]

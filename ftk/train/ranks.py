@@ -1,4 +1,4 @@
-"""The processes of a run: torchrun, accelerate or Slurm start them, this file is all that knows of more than one.
+"""The processes of a run, which torchrun, accelerate or Slurm start: how they find each other, and what they exchange.
 
 A process that dies, or waits too long, ends all the others: `Preempted`, and the same command goes on from the last
 checkpoint, on as many processes as there are then.
@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from ftk import devices
 from ftk.errors import ConfigError, EnvironmentFault, Preempted
-from ftk.models import base as models
 from ftk.models.base import Family
 from ftk.train.memory import blocks
 
@@ -258,7 +258,7 @@ def _others_may_be_gone() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # also torch.distributed's own errors
-        if models.is_out_of_memory(error):
+        if devices.is_out_of_memory(error):
             raise
         raise _gone(error) from error
 
@@ -266,7 +266,7 @@ def _others_may_be_gone() -> Iterator[None]:
 def others_gone(error: RuntimeError) -> Preempted | None:
     """What to raise in place of an error from an exchange of torch's own, FSDP's; None for any other error."""
     is_of_exchange = isinstance(error, dist.DistError) or "/gloo/" in str(error)
-    return _gone(error) if is_of_exchange and not models.is_out_of_memory(error) else None
+    return _gone(error) if is_of_exchange and not devices.is_out_of_memory(error) else None
 
 
 def _gone(error: RuntimeError) -> Preempted:

@@ -24,6 +24,7 @@ _DIGITS = 5
 _MOST_MARKS = 400
 _MOST_SHEETS = 60
 _SHEETS_BYTES = 18 << 20
+_SIGMAS_BYTES = 1 << 20
 _SHEET_PX = (1600, 1100, 800, 560, 400, 280)
 # Which settings stand at the top; the whole file is below them.
 _SETTINGS = (
@@ -47,6 +48,7 @@ def page(directory: Path) -> tuple[RunSummary, bytes]:
         data=curves(rows, measured, summary, settings),
         sheets=_sheets(directory),
         num_sheets=len(summary.sample_sheets),
+        sigmas=_thumbnail(directory / run_summary.SIGMAS, _SIGMAS_BYTES),
         settings=[(name, _shown(_at(settings, name))) for name in _SETTINGS if _at(settings, name) is not None],
         config=_text(directory / run_summary.CONFIG),
         environment=_flat(_environment(directory)),

@@ -24,7 +24,7 @@ from ftk.train.loop import NUM_BANDS
 LOGGER = logging.getLogger("ftk")
 
 State = Literal["running", "finished", "stopped", "not started"]
-CONFIG, ENVIRONMENT, REPORT = "config.yaml", "environment.json", "report.json"
+CONFIG, ENVIRONMENT, REPORT, SIGMAS = "config.yaml", "environment.json", "report.json", "sigmas.png"
 _WEIGHT_FOLDERS = ("adapter", "best")
 _LOSS_STEPS, _SPEED_STEPS, _BAND_STEPS = 20, 200, 200
 _MOST_BAD_STEPS = 20

@@ -1,4 +1,4 @@
-"""Histograms of the noise levels that a run will draw, for `ftk train --dry-run`: as text, and as a PNG.
+"""Histograms of the noise levels that a run draws: as text for `ftk train --dry-run`, and as a PNG in the run's folder.
 
 `tokens` maps an image size, as it shall be called, to its tokens (latent cells / patch^2): where sigma is shifted by them,
 the smallest and the largest size have a histogram each, elsewhere all sizes have one.
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ftk.models.base import TokenShift
+from ftk.models.components.schedule import TokenShift
 from ftk.train.flow import SigmaDistribution
 
 Bins = npt.NDArray[np.float64]

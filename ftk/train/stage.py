@@ -1,4 +1,7 @@
-"""`ftk train`: open the cache, build the trainer, loop. Only the denoiser is in memory."""
+"""`ftk train`: open the cache, build the trainer, loop. The denoiser is in memory, and with it only what is trained too.
+
+The VAE joins them for the moment in which sample images are drawn.
+"""
 
 import importlib.metadata
 import logging
@@ -15,11 +18,10 @@ import numpy as np
 import torch
 
 import ftk
-from ftk import storage
-from ftk.configs.load import resolved_yaml, run_path
-from ftk.configs.schema import RunConfig
+from ftk import devices, storage
+from ftk.configs.load import resolved_yaml
 from ftk.errors import EnvironmentFault, Preempted
-from ftk.models import base as models
+from ftk.run import Run
 from ftk.train import checkpoint, memory, ranks, run_summary, sigma_plot
 from ftk.train.build import Build, build_trainer
 from ftk.train.delivery import MakeDelivery
@@ -52,7 +54,7 @@ class TrainReport:
     adapter: str
 
 
-def run(config: RunConfig, make_delivery: MakeDelivery, fresh: bool = False, allow_change: bool = False) -> TrainReport | None:
+def run(run: Run, make_delivery: MakeDelivery, fresh: bool = False, allow_change: bool = False) -> TrainReport | None:
     """Train to `train.steps`, from the newest checkpoint if there is one.
 
     Args:
@@ -69,17 +71,17 @@ def run(config: RunConfig, make_delivery: MakeDelivery, fresh: bool = False, all
         EnvironmentFault: the device has no memory left; the message says what to change.
         Preempted: a signal stopped the run after saving, or another process ended.
     """
-    device, directory = models.resolve_device(config.train.device), run_path(config)
-    with ranks.started(device, config.train.timeout_seconds) as (mine, device):
+    device, directory = devices.resolve_device(run.config.train.device), run.paths.run
+    with ranks.started(device, run.config.train.timeout_seconds) as (mine, device):
         if fresh and mine.is_main:
             _set_aside(directory)
         with storage.lock(directory) if mine.is_main else nullcontext():
             for folder in _FOLDERS if mine.is_main else ():
                 storage.sweep(directory / folder)
-            build = build_trainer(config, make_delivery, mine, device, allow_change=allow_change)
+            build = build_trainer(run, make_delivery, mine, device, allow_change=allow_change)
             with closing(build.inputs.store), closing(build.recorder):
                 first = build.trainer.step
-                _fit(config, build, directory)
+                _fit(build)
                 if not mine.is_main:
                     return None
                 report = _report(build, build.trainer.step - first)
@@ -87,36 +89,33 @@ def run(config: RunConfig, make_delivery: MakeDelivery, fresh: bool = False, all
     return report
 
 
-def _fit(config: RunConfig, build: Build, directory: Path) -> None:
-    trainer = build.trainer
-    if trainer.step >= config.train.steps:
+def _fit(build: Build) -> None:
+    trainer, directory, steps = build.trainer, build.directory, build.inputs.run.config.train.steps
+    if trainer.step >= steps:
         # The hooks start all the same: a kill may have come between the last checkpoint and what follows it.
         LOGGER.info("%s is at step %d already: nothing to do. Raise train.steps to go on.", directory, trainer.step)
     elif trainer.ranks.is_main:
-        _write_environment(config, build)
+        _write_environment(build)
     try:
         with _stopping_on_signals(trainer.ranks):
-            trainer.fit(build.loader.steps(trainer.step, config.train.steps))
+            trainer.fit(build.loader.steps(trainer.step, steps))
     except RuntimeError as error:
         if (gone := ranks.others_gone(error)) is not None:
             raise gone from error
-        if not models.is_out_of_memory(error):
+        if not devices.is_out_of_memory(error):
             raise
         raise EnvironmentFault(
             f"Step {trainer.step + 1}: {str(error).splitlines()[0]}\n"
-            f"{memory.advice(build.inputs.plan, build.inputs.workload, build.inputs.family)}"
+            f"{memory.advice(build.inputs.sizes.plan, build.inputs.workload, build.inputs.run.family)}"
         ) from error
 
 
-def dry_run(config: RunConfig) -> dict[str, Any]:
-    """Steps, samples, parameters, the plan of the memory, and the sigmas that will be drawn; no weights are read."""
-    device = models.resolve_device(config.train.device)
-    inputs = open_inputs(config, device, ranks.world_size())
-    order = inputs.order
-    found = checkpoint.latest(run_path(config) / "checkpoints")
-    tokens = _tokens(inputs)
-    picture = run_path(config) / "sigmas.png"
-    storage.commit_bytes(picture, sigma_plot.png(inputs.sigmas, tokens))
+def dry_run(run: Run) -> dict[str, Any]:
+    """Steps, samples, parameters, the memory plan and the sigmas that will be drawn. Reads no weights, writes nothing."""
+    config, device = run.config, devices.resolve_device(run.config.train.device)
+    inputs = open_inputs(run, device, ranks.world_size())
+    order, sizes = inputs.order, inputs.sizes
+    found = checkpoint.latest(run.paths.checkpoints)
     return {
         "step": found.step if found else 0,
         "steps": config.train.steps,
@@ -124,19 +123,18 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         "epochs": round(config.train.steps * order.micro_batches_a_step / order.micro_batches_an_epoch, 2),
         "samples_dropped_an_epoch": order.num_dropped,
         "samples_held_out": len(order.held_out),
-        "num_frozen_parameters": inputs.num_frozen_parameters,
-        "num_trainable_parameters": inputs.num_trainable_parameters,
-        **{name: text for name, text in memory.describe(inputs.plan) if name not in ("", "because")},
-        "reasons": list(inputs.plan.reasons),
-        "sigmas": sigma_plot.text(inputs.sigmas, tokens),
-        "sigmas_picture": str(picture),
+        "num_frozen_parameters": sizes.num_frozen_parameters,
+        "num_trainable_parameters": sizes.num_trainable_parameters,
+        **{name: text for name, text in memory.describe(sizes.plan) if name not in ("", "because")},
+        "reasons": list(sizes.plan.reasons),
+        "sigmas": sigma_plot.text(inputs.sigmas, _tokens(inputs)),
     }
 
 
 def _tokens(inputs: Inputs) -> dict[str, int]:
     """Tokens of an image of each bucket."""
     sides = inputs.store.table.select(["bucket_width", "bucket_height"]).group_by(["bucket_width", "bucket_height"])
-    cells = inputs.family.geometry.pixel_multiple**2
+    cells = inputs.run.family.geometry.pixel_multiple**2
     found = [(row["bucket_width"], row["bucket_height"]) for row in sides.aggregate([]).to_pylist()]
     return {f"{width}x{height} px": width * height // cells for width, height in found}
 
@@ -156,8 +154,8 @@ def _report(build: Build, num_steps_now: int) -> TrainReport:
         num_bad_steps=found.num_bad_steps,
         num_steps_now=num_steps_now,
         num_processes=build.trainer.ranks.size,
-        num_trainable_parameters=build.inputs.num_trainable_parameters,
-        peak_memory_bytes=models.memory_bytes(build.trainer.device),
+        num_trainable_parameters=build.inputs.sizes.num_trainable_parameters,
+        peak_memory_bytes=devices.memory_bytes(build.trainer.device),
         adapter=str(build.directory / "adapter"),
     )
 
@@ -173,7 +171,7 @@ def _set_aside(directory: Path) -> None:
     LOGGER.info("--fresh: the run that was there is set aside as %s", aside)
 
 
-def _write_environment(config: RunConfig, build: Build) -> None:
+def _write_environment(build: Build) -> None:
     cuda = torch.cuda.get_device_name(build.trainer.device) if build.trainer.device.type == "cuda" else None
     environment = {
         "ftk": ftk.__version__,
@@ -183,11 +181,13 @@ def _write_environment(config: RunConfig, build: Build) -> None:
         "cuda_device": cuda,
         "num_processes": build.trainer.ranks.size,
         "threads": torch.get_num_threads(),
-        "memory_plan": asdict(build.inputs.plan),
+        "memory_plan": asdict(build.inputs.sizes.plan),
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
     }
     storage.commit_json(build.directory / "environment.json", environment)
-    storage.commit_bytes(build.directory / "config.yaml", resolved_yaml(config).encode())
+    storage.commit_bytes(build.directory / "config.yaml", resolved_yaml(build.inputs.run.config).encode())
+    picture = sigma_plot.png(build.inputs.sigmas, _tokens(build.inputs))
+    storage.commit_bytes(build.directory / run_summary.SIGMAS, picture)
 
 
 @contextmanager

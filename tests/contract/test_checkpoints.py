@@ -11,6 +11,7 @@ from ftk.configs.schema import MethodConfig, TrainConfig
 from ftk.methods import base as methods
 from ftk.methods.adapters import injection
 from ftk.models import base as families
+from ftk.models.base import Conditions
 from ftk.train import checkpoint
 from ftk.train.optim import MasterOptimizer
 
@@ -33,21 +34,20 @@ class Run:
     def __init__(self, family_name: str, model: Path, texts: Any, method_name: str, seed: int) -> None:
         self.family = families.get(family_name)
         self.texts = texts
-        self.method, self.config = methods.parse(MethodConfig(name=method_name, **SETTINGS.get(method_name, {})))
-        self.denoiser: Any = self.family.load_denoiser(model, torch.bfloat16, CPU)
+        self.method, self.settings = methods.parse(MethodConfig(name=method_name, **SETTINGS.get(method_name, {})))
+        self.model = families.load_model(self.family, model, (), torch.bfloat16, CPU)
         self.base = self.predict(0).detach()
-        self.components = {"denoiser": self.denoiser}
-        self.parameters = self.method.attach(self.components, self.family, self.config, seed)
+        self.parameters = self.method.attach(self.model, self.settings, seed)
         self.optimizer = MasterOptimizer(self.parameters, TRAIN)
 
     def predict(self, number: int) -> torch.Tensor:
         draw = torch.Generator().manual_seed(number)
         noisy = torch.randn(1, self.family.geometry.channels, 8, 8, generator=draw).bfloat16()
-        texts = {
-            name: tensor.bfloat16() if tensor is not None and tensor.is_floating_point() else tensor
-            for name, tensor in self.family.collate_texts(self.texts).items()
-        }
-        return self.family.predict(self.denoiser, noisy, torch.tensor([0.5]), texts)
+        conditions = Conditions(texts=self.family.collate_texts(self.texts)).map(
+            lambda tensor: tensor.bfloat16() if tensor.is_floating_point() else tensor
+        )
+        sigma_B = self.model.schedule.sigmas[[500]]
+        return self.method.predict(self.model, noisy, sigma_B, conditions)
 
     def train(self, first: int, last: int) -> "Run":
         for number in range(first, last):
@@ -86,9 +86,9 @@ def test_two_steps_a_checkpoint_and_two_more_are_four_steps(
     whole.train(2, 4)
 
     resumed = start(family_name, method_name, seed=2)
-    found = checkpoint.read(tmp_path / "00000002")
-    weights, state = found.tensors()
-    resumed.optimizer.restore(weights, state, found.optimizer_facts)
+    saved = checkpoint.read(tmp_path / "00000002")
+    weights, state = saved.tensors()
+    resumed.optimizer.restore(weights, state, saved.optimizer_facts)
     two = {name: tensor.clone() for name, tensor in resumed.optimizer.weights().items()}
     resumed.train(2, 4)
     for kind in ("weights", "delivered"):
@@ -104,6 +104,6 @@ def test_two_steps_a_checkpoint_and_two_more_are_four_steps(
 def test_without_the_adapter_the_base_is_what_it_was(start: Callable[..., Run], family_name: str, method_name: str) -> None:
     run = start(family_name, method_name).train(0, 2)
     assert not torch.equal(run.predict(0), run.base)
-    injection.unload(run.denoiser)
+    injection.unload(run.model.denoiser)
     assert torch.equal(run.predict(0), run.base)
-    assert not injection.adapted(run.denoiser)
+    assert not injection.adapted(run.model.denoiser)

@@ -1,6 +1,7 @@
 """What every method promises, with every family's tiny model."""
 
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -14,14 +15,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ftk.configs.schema import MethodConfig
+from ftk.configs.schema import MethodConfig, TrainConfig
 from ftk.errors import CheckpointError, ConfigError
 from ftk.methods import base as methods
-from ftk.methods.base import Method
+from ftk.methods.base import Export, Method
 from ftk.models import base as families
-from ftk.models.base import Family
+from ftk.models.base import Conditions, Family, Model
+from ftk.train.optim import MasterOptimizer
 
 CPU = torch.device("cpu")
+# Every format that some method writes: each method writes it too, or says why not.
+FORMATS = ("diffusers", "peft", "comfyui", "kohya", "lycoris")
 # What every case of a method has: what tiny models can carry, where a default is made for real ones.
 NEEDED: dict[str, dict[str, Any]] = {"oft": {"block_size": 4}, "peft": {"type": "HRA", "r": 4}, "loha": {"rank": 4}}
 # Settings to try of each method, by name; those of methods that are not listed are what they need.
@@ -87,42 +91,51 @@ from ftk.configs.schema import MethodConfig
 from ftk.methods import base as methods
 from ftk.models import base as families
 family = families.get(sys.argv[1])
-for name, settings in json.loads(sys.argv[4]).items():
-    method, config = methods.parse(MethodConfig(name=name, **settings))
-    components = {"denoiser": family.load_denoiser(Path(sys.argv[2]), torch.float32, torch.device("cpu"))}
-    method.attach(components, family, config, seed=3)
-    method.export(components, family, config, Path(sys.argv[3], name), method.FORMATS[0], {"run": "test", "step": "5"})
+for name, values in json.loads(sys.argv[4]).items():
+    method, settings = methods.parse(MethodConfig(name=name, **values))
+    model = families.load_model(family, Path(sys.argv[2]), (), torch.float32, torch.device("cpu"))
+    method.attach(model, settings, seed=3)
+    metadata = {"run": "test", "step": "5"}
+    method.export(model, settings, methods.Export(directory=Path(sys.argv[3], name), form=method.FORMATS[0], metadata=metadata))
 """
 
 
 @functools.cache
-def _base(family_name: str, model: Path) -> Any:
-    """The denoiser of a tiny model, to be copied: that takes half as long as loading it."""
-    return families.get(family_name).load_denoiser(model, torch.float32, CPU).eval()
+def _base(family_name: str, directory: Path) -> Model:
+    """A tiny model in memory, to be copied: that takes half as long as loading it."""
+    model = families.load_model(families.get(family_name), directory, (), torch.float32, CPU)
+    model.denoiser.eval()
+    return model
 
 
 class Trained:
-    """A method attached to a fresh denoiser of a tiny model."""
+    """A method attached to a fresh copy of a tiny model."""
 
-    def __init__(self, family: Family, model: Path, name: str, settings: dict[str, Any], texts: Any, seed: int = 3) -> None:
+    def __init__(self, family: Family, directory: Path, name: str, values: dict[str, Any], texts: Any, seed: int = 3) -> None:
         self.family = family
-        self.model = model
+        self.directory = directory
         self.texts = texts
         self.method: Method
-        needed = NEEDED.get(name, {})
-        self.method, self.config = methods.parse(MethodConfig(name=name, **{**needed, **settings}))
-        base = _base(family.name, model)
-        self.denoiser = copy.deepcopy(base)
-        self.components = {"denoiser": self.denoiser}
-        self.base = self.predict(base)
-        self.parameters = self.method.attach(self.components, family, self.config, seed)
-        self.denoiser.eval()
+        self.method, self.settings = methods.parse(MethodConfig(name=name, **{**NEEDED.get(name, {}), **values}))
+        untrained = _base(family.name, directory)
+        self.model = dataclasses.replace(untrained, denoiser=copy.deepcopy(untrained.denoiser), encoders={}, extras={})
+        self.base = self.predict(untrained.denoiser)
+        self.parameters = self.method.attach(self.model, self.settings, seed)
+        self.model.denoiser.eval()
 
     def predict(self, denoiser: Any = None, grad: bool = False) -> torch.Tensor:
-        noisy = torch.randn(2, self.family.geometry.channels, 8, 8, generator=torch.Generator().manual_seed(1))
-        chosen = self.denoiser if denoiser is None else denoiser
+        """What the method predicts, or the family with another denoiser."""
+        noisy_BCHW = torch.randn(2, self.family.geometry.channels, 8, 8, generator=torch.Generator().manual_seed(1))
+        sigma_B = self.model.schedule.sigmas[[700, 200]]
+        conditions = Conditions(texts=self.family.collate_texts(self.texts))
         with torch.set_grad_enabled(grad):
-            return self.family.predict(chosen, noisy, torch.tensor([0.3, 0.8]), self.family.collate_texts(self.texts))
+            if denoiser is None:
+                return self.method.predict(self.model, noisy_BCHW, sigma_B, conditions)
+            return self.family.predict(dataclasses.replace(self.model, denoiser=denoiser), noisy_BCHW, sigma_B, conditions)
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """Copies of the trained values."""
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     @torch.no_grad()
     def perturb(self) -> "Trained":
@@ -143,19 +156,19 @@ class Trained:
 
     def export(self, directory: Path, form: str | None = None) -> list[Path]:
         metadata = {"run": "test", "step": "5"}
-        form = form or self.method.FORMATS[0]
-        return self.method.export(self.components, self.family, self.config, directory, form, metadata)
+        export = Export(directory=directory, form=form or self.method.FORMATS[0], metadata=metadata)
+        return self.method.export(self.model, self.settings, export)
 
     def pipeline(self) -> Any:
         """A fresh one of the same model, with its denoiser alone."""
         absent = dict.fromkeys((*self.family.text_components, *self.family.latent_components))
-        return self.family.pipeline(self.model, torch.float32, CPU, **absent)
+        return self.family.pipeline(self.directory, torch.float32, CPU, **absent)
 
     def reloaded(self, directory: Path) -> torch.Tensor:
         """What a fresh pipeline predicts with the export."""
         pipeline = self.pipeline()
-        self.method.load_into(pipeline, directory)
-        return self.predict(getattr(pipeline, self.family.denoiser_components[0]))
+        self.method.load_into(self.family, pipeline, directory)
+        return self.predict(getattr(pipeline, self.family.denoiser_attribute))
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +192,8 @@ def attached(
     family_name: str, method_name: str, tiny_models: Callable[[str], Path], texts_of: Callable[[str], Any]
 ) -> Callable[..., Trained]:
     """Makes a freshly attached method; takes its settings."""
-    family, model = families.get(family_name), tiny_models(family_name)
-    return lambda settings, seed=3: Trained(family, model, method_name, settings, texts_of(family_name), seed)
+    family, directory = families.get(family_name), tiny_models(family_name)
+    return lambda settings, seed=3: Trained(family, directory, method_name, settings, texts_of(family_name), seed)
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +202,8 @@ def perturbed_of(tiny_models: Callable[[str], Path], texts_of: Callable[[str], A
 
     @functools.cache
     def make(family_name: str, method_name: str) -> Trained:
-        family, model = families.get(family_name), tiny_models(family_name)
-        return Trained(family, model, method_name, {}, texts_of(family_name)).perturb()
+        family, directory = families.get(family_name), tiny_models(family_name)
+        return Trained(family, directory, method_name, {}, texts_of(family_name)).perturb()
 
     return make
 
@@ -209,16 +222,17 @@ def test_training_starts_at_the_base_model_and_attach_returns_all_that_trains(
     torch.testing.assert_close(trained.predict(), trained.base, atol=3e-6, rtol=0)
 
     assert trained.parameters
-    wanting = {id(parameter) for parameter in trained.denoiser.parameters() if parameter.requires_grad}
-    assert wanting == {id(parameter) for parameter in trained.parameters.values()}
+    modules = trained.model.components.values()
+    trainable = {id(parameter) for module in modules for parameter in module.parameters() if parameter.requires_grad}
+    assert trainable == {id(parameter) for parameter in trained.parameters.values()}
     assert all(parameter.requires_grad for parameter in trained.parameters.values())
 
 
 @each_case_of_one_family
 def test_on_the_meta_device_it_has_the_same_shapes(attached: Callable[..., Trained], settings: dict[str, Any]) -> None:
     trained = attached(settings)
-    denoiser = trained.family.load_denoiser(trained.model, torch.float32, torch.device("meta"))
-    shapes = trained.method.attach({"denoiser": denoiser}, trained.family, trained.config, 0)
+    outline = families.load_model(trained.family, trained.directory, (), torch.float32, torch.device("meta"))
+    shapes = trained.method.attach(outline, trained.settings, 0)
     assert {name: each.shape for name, each in shapes.items()} == {
         name: each.shape for name, each in trained.parameters.items()
     }
@@ -239,40 +253,44 @@ def test_equal_seeds_give_equal_starts_and_leave_the_random_state(attached: Call
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)
-    one = attached({}, seed=1)
+    first = attached({}, seed=1).values()
     assert torch.equal(torch.rand(3), expected)
-    states = [trained.method.state(trained.components) for trained in (one, attached({}, seed=1), attached({}, seed=2))]
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    is_drawn = any(not torch.equal(states[0][key], states[2][key]) for key in states[0])
+    same_seed, other_seed = attached({}, seed=1).values(), attached({}, seed=2).values()
+    assert all(torch.equal(first[name], same_seed[name]) for name in first)
+    is_drawn = any(not torch.equal(first[name], other_seed[name]) for name in first)
     assert is_drawn == (method_name not in WITHOUT_CHANCE)
 
 
 @each_case
-def test_two_steps_of_training_round_trip_through_the_state(attached: Callable[..., Trained], settings: dict[str, Any]) -> None:
+def test_a_fresh_model_with_the_values_of_two_steps_predicts_the_same(
+    attached: Callable[..., Trained], settings: dict[str, Any]
+) -> None:
     trained = attached(settings).train(2)
     assert (trained.predict() - trained.base).abs().max() > 1e-5
-    state = {key: value.detach().clone() for key, value in trained.method.state(trained.components).items()}
-    assert sum(value.numel() for value in state.values()) == sum(p.numel() for p in trained.parameters.values())
+    values = trained.values()
     fresh = attached(settings)
-    fresh.method.load_state(fresh.components, state)
+    assert fresh.parameters.keys() == values.keys()
+    with torch.no_grad():
+        for name, parameter in fresh.parameters.items():
+            parameter.copy_(values[name])
     assert torch.equal(fresh.predict(), trained.predict())
-    again = fresh.method.state(fresh.components)
-    assert again.keys() == state.keys()
     # COFT projects again, by a rounding.
     atol = 1e-7 if settings.get("coft") else 0.0
-    for key, value in state.items():
-        torch.testing.assert_close(again[key], value, atol=atol, rtol=0)
+    for name, parameter in fresh.parameters.items():
+        torch.testing.assert_close(parameter.detach(), values[name], atol=atol, rtol=0)
     assert all(parameter.requires_grad for parameter in fresh.parameters.values())
 
 
 @each_family
 @each_method
-def test_state_of_another_model_is_refused(attached: Callable[..., Trained]) -> None:
-    trained = attached({})
-    state = dict(trained.method.state(trained.components))
-    state["elsewhere." + next(iter(state))] = torch.zeros(1)
-    with pytest.raises(AssertionError):
-        trained.method.load_state(trained.components, state)
+def test_trained_values_of_another_model_are_refused(attached: Callable[..., Trained]) -> None:
+    optimizer = MasterOptimizer(attached({}).parameters, TrainConfig())
+    tensors, facts = optimizer.state()
+    weights = optimizer.weights()
+    optimizer.restore(weights, tensors, facts)
+    weights["elsewhere." + next(iter(weights))] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match=r"not those of this run: 1 differ, the first is elsewhere\."):
+        optimizer.restore(weights, tensors, facts)
 
 
 @each_case
@@ -290,7 +308,7 @@ def test_a_fresh_pipeline_with_the_export_predicts_the_same(
 @each_method
 def test_every_format_is_written_or_refused_with_a_way_that_works(perturbed: Trained, tmp_path: Path) -> None:
     trained = perturbed
-    for form in methods.FORMATS:
+    for form in FORMATS:
         directory = tmp_path / form
         refused = None
         try:
@@ -318,8 +336,8 @@ def test_a_format_that_does_not_exist_is_refused(perturbed: Trained, tmp_path: P
 def test_equal_weights_are_exported_to_equal_bytes_with_their_metadata(
     attached: Callable[..., Trained], perturbed: Trained, tmp_path: Path
 ) -> None:
-    one, two = perturbed, attached({}).perturb()
-    files = [trained.export(tmp_path / str(number)) for number, trained in enumerate((one, one, two))]
+    equal = attached({}).perturb()
+    files = [trained.export(tmp_path / str(number)) for number, trained in enumerate((perturbed, perturbed, equal))]
     for first, second, third in zip(*files, strict=True):
         assert first.read_bytes() == second.read_bytes() == third.read_bytes()
     (weights,) = (path for path in files[0] if path.suffix == ".safetensors")
@@ -330,15 +348,15 @@ def test_equal_weights_are_exported_to_equal_bytes_with_their_metadata(
 def test_another_process_exports_equal_bytes(
     tiny_models: Callable[[str], Path], texts_of: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    family, model = families.get("qwen-image"), tiny_models("qwen-image")
+    family, directory = families.get("qwen-image"), tiny_models("qwen-image")
     settings = {name: NEEDED.get(name, {}) for name in methods.available()}
     subprocess.run(
-        [sys.executable, "-c", EXPORT, family.name, str(model), str(tmp_path / "there"), json.dumps(settings)],
+        [sys.executable, "-c", EXPORT, family.name, str(directory), str(tmp_path / "there"), json.dumps(settings)],
         check=True,
         env={**os.environ, "PYTHONHASHSEED": "12345"},
     )
     for name in methods.available():
-        here = Trained(family, model, name, {}, texts_of(family.name)).export(tmp_path / "here" / name)
+        here = Trained(family, directory, name, {}, texts_of(family.name)).export(tmp_path / "here" / name)
         for file in here:
             assert (tmp_path / "there" / file.relative_to(tmp_path / "here")).read_bytes() == file.read_bytes()
 
@@ -347,11 +365,11 @@ def test_another_process_exports_equal_bytes(
 @each_method
 def test_a_damaged_or_missing_export_is_named(perturbed: Trained, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
-        perturbed.method.load_into(perturbed.pipeline(), tmp_path)
+        perturbed.method.load_into(perturbed.family, perturbed.pipeline(), tmp_path)
     (file,) = (path for path in perturbed.export(tmp_path) if path.suffix == ".safetensors")
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match=f"{file.name} is damaged"):
-        perturbed.method.load_into(perturbed.pipeline(), tmp_path)
+        perturbed.method.load_into(perturbed.family, perturbed.pipeline(), tmp_path)
 
 
 @each_family
@@ -363,20 +381,20 @@ def test_an_export_of_another_model_is_refused(
     perturbed_of(other, method_name).export(tmp_path)
     trained = perturbed_of(family_name, method_name)
     with pytest.raises(CheckpointError, match=r"another (base )?model|does not fit this model|does not exist"):
-        trained.method.load_into(trained.pipeline(), tmp_path)
+        trained.method.load_into(trained.family, trained.pipeline(), tmp_path)
 
 
 @each_case
 def test_merging_predicts_what_the_adapter_predicts(attached: Callable[..., Trained], settings: dict[str, Any]) -> None:
     trained = attached(settings).perturb()
     expected = trained.predict()
-    plain = trained.family.load_denoiser(trained.model, torch.float32, CPU)
+    plain = _base(trained.family.name, trained.directory).denoiser
     # Whatever is dropped while training belongs to no merged weight.
-    trained.denoiser.train()
-    trained.method.merge(trained.components)
-    assert trained.denoiser.training
+    trained.model.denoiser.train()
+    trained.method.merge(trained.model)
+    assert trained.model.denoiser.training
     torch.testing.assert_close(trained.predict(), expected, atol=1e-5, rtol=1e-5)
-    merged = trained.denoiser.state_dict()
+    merged = trained.model.denoiser.state_dict()
     assert merged.keys() == plain.state_dict().keys(), "nothing of the method is left in the model"
 
 
@@ -386,9 +404,9 @@ def test_it_says_how_it_is_loaded(perturbed: Trained, tmp_path: Path) -> None:
     trained = perturbed
     trained.export(tmp_path)
     pipeline = trained.pipeline()
-    lines = trained.method.usage(trained.family, trained.config).replace("path/to/this/folder", str(tmp_path))
+    lines = trained.method.usage(trained.family, trained.settings).replace("path/to/this/folder", str(tmp_path))
     exec(lines, {"pipeline": pipeline})
-    loaded = trained.predict(getattr(pipeline, trained.family.denoiser_components[0]))
+    loaded = trained.predict(getattr(pipeline, trained.family.denoiser_attribute))
     torch.testing.assert_close(loaded, trained.predict(), atol=1e-5, rtol=1e-5)
 
 
@@ -409,7 +427,7 @@ def test_every_target_group_of_the_family_can_be_trained(attached: Callable[...,
         (["to_q", "to_z"], "'to_z' is the name of no linear layer"),
         (["o_q"], "'o_q' is the name of no linear layer.*Did you mean .*to_q"),
         (["to_out"], "'to_out' is the name of no linear layer.*Did you mean .*to_out.0"),
-        ("atention", "no group 'atention'. Did you mean 'attention'.*attention"),
+        ("atention", "no group 'atention'. Did you mean `attention`.*attention"),
         ({"regex": "to_q"}, "'to_q' matches no layer.*whole names"),
         ({"regex": "to_["}, "is no regular expression"),
         ([], "a group of the family, `all`, a list"),
@@ -421,7 +439,7 @@ def test_targets_that_do_not_exist_are_config_errors(attached: Callable[..., Tra
         attached({"targets": targets})
 
 
-@pytest.mark.parametrize("family_name", [name for name in FAMILIES if families.get(name).denoiser_components[0] == "unet"])
+@pytest.mark.parametrize("family_name", [name for name in FAMILIES if families.get(name).denoiser_attribute == "unet"])
 @pytest.mark.parametrize("method_name", ["oft", "boft"])
 def test_a_larger_convolution_is_refused_by_what_rotates_channels(attached: Callable[..., Trained]) -> None:
     with pytest.raises(ConfigError, match="conv1 cannot be trained by this method: it is a 3x3 convolution"):

@@ -1,5 +1,6 @@
 """What methods promise of text encoders that they train with the denoiser, with every family that has some."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from safetensors.torch import load_file
 from ftk.configs.schema import MethodConfig
 from ftk.errors import CheckpointError, ConfigError
 from ftk.methods import base as methods
-from ftk.methods.base import DENOISER
+from ftk.methods.base import Export
 from ftk.models import base as families
-from ftk.models.base import TrainsEncoders
-from ftk.train.inputs import load_components
+from ftk.models.base import DENOISER, Conditions, Model, TrainsEncoders
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a red cat", "two dogs on a long chair"]
+# What text encoders make of the token ids.
+ENCODED = ("embeds", "pooled")
 FAMILIES = [name for name in families.available() if isinstance(families.get(name), TrainsEncoders)]
 BOTH: dict[str, Any] = {"text_encoder": {"targets": "attention+mlp", "rate": 0.5}}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -38,27 +40,42 @@ each_method = pytest.mark.parametrize("case", SETTINGS)
 class Trained:
     """A method attached to the denoiser and the text encoders of a tiny model."""
 
-    def __init__(self, family_name: str, model: Path, items: Any, case: str) -> None:
+    def __init__(self, family_name: str, directory: Path, items: Any, case: str) -> None:
         self.family: Any = families.get(family_name)
-        self.model = model
+        self.directory = directory
         self.items = items
-        settings = {**SETTINGS[case], **BOTH}
-        self.method, self.config = methods.parse(MethodConfig(name=case.split("-")[0], **settings))
-        names = self.method.needs(self.family, self.config)
-        self.components = load_components(names, self.family, model, torch.float32, CPU)
+        values = {**SETTINGS[case], **BOTH}
+        self.method, self.settings = methods.parse(MethodConfig(name=case.split("-")[0], **values))
+        self.model = self.load(CPU)
         self.base = self.predict()
-        self.parameters = self.method.attach(self.components, self.family, self.config, 3)
-        for module in self.components.values():
+        self.parameters = self.method.attach(self.model, self.settings, 3)
+        for module in self.model.components.values():
             module.eval()
 
-    def predict(self, components: Any = None, grad: bool = False) -> torch.Tensor:
-        components = components or self.components
-        encoders = {name: module for name, module in components.items() if name != DENOISER}
-        noisy = torch.randn(2, self.family.geometry.channels, 8, 8, generator=torch.Generator().manual_seed(1))
+    def load(self, device: torch.device) -> Model:
+        """The model before anything is attached to it."""
+        encoders = self.method.encoders(self.family, self.settings)
+        return families.load_model(self.family, self.directory, encoders, torch.float32, device)
+
+    def predict(self, model: Model | None = None, grad: bool = False) -> torch.Tensor:
+        """What the method predicts, or the family with another model."""
+        noisy_BCHW = torch.randn(2, self.family.geometry.channels, 8, 8, generator=torch.Generator().manual_seed(1))
+        sigma_B = self.model.schedule.sigmas[[700, 200]]
+        # The texts are encoded from their token ids alone.
+        collated = self.family.collate_texts(self.items)
+        conditions = Conditions(texts={name: tensor for name, tensor in collated.items() if name not in ENCODED})
         with torch.set_grad_enabled(grad):
-            texts = self.family.encode_tokens(encoders, self.family.collate_texts(self.items))
-            prediction: torch.Tensor = self.family.predict(components[DENOISER], noisy, torch.tensor([0.3, 0.8]), texts)
+            if model is None:
+                return self.method.predict(self.model, noisy_BCHW, sigma_B, conditions)
+            prediction: torch.Tensor = self.family.predict(model, noisy_BCHW, sigma_B, conditions)
             return prediction
+
+    def parameters_of(self, component: str) -> dict[str, torch.nn.Parameter]:
+        """Those of one component, by their names in the whole model."""
+        prefixes = tuple(f"{name}." for name in self.model.encoders)
+        if component == DENOISER:
+            return {name: parameter for name, parameter in self.parameters.items() if not name.startswith(prefixes)}
+        return {name: parameter for name, parameter in self.parameters.items() if name.startswith(f"{component}.")}
 
     @torch.no_grad()
     def perturb(self) -> "Trained":
@@ -69,41 +86,41 @@ class Trained:
         return self
 
     def export(self, directory: Path, form: str | None = None) -> list[Path]:
-        form = form or self.method.FORMATS[0]
-        return self.method.export(self.components, self.family, self.config, directory, form, {"run": "test"})
+        export = Export(directory=directory, form=form or self.method.FORMATS[0], metadata={"run": "test"})
+        return self.method.export(self.model, self.settings, export)
 
     def pipeline(self) -> Any:
-        return self.family.pipeline(self.model, torch.float32, CPU, vae=None)
+        return self.family.pipeline(self.directory, torch.float32, CPU, vae=None)
 
-    def of_pipeline(self, pipeline: Any) -> torch.Tensor:
-        own = {name: getattr(pipeline, name) for name in self.family.trainable_encoders}
-        return self.predict({DENOISER: pipeline.unet, **own})
+    def predict_with(self, pipeline: Any) -> torch.Tensor:
+        """What the family predicts with the modules of a pipeline."""
+        encoders = {name: getattr(pipeline, name) for name in self.family.trainable_encoders}
+        return self.predict(dataclasses.replace(self.model, denoiser=pipeline.unet, encoders=encoders, extras={}))
 
 
 @pytest.fixture(scope="module")
 def make(tiny_models: Callable[[str], Path]) -> Callable[[str, str], Trained]:
     encoded: dict[str, Any] = {}
 
-    def made(family_name: str, case: str) -> Trained:
-        family, model = families.get(family_name), tiny_models(family_name)
+    def build(family_name: str, case: str) -> Trained:
+        family, directory = families.get(family_name), tiny_models(family_name)
         if family_name not in encoded:
-            encoder = family.load_text_encoder(model, torch.float32, CPU)
+            encoder = family.load_text_encoder(directory, torch.float32, CPU)
             encoded[family_name] = [
                 {name: tensor.clone() for name, tensor in item.items()} for item in family.encode_texts(encoder, CAPTIONS)
             ]
-        return Trained(family_name, model, encoded[family_name], case)
+        return Trained(family_name, directory, encoded[family_name], case)
 
-    return made
+    return build
 
 
 @each_family
 def test_token_ids_give_what_the_cache_holds(make: Callable[..., Trained], family_name: str) -> None:
     trained = make(family_name, "lora")
     cached = trained.family.collate_texts(trained.items)
-    names = trained.family.trainable_encoders
-    encoders = load_components(names, trained.family, trained.model, torch.float32, CPU)
-    fresh = trained.family.encode_tokens(encoders, {name: tensor for name, tensor in cached.items() if "ids" in name})
-    for name in ("embeds", "pooled"):
+    token_ids = {name: tensor for name, tensor in cached.items() if "ids" in name}
+    fresh = families.encoded(trained.load(CPU), token_ids)
+    for name in ENCODED:
         assert (name in cached) == (name in fresh)
         if name in cached:
             torch.testing.assert_close(fresh[name], cached[name], atol=1e-6, rtol=0)
@@ -114,32 +131,35 @@ def test_token_ids_give_what_the_cache_holds(make: Callable[..., Trained], famil
 def test_it_starts_at_the_base_and_trains_every_component(make: Callable[..., Trained], family_name: str, case: str) -> None:
     trained = make(family_name, case)
     torch.testing.assert_close(trained.predict(), trained.base, atol=1e-5, rtol=0)
-    wanting = {
-        id(parameter) for module in trained.components.values() for parameter in module.parameters() if parameter.requires_grad
-    }
-    assert wanting == {id(parameter) for parameter in trained.parameters.values()}
+    modules = trained.model.components.values()
+    trainable = {id(parameter) for module in modules for parameter in module.parameters() if parameter.requires_grad}
+    assert trainable == {id(parameter) for parameter in trained.parameters.values()}
     trained.perturb().predict(grad=True).square().mean().backward()
-    for component in trained.components:
-        own = methods.tensors_of(component, trained.components, trained.parameters)
-        assert own
-        with_gradient = [name for name, parameter in own.items() if parameter.grad is not None and parameter.grad.any()]
+    for component in trained.model.components:
+        parameters = trained.parameters_of(component)
+        assert parameters
+        with_gradient = [name for name, each in parameters.items() if each.grad is not None and each.grad.any()]
         # SDXL reads the layer before the last: of two, one is trained.
-        assert len(with_gradient) >= len(own) / 2, component
+        assert len(with_gradient) >= len(parameters) / 2, component
 
 
 @each_family
 @each_method
-def test_state_and_shapes(make: Callable[..., Trained], family_name: str, case: str) -> None:
+def test_a_fresh_model_with_the_trained_values_predicts_the_same_and_an_outline_has_their_shapes(
+    make: Callable[..., Trained], family_name: str, case: str
+) -> None:
     trained = make(family_name, case).perturb()
-    state = {name: tensor.detach().clone() for name, tensor in trained.method.state(trained.components).items()}
-    assert sum(tensor.numel() for tensor in state.values()) == sum(each.numel() for each in trained.parameters.values())
     fresh = make(family_name, case)
-    fresh.method.load_state(fresh.components, state)
+    assert fresh.parameters.keys() == trained.parameters.keys()
+    assert not torch.equal(fresh.predict(), trained.predict())
+    with torch.no_grad():
+        for name, parameter in fresh.parameters.items():
+            parameter.copy_(trained.parameters[name])
     assert torch.equal(fresh.predict(), trained.predict())
-    names = trained.method.needs(trained.family, trained.config)
-    shapes = load_components(names, trained.family, trained.model, torch.float32, torch.device("meta"))
-    made = trained.method.attach(shapes, trained.family, trained.config, 0)
-    assert {name: each.shape for name, each in made.items()} == {name: each.shape for name, each in trained.parameters.items()}
+    shapes = trained.method.attach(trained.load(torch.device("meta")), trained.settings, 0)
+    assert {name: each.shape for name, each in shapes.items()} == {
+        name: each.shape for name, each in trained.parameters.items()
+    }
 
 
 @each_family
@@ -152,15 +172,15 @@ def test_a_fresh_pipeline_with_the_export_predicts_the_same_and_so_does_its_usag
     files = trained.export(tmp_path)
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(files)
     pipeline = trained.pipeline()
-    assert (trained.of_pipeline(pipeline) - expected).abs().max() > 1e-3
-    trained.method.load_into(pipeline, tmp_path)
-    torch.testing.assert_close(trained.of_pipeline(pipeline), expected, atol=1e-5, rtol=1e-5)
+    assert (trained.predict_with(pipeline) - expected).abs().max() > 1e-3
+    trained.method.load_into(trained.family, pipeline, tmp_path)
+    torch.testing.assert_close(trained.predict_with(pipeline), expected, atol=1e-5, rtol=1e-5)
     assert not any(getattr(pipeline, name).training for name in trained.family.trainable_encoders)
 
     by_usage = trained.pipeline()
-    lines = trained.method.usage(trained.family, trained.config)
+    lines = trained.method.usage(trained.family, trained.settings)
     exec(lines.replace("path/to/this/folder", str(tmp_path)), {"pipeline": by_usage})
-    torch.testing.assert_close(trained.of_pipeline(by_usage), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(trained.predict_with(by_usage), expected, atol=1e-5, rtol=1e-5)
 
 
 @each_family
@@ -168,10 +188,11 @@ def test_a_fresh_pipeline_with_the_export_predicts_the_same_and_so_does_its_usag
 def test_merging_and_unloading(make: Callable[..., Trained], family_name: str, case: str) -> None:
     trained = make(family_name, case).perturb()
     expected = trained.predict()
-    trained.method.merge(trained.components)
+    trained.method.merge(trained.model)
     torch.testing.assert_close(trained.predict(), expected, atol=1e-5, rtol=1e-5)
-    plain = load_components(list(trained.components), trained.family, trained.model, torch.float32, CPU)
-    for name, module in trained.components.items():
+    plain = trained.load(CPU).components
+    assert plain.keys() == trained.model.components.keys()
+    for name, module in trained.model.components.items():
         assert module.state_dict().keys() == plain[name].state_dict().keys()
 
 
@@ -197,16 +218,15 @@ def test_a_kohya_lora_loads_into_the_pipeline(make: Callable[..., Trained], fami
     (file,) = trained.export(tmp_path, "kohya")
     pipeline = trained.pipeline()
     pipeline.load_lora_weights(tmp_path, weight_name=file.name)
-    torch.testing.assert_close(trained.of_pipeline(pipeline), trained.predict(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(trained.predict_with(pipeline), trained.predict(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["lora", "oft"])
 def test_text_encoders_that_the_pipeline_has_not_are_refused(make: Callable[..., Trained], case: str, tmp_path: Path) -> None:
-    two = make("sdxl", case)
-    two.export(tmp_path)
-    one = make("stable-diffusion", case)
+    make("sdxl", case).export(tmp_path)
+    trained = make("stable-diffusion", case)
     with pytest.raises(CheckpointError, match=r"another base model|does not fit this model"):
-        one.method.load_into(one.pipeline(), tmp_path)
+        trained.method.load_into(trained.family, trained.pipeline(), tmp_path)
 
 
 def test_lycoris_names_are_refused(make: Callable[..., Trained], tmp_path: Path) -> None:
@@ -216,15 +236,15 @@ def test_lycoris_names_are_refused(make: Callable[..., Trained], tmp_path: Path)
 
 @each_method
 def test_a_family_that_cannot_train_its_text_encoder_says_so(case: str) -> None:
-    method, config = methods.parse(MethodConfig(name=case.split("-")[0], **SETTINGS[case], **BOTH))
+    method, settings = methods.parse(MethodConfig(name=case.split("-")[0], **SETTINGS[case], **BOTH))
     with pytest.raises(ConfigError, match=r"method.text_encoder: .*qwen-image cannot be trained.* Leave it out"):
-        method.needs(families.get("qwen-image"), config)
+        method.encoders(families.get("qwen-image"), settings)
 
 
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ("attn", r"method.text_encoder.targets: stable-diffusion's text_encoder has no group 'attn'. Did you mean 'attention'"),
+        ("attn", r"method.text_encoder.targets: stable-diffusion's text_encoder has no group 'attn'. Did you mean `attention`"),
         (["q_prog"], r"method.text_encoder.targets: 'q_prog' is the name of no.*Did you mean .*q_proj"),
         ({"regex": "fc1"}, r"method.text_encoder.targets: the expression 'fc1' matches no layer"),
     ],
@@ -239,9 +259,9 @@ def test_targets_of_a_text_encoder_that_do_not_exist(
 
 
 def test_the_rates_of_text_encoders() -> None:
-    def rates(**settings: Any) -> list[tuple[str, float]]:
-        method, config = methods.parse(MethodConfig(name="lora", **settings))
-        return list(methods.parameter_groups(method, config))
+    def rates(**values: Any) -> list[tuple[str, float]]:
+        method, settings = methods.parse(MethodConfig(name="lora", **values))
+        return list(methods.parameter_groups(method, settings))
 
     assert rates() == rates(text_encoder={}) == []
     assert [rate for _, rate in rates(text_encoder={"rate": 0.5})] == [0.5]

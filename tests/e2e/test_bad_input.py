@@ -26,7 +26,7 @@ def test_a_folder_without_images(ftk, workspace, tmp_path):
 def test_a_folder_that_does_not_exist_names_the_nearest(ftk, workspace, tmp_path):
     result = ftk("prepare", workspace(data={"sources": [{"path": str(tmp_path / "pictuers")}]}))
     assert result.code == 2
-    assert f"Did you mean {tmp_path / 'pictures'}" in result.err
+    assert f"Did you mean `{tmp_path / 'pictures'}`" in result.err
 
 
 def test_a_wrong_source_leaves_nothing_behind(ftk, workspace, tmp_path):
@@ -135,6 +135,15 @@ def test_a_model_with_a_cut_weight_file(ftk, workspace, tmp_path):
     result = ftk("cache", run_file)
     assert result.code == 2
     assert f"{tmp_path / 'model/vae'} cannot be loaded" in result.err
+
+
+@pytest.mark.parametrize(
+    ("option", "setting"), [(("--engine", "ray"), "cache.engine=ray"), (("--full-hash",), "cache.full_hash=true")]
+)
+def test_an_option_that_has_become_a_setting_is_answered_with_the_setting(option, setting, ftk, workspace):
+    result = ftk("cache", workspace(), *option)
+    assert (result.code, f"Write --set {setting}," in result.err) == (2, True)
+    assert option[0] not in ftk("cache", "--help").out
 
 
 @pytest.mark.parametrize("family", models.available())

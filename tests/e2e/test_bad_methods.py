@@ -44,7 +44,7 @@ def work(run_file: Path) -> Path:
         ("qwen-image", {"name": "lore"}, r"there is no method 'lore'"),
         ("qwen-image", {"name": "lora", "rnk": 4}, r"method.rnk.*rank"),
         ("qwen-image", {"name": "lora", "targets": ["to_q", "to_w"]}, r"'to_w' is the name of no linear layer"),
-        ("qwen-image", {"name": "lora", "targets": "atention"}, r"Did you mean 'attention'"),
+        ("qwen-image", {"name": "lora", "targets": "atention"}, r"Did you mean `attention`"),
         ("qwen-image", {"name": "lora", "targets": {"regex": "to_q"}}, r"matches no layer"),
         ("qwen-image", {"name": "full", "targets": ["nrom"]}, r"'nrom' is the name of no module or parameter"),
         ("qwen-image", {"name": "oft", "block_size": 5}, r"method.block_size: 5 does not divide"),

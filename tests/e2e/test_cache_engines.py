@@ -215,7 +215,7 @@ def test_ray_gives_the_bytes_of_the_local_engine(ftk, ray, scene, tmp_path):  # 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         ray.init(address=cluster.address, log_to_driver=False)
-        done = report(ftk("cache", scene.first, *to(cache), "--engine", "ray", "--json"))
+        done = report(ftk("cache", scene.first, *to(cache), "--set", "cache.engine=ray", "--json"))
     finally:
         ray.shutdown()
         cluster.shutdown()

@@ -128,7 +128,7 @@ def test_without_the_option_prepare_says_what_is_missing(run: Callable) -> None:
     [
         (["--part", "1/2"], "--part 1/2 and --make-class-images do not go together"),
         (["--set", f"{GENERATE}=null"], "no source says what to draw"),
-        (["--set", "data.sources.0.path=phots"], "phots does not exist. Did you mean photos?"),
+        (["--set", "data.sources.0.path=phots"], "phots does not exist. Did you mean `photos`?"),
         (["--set", "model.path=nowhere"], "model.path nowhere: no such folder"),
     ],
 )

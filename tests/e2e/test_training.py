@@ -196,8 +196,10 @@ def test_a_dry_run_draws_the_sigmas_and_explains_the_memory(ftk, cached, tmp_pat
     assert "█" in done.out or "▁" in done.out
     plan = json.loads(ftk("train", run_file, "--dry-run", "--json").out)
     assert plan["reasons"]
-    assert Image.open(plan["sigmas_picture"]).width > 300
-    assert not (tmp_path / "work/runs/test/checkpoints").exists()
+    assert "█" in plan["sigmas"] or "▁" in plan["sigmas"]
+    assert not (tmp_path / "work/runs").exists()
+    assert ftk("train", run_file, "--set", "train.steps=1").code == 0
+    assert Image.open(tmp_path / "work/runs/test/sigmas.png").width > 300
 
 
 def test_masks_leave_what_they_cover_out_of_the_loss(ftk, workspace, tmp_path):

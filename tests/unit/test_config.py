@@ -248,7 +248,7 @@ def test_a_file_without_sections_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_a_missing_file_names_the_one_that_was_meant(tmp_path: Path) -> None:
     _write(tmp_path, "")
-    with pytest.raises(ConfigError, match=r"rum\.yaml does not exist\. Did you mean .*run\.yaml\?"):
+    with pytest.raises(ConfigError, match=r"rum\.yaml does not exist\. Did you mean `.*run\.yaml`\?"):
         load.load(tmp_path / "rum.yaml")
     with pytest.raises(ConfigError, match="does not exist"):
         load.load(tmp_path / "no" / "such.yaml")

@@ -22,7 +22,7 @@ import pytest
 import torch
 from servers import Fault, FaultServer, fault_server, s3_server
 
-from ftk import locations
+from ftk import locations, storage
 from ftk.cache import fetch, shards, view
 from ftk.cache.fetch import Download, RemoteShards, open_remote
 from ftk.cache.store import CacheStore
@@ -475,7 +475,7 @@ def test_the_bound_holds_at_every_instant(server: FaultServer, opened: Callable[
 
     def watch() -> None:
         while not stopped.is_set():
-            with fetch._locked(folder / fetch._ROOM_LOCK):
+            with storage.locked(folder / fetch._ROOM_LOCK):
                 # Outside of the lock files get no longer, but they can go.
                 seen.append(sum(path.stat().st_size for path in _kept(folder) if path.exists()))
 

@@ -357,7 +357,8 @@ def test_what_is_wrong_with_a_mask_or_control_names_it(
         problem = prepare_image(ImageTask(image=_blob(whole), mask=mask, controls=controls, recipe=RECIPE))
         assert isinstance(problem, ImageProblem)
         assert problem.reason == reason
-        assert problem.detail.startswith(f"{blob.location}: ")
+        assert problem.detail.startswith("mask part.png: " if mask else "control part.png: ")
+        assert str(tmp_path) not in problem.detail
 
 
 # --- Encodings and copies ---

@@ -310,7 +310,7 @@ def test_lokr_computes_its_formula(case: Callable[..., Case]) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"type": "MIS"}, "PEFT has no type 'MIS'. Did you mean MISS"),
+        ({"type": "MIS"}, "PEFT has no type 'MIS'. Did you mean `MISS`"),
         ({"type": "MISS", "rr": 4}, "`rr` is not a setting of PEFT's MISS. Did you mean `r`"),
         ({"type": "MISS", "target_modules": ["to_q"]}, "write `targets`"),
         ({"type": "MISS", "modules_to_save": ["norm"]}, "use `name: full`"),
@@ -393,7 +393,7 @@ def test_full_trains_what_its_targets_name(case: Callable[..., Case], targets: A
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (("to_z",), "'to_z' is the name of no module or parameter.* Did you mean to_"),
+        (("to_z",), "'to_z' is the name of no module or parameter.* Did you mean `to_"),
         ({"regex": "to_q"}, "'to_q' matches the whole name of no module"),
         ("atention", "no group 'atention'"),
     ],

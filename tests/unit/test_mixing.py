@@ -193,7 +193,7 @@ def test_where_no_adapter_lies_is_said(adapter: Callable[..., Adapter], tmp_path
     for path, message in (
         (tmp_path / "nowhere", "no such folder"),
         (full, "holds no adapter"),
-        (run, f"Did you mean {run / 'adapter'}"),
+        (run, f"Did you mean `{run / 'adapter'}`"),
         (tmp_path / "broken", "cannot be read"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -159,7 +159,7 @@ def test_what_is_no_file_is_no_table(photos: Path, make: Callable[[Path], None])
 
 def test_a_missing_table_names_the_nearest(photos: Path) -> None:
     _table(photos, [{"file_name": "a.jpg"}])
-    with pytest.raises(SourceError, match=r"meta\.jsonl does not exist\. Did you mean .*metadata\.jsonl\?"):
+    with pytest.raises(SourceError, match=r"meta\.jsonl does not exist\. Did you mean `.*metadata\.jsonl`\?"):
         _records(photos / "meta.jsonl")
     with pytest.raises(SourceError, match=r"no table matches .*none\*\.jsonl"):
         _records(photos / "none*.jsonl")
@@ -198,8 +198,8 @@ def test_a_row_may_leave_a_column_out(photos: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image": "file"}, r"`image: file`: .*no such column\. Did you mean 'file_nam'\? Its columns: file_nam, txt, m"),
-        ({"image": "file_nam", "captions": ("tex",)}, r"`captions\.0: tex`.*Did you mean 'txt'\?"),
+        ({"image": "file"}, r"`image: file`: .*no such column\. Did you mean `file_nam`\? Its columns: file_nam, txt, m"),
+        ({"image": "file_nam", "captions": ("tex",)}, r"`captions\.0: tex`.*Did you mean `txt`\?"),
         ({"image": "file_nam", "captions": ("txt",), "mask": "n"}, r"`mask: n`"),
         ({"image": "file_nam", "captions": ("txt",), "controls": ("m", "zebra")}, r"`controls\.1: zebra`"),
         ({}, r"no column file_name, image, path or url\. Name the one of the images with `image:`.*Its columns: file_nam"),
@@ -278,7 +278,7 @@ def test_a_table_named_without_a_folder_lies_here(photos: Path, monkeypatch: pyt
 def test_a_missing_file_is_rejected(photos: Path, name: str) -> None:
     reject = _bad(_table(photos, [{"file_name": name, "text": "a cat"}]))
     assert (reject.path, reject.reason) == (name, RejectReason.FILE_MISSING)
-    assert f"{photos}/{name} does not exist" in reject.detail
+    assert reject.detail == f"{name} does not exist beside the table"
 
 
 @pytest.mark.parametrize("value", [None, "", " ", 5, ["a.jpg"], "a\0.jpg", "\ud800.jpg"])

@@ -50,12 +50,6 @@ def state(model: Any, adapter: str = ADAPTER) -> "dict[str, torch.Tensor]":
     return tensors | {name: bias for name, bias in biases.items() if f".{adapter}." not in name}
 
 
-def load_state(model: Any, tensors: "Mapping[str, torch.Tensor]") -> None:
-    """Inverse of `state`."""
-    outcome = set_state(model, tensors)
-    assert not outcome, f"state of another adapter: {outcome[:3]}"
-
-
 def set_state(model: Any, tensors: "Mapping[str, torch.Tensor]", adapter: str = ADAPTER) -> list[str]:
     """Set the adapter's tensors; returns the names that found no place."""
     from peft import set_peft_model_state_dict

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ConfigError
 from ftk.methods.adapters import formats, injection, peft_directory, peft_method, targets
-from ftk.methods.base import DENOISER, Components, TrainedComponent, check_format
-from ftk.models.base import Family
+from ftk.methods.adapters.targets import TrainedComponent
+from ftk.methods.base import Export, check_format
+from ftk.models.base import DENOISER, Model
 
 if TYPE_CHECKING:
     import torch
@@ -18,54 +19,46 @@ _SCALED = ("hada_w1_a", "lokr_w1", "lokr_w1_a")
 
 
 class LycorisMethod(peft_method.PeftMethod):
-    """A method that adds a product of factors; `config.own` are the settings that only its PEFT class takes."""
+    """A method that adds a product of factors; `settings.own` are the settings that only its PEFT class takes."""
 
     peft_class: str
 
-    def peft_config(self, part: TrainedComponent, names: Sequence[str], config: Any) -> Any:
+    def peft_config(self, component: TrainedComponent, names: Sequence[str], settings: Any) -> Any:
         """PEFT's settings."""
         import peft
 
-        _refuse_grouped(part, names)
-        by_rank = {} if config.alpha is not None else dict(config.rank_pattern)
+        _refuse_grouped(component, names)
+        by_rank = {} if settings.alpha is not None else dict(settings.rank_pattern)
         return getattr(peft, self.peft_class)(
-            r=config.rank,
-            alpha=config.alpha or config.rank,
-            rank_dropout=config.rank_dropout,
-            module_dropout=config.module_dropout,
-            use_effective_conv2d=config.effective_convolution,
-            target_modules=targets.as_peft_targets(part, names),
-            rank_pattern=targets.matching(config.rank_pattern, names),
-            alpha_pattern=targets.matching({**by_rank, **config.alpha_pattern}, names),
-            **config.own,
+            r=settings.rank,
+            alpha=settings.alpha or settings.rank,
+            rank_dropout=settings.rank_dropout,
+            module_dropout=settings.module_dropout,
+            use_effective_conv2d=settings.effective_convolution,
+            target_modules=targets.as_peft_targets(component, names),
+            rank_pattern=targets.matching(settings.rank_pattern, names),
+            alpha_pattern=targets.matching({**by_rank, **settings.alpha_pattern}, names),
+            **settings.own,
         )
 
-    def export(
-        self,
-        components: Components,
-        family: Family,
-        config: Any,
-        directory: Path,
-        form: str,
-        metadata: Mapping[str, str],
-    ) -> list[Path]:
+    def export(self, model: Model, settings: Any, export: Export) -> list[Path]:
         """Every format holds the scale in the first factor, with alpha = rank. diffusers' has no text encoders: PEFT's has."""
-        check_format(self.name, self.FORMATS, form, self.REASONS)
-        if form not in ("diffusers", "peft"):
-            return _export_named(components, family, directory, form, metadata)
+        check_format(self.name, self.FORMATS, export.form, self.REASONS)
+        if export.form not in ("diffusers", "peft"):
+            return _export_named(model, export)
         files = []
-        for name, module in components.items():
-            write = _export_diffusers if form == "diffusers" and name == DENOISER else _export_peft
-            files += write(module, config, peft_directory.folder(directory, name), metadata)
+        for name, module in model.components.items():
+            write = _export_diffusers if export.form == "diffusers" and name == DENOISER else _export_peft
+            files += write(module, settings, peft_directory.folder(export.directory, name), export.metadata)
         return files
 
 
-def _refuse_grouped(part: TrainedComponent, names: Sequence[str]) -> None:
+def _refuse_grouped(component: TrainedComponent, names: Sequence[str]) -> None:
     """A grouped convolution's weight has fewer inputs than the formats' readers think."""
-    modules = dict(part.module.named_modules())
+    modules = dict(component.module.named_modules())
     grouped = [name for name in names if getattr(modules[name], "groups", 1) != 1]
     if grouped:
-        raise ConfigError(f"{part.setting}: {grouped[0]} is a grouped convolution, which cannot be carried. Leave it out.")
+        raise ConfigError(f"{component.setting}: {grouped[0]} is a grouped convolution, which cannot be carried. Leave it out.")
 
 
 def _delivered(model: Any) -> "dict[str, torch.Tensor]":
@@ -94,20 +87,19 @@ def _export_diffusers(model: Any, config: Any, directory: Path, metadata: Mappin
     return [peft_directory.commit_tensors(directory / formats.SINGLE_FILE, _delivered(model), header)]
 
 
-def _export_named(
-    components: Components, family: Family, directory: Path, form: str, metadata: Mapping[str, str]
-) -> list[Path]:
+def _export_named(model: Model, export: Export) -> list[Path]:
     """One file with the names of `comfyui`, `kohya` or `lycoris`, with `.alpha`."""
     import torch
 
     named: dict[str, torch.Tensor] = {}
-    for component, model in components.items():
-        stem, layers = formats.stem(form, family, component), injection.adapted(model)
-        for name, tensor in _delivered(model).items():
+    for component, adapted in model.components.items():
+        names, layers = model.family.adapter_names(export.form, component), injection.adapted(adapted)
+        for name, tensor in _delivered(adapted).items():
             module, _, kind = name.rpartition(".")
-            named[f"{stem(module)}.{kind}"] = tensor
-            named[f"{stem(module)}.alpha"] = torch.tensor(float(layers[module].r[injection.ADAPTER]))
-    return [peft_directory.commit_tensors(directory / formats.NAMED_FILES[form], named, metadata)]
+            named[f"{names.module(module)}.{kind}"] = tensor
+            # LyCORIS and all readers of its names need alpha beside the factors.
+            named[f"{names.module(module)}.alpha"] = torch.tensor(float(layers[module].r[injection.ADAPTER]))
+    return [peft_directory.commit_tensors(export.directory / formats.NAMED_FILES[export.form], named, export.metadata)]
 
 
 def _settings(model: Any, config: Any) -> Any:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ftk import storage
 from ftk.errors import CheckpointError
 from ftk.methods.adapters import injection, targets
-from ftk.methods.base import DENOISER, Components
+from ftk.methods.base import Export
+from ftk.models.base import DENOISER, Family, Model
 
 if TYPE_CHECKING:
     import torch
@@ -24,12 +25,12 @@ _TRAINING_ONLY = ("lora_dropout", "module_dropout", "rank_dropout", "boft_dropou
 """Settings that change nothing of the weights, and would drop something from the pictures of who loads them."""
 
 
-def export_directories(directory: Path, components: Components, metadata: Mapping[str, str]) -> list[Path]:
+def export_directories(model: Model, export: Export) -> list[Path]:
     """The adapters as they are, `export_directory` of each: the denoiser's in the folder itself, others in one of their own."""
     files = []
-    for name, module in components.items():
+    for name, module in model.components.items():
         settings = for_delivery(module.peft_config[injection.ADAPTER])
-        files += export_directory(folder(directory, name), settings, injection.state(module), metadata)
+        files += export_directory(folder(export.directory, name), settings, injection.state(module), export.metadata)
     return files
 
 
@@ -43,13 +44,13 @@ def export_directory(
     return [directory / CONFIG_FILE, commit_tensors(directory / WEIGHTS_FILE, named, metadata)]
 
 
-def load_directories(pipeline: Any, directory: Path, adapter: str = injection.ADAPTER) -> None:
+def load_directories(family: Family, pipeline: Any, directory: Path, adapter: str = injection.ADAPTER) -> None:
     """Inject what `export_directories` wrote into a pipeline that has no adapter of this name.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the adapter is of another base model.
     """
-    load_directory(denoiser_of(pipeline), directory, adapter)
+    load_directory(getattr(pipeline, family.denoiser_attribute), directory, adapter)
     load_encoders(pipeline, directory, adapter)
 
 
@@ -90,10 +91,9 @@ def load_directory(model: Any, directory: Path, adapter: str = injection.ADAPTER
     model.train(is_training)
 
 
-def usage_of_encoders(components: Sequence[str]) -> list[str]:
-    """Python lines that load PEFT directories into the text encoders among these components of `pipeline`."""
-    names = [name for name in components if name != DENOISER]
-    lines = [f'PeftModel.from_pretrained(pipeline.{name}, "path/to/this/folder/{name}")' for name in names]
+def usage_of_encoders(encoders: Sequence[str]) -> list[str]:
+    """Python lines that load PEFT directories into these text encoders of `pipeline`."""
+    lines = [f'PeftModel.from_pretrained(pipeline.{name}, "path/to/this/folder/{name}")' for name in encoders]
     return [IMPORT, *lines] if lines else []
 
 
@@ -177,11 +177,6 @@ def explaining(path: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{path} does not fit this model: {injection.first_line(error)}. Load it into the model that it was trained on."
         ) from error
-
-
-def denoiser_of(pipeline: Any) -> Any:
-    """The transformer or U-Net of a diffusers pipeline."""
-    return pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
 
 
 def encoder_of(pipeline: Any, name: str, directory: Path) -> Any:

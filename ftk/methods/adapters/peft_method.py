@@ -1,4 +1,4 @@
-"""What all methods of the PEFT library are: settings, layers, an injected adapter, its state, its directory, its merging.
+"""What all methods of the PEFT library are: settings, layers, an injected adapter, its directory, its merging.
 
 An adapter is injected into the denoiser itself, which keeps its class: families, pipelines and FSDP meet the same module. A
 text encoder that is trained too gets one of its own.
@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ftk.methods import base
 from ftk.methods.adapters import injection, peft_directory, targets
-from ftk.methods.base import Components, Targets, TextEncoderConfig, TrainedComponent, check_format
-from ftk.models.base import Family
+from ftk.methods.adapters.targets import Targets, TextEncoderConfig, TrainedComponent
+from ftk.methods.base import CacheNeeds, Export, check_format
+from ftk.models.base import Conditions, Family, Model
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,6 @@ class PeftMethod:
 
     name: str
     Config: ClassVar[type[BaseModel]]
-    EXTRA: tuple[str, ...] = ()
     FORMATS: tuple[str, ...] = ("peft",)
     REASONS: ClassVar[Mapping[str, str]] = {}
     """Why a format is none of `FORMATS`, and what works."""
@@ -42,7 +42,7 @@ class PeftMethod:
         """Why the method cannot carry a layer; None if it can. Linear layers and convolutions, if it does not say otherwise."""
         return targets.linear_or_convolution(layer)
 
-    def peft_config(self, part: TrainedComponent, names: Sequence[str], config: Any) -> Any:
+    def peft_config(self, component: TrainedComponent, names: Sequence[str], settings: Any) -> Any:
         """PEFT's settings for the layers called `names`.
 
         Raises:
@@ -50,66 +50,60 @@ class PeftMethod:
         """
         raise NotImplementedError
 
-    def inject(self, part: TrainedComponent, settings: Any, config: Any, seed: int) -> "dict[str, torch.nn.Parameter]":
+    def inject(
+        self, component: TrainedComponent, peft_config: Any, settings: Any, seed: int
+    ) -> "dict[str, torch.nn.Parameter]":
         """Inject one component's adapter; returns what is trained of it, by its own names."""
-        return injection.inject(part.module, settings, seed)
+        return injection.inject(component.module, peft_config, seed)
 
-    def needs(self, family: Family, config: Any) -> tuple[str, ...]:
-        """The denoiser, and by `text_encoder` the text encoders."""
-        return base.needs(family, config)
+    def encoders(self, family: Family, settings: Any) -> tuple[str, ...]:
+        """By `text_encoder`, all that the family can train."""
+        return base.trained_encoders(family, settings)
 
-    def parameter_groups(self, config: Any) -> Sequence[tuple[str, float]]:
+    def cache_needs(self, settings: Any) -> CacheNeeds:
+        """Nothing but latents and texts."""
+        return CacheNeeds()
+
+    def parameter_groups(self, settings: Any) -> Sequence[tuple[str, float]]:
         """The text encoders' own learning rate."""
-        return base.encoder_rates(config)
+        return base.encoder_rates(settings)
 
-    def attach(self, components: Components, family: Family, config: Any, seed: int) -> "dict[str, torch.nn.Parameter]":
+    def attach(self, model: Model, settings: Any, seed: int) -> "dict[str, torch.nn.Parameter]":
         """Inject the adapters."""
-        parts = base.parts(components, family, config)
-        chosen = [targets.select(part, self.refusal) for part in parts]
+        components = targets.trained_components(model.family, model.components, settings)
+        chosen = [targets.select(component, self.refusal) for component in components]
         for pattern in ("rank_pattern", "alpha_pattern"):
-            targets.check_patterns(getattr(config, pattern, {}), [name for names in chosen for name in names], pattern)
+            targets.check_patterns(getattr(settings, pattern, {}), [name for names in chosen for name in names], pattern)
         parameters: dict[str, torch.nn.Parameter] = {}
-        for part, names in zip(parts, chosen, strict=True):
-            own = self.inject(part, self.peft_config(part, names, config), config, seed)
-            parameters |= {part.prefix + name: parameter for name, parameter in own.items()}
+        for component, names in zip(components, chosen, strict=True):
+            peft_config = self.peft_config(component, names, settings)
+            injected = self.inject(component, peft_config, settings, seed)
+            parameters |= {component.prefix + name: parameter for name, parameter in injected.items()}
         return parameters
 
-    def state(self, components: Components) -> "dict[str, torch.Tensor]":
-        """PEFT's names, with a text encoder's before its own."""
-        tensors: dict[str, torch.Tensor] = {}
-        for name, module in components.items():
-            tensors |= {base.prefix(name) + key: tensor for key, tensor in injection.state(module).items()}
-        return tensors
+    def predict(
+        self, model: Model, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
+    ) -> "torch.Tensor":
+        """The family's: adapters are in the model itself."""
+        return model.family.predict(model, noisy_BCHW, sigma_B, conditions)
 
-    def load_state(self, components: Components, state: "Mapping[str, torch.Tensor]") -> None:
-        """Inverse of `state`."""
-        for name, module in components.items():
-            injection.load_state(module, base.tensors_of(name, components, state))
-
-    def export(
-        self,
-        components: Components,
-        family: Family,
-        config: Any,
-        directory: Path,
-        form: str,
-        metadata: Mapping[str, str],
-    ) -> list[Path]:
+    def export(self, model: Model, settings: Any, export: Export) -> list[Path]:
         """A PEFT directory, with one of its own in it for each text encoder."""
-        check_format(self.name, self.FORMATS, form, self.REASONS)
-        return peft_directory.export_directories(directory, components, metadata)
+        check_format(self.name, self.FORMATS, export.form, self.REASONS)
+        return peft_directory.export_directories(model, export)
 
-    def load_into(self, pipeline: Any, directory: Path, adapter: str = injection.ADAPTER) -> None:
+    def load_into(self, family: Family, pipeline: Any, directory: Path, adapter: str = injection.ADAPTER) -> Any:
         """PEFT's settings and tensors, injected under the adapter's name."""
-        peft_directory.load_directories(pipeline, directory, adapter)
+        peft_directory.load_directories(family, pipeline, directory, adapter)
+        return pipeline
 
-    def merge(self, components: Components) -> None:
+    def merge(self, model: Model) -> None:
         """Fold the adapters into the weights and remove them."""
-        for module in components.values():
+        for module in model.components.values():
             injection.merge(module)
 
-    def usage(self, family: Family, config: Any) -> str:
+    def usage(self, family: Family, settings: Any) -> str:
         """PEFT's loader."""
-        line = f'PeftModel.from_pretrained(pipeline.{family.denoiser_components[0]}, "path/to/this/folder")'
-        others = peft_directory.usage_of_encoders(self.needs(family, config)) or [peft_directory.IMPORT]
+        line = f'PeftModel.from_pretrained(pipeline.{family.denoiser_attribute}, "path/to/this/folder")'
+        others = peft_directory.usage_of_encoders(self.encoders(family, settings)) or [peft_directory.IMPORT]
         return "\n".join([others[0], line, *others[1:]])

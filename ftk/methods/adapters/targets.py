@@ -1,15 +1,158 @@
 """Which layers of a model a method's targets mean, and whether it can carry them."""
 
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
-from ftk.errors import ConfigError
-from ftk.methods.base import EVERYTHING, TargetPattern, TrainedComponent, target_modules
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from ftk.errors import ConfigError, did_you_mean
+from ftk.methods.base import prefix
+from ftk.models.base import DENOISER, Family, TargetGroup, TrainsEncoders
 
 if TYPE_CHECKING:
     import torch
+
+EVERYTHING = "all"
+"""As `targets`: every layer that the method can carry."""
+
+
+class TargetPattern(BaseModel):
+    """`targets: {regex: ...}`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    regex: str = Field(min_length=1, description="must match the whole name of a module, from the denoiser's root")
+
+    @field_validator("regex")
+    @classmethod
+    def _is_a_regular_expression(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{value!r} is no regular expression: {error}") from None
+        return value
+
+
+def _one_of_three(value: Any) -> Any:
+    # A union would complain once for each of its members.
+    is_list = isinstance(value, (list, tuple)) and value and all(isinstance(item, str) and item for item in value)
+    is_pattern = isinstance(value, TargetPattern) or (isinstance(value, Mapping) and set(value) == {"regex"})
+    if not (is_list or is_pattern or (isinstance(value, str) and value)):
+        raise ValueError("a group of the family, `all`, a list of module names, or {regex: EXPRESSION}")
+    return TargetPattern.model_validate(value) if isinstance(value, Mapping) else value
+
+
+Targets = Annotated[str | tuple[str, ...] | TargetPattern, BeforeValidator(_one_of_three)]
+
+
+class TextEncoderConfig(BaseModel):
+    """Settings under `method.text_encoder`: train the model's text encoders too, by the same method."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    targets: Targets = Field(default="attention", description="a group of the family, `all`, module names, or {regex: ...}")
+    rate: float = Field(default=1.0, gt=0, description="their learning rate is so many times train.learning_rate")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedComponent:
+    """A component that is trained, the denoiser or a text encoder, and what the settings choose of it."""
+
+    name: str
+    module: Any
+    owner: str
+    """What messages call it."""
+    groups: Mapping[str, TargetGroup]
+    block_classes: tuple[str, ...]
+    targets: Targets
+    setting: str
+    """Where `targets` stands in the run file."""
+
+    @property
+    def is_denoiser(self) -> bool:
+        """Whether it is no text encoder."""
+        return self.name == DENOISER
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the names of its parameters and tensors."""
+        return prefix(self.name)
+
+
+def trained_components(family: Family, modules: Mapping[str, Any], settings: Any) -> list[TrainedComponent]:
+    """What is trained of the denoiser and the text encoders, by `settings.targets` and `settings.text_encoder.targets`.
+
+    Args:
+        modules: by name, the denoiser first; None in place of a module where names alone are to be checked.
+    """
+    components = []
+    for name, module in modules.items():
+        if name == DENOISER:
+            components.append(denoiser_component(family, module, settings.targets, "method.targets"))
+            continue
+        assert isinstance(family, TrainsEncoders)
+        components.append(
+            TrainedComponent(
+                name=name,
+                module=module,
+                owner=f"{family.name}'s {name}",
+                groups=family.encoder_targets,
+                block_classes=(),
+                targets=settings.text_encoder.targets,
+                setting="method.text_encoder.targets",
+            )
+        )
+    return components
+
+
+def denoiser_component(family: Family, module: Any, targets: Targets, setting: str) -> TrainedComponent:
+    """The denoiser and what is chosen of it; `setting` is what messages call the place of the choice."""
+    return TrainedComponent(
+        name=DENOISER,
+        module=module,
+        owner=family.name,
+        groups=family.target_groups,
+        block_classes=family.block_classes,
+        targets=targets,
+        setting=setting,
+    )
+
+
+def chosen(component: TrainedComponent) -> "TargetGroup | list[str] | TargetPattern":
+    """What the targets name: a group of the component, suffixes of module names as they stand, or a pattern.
+
+    Raises:
+        ConfigError: there is no group of this name. A string is always a group, so that a typo is found.
+    """
+    targets = component.targets
+    if isinstance(targets, TargetPattern):
+        return targets
+    if not isinstance(targets, str):
+        return list(targets)
+    if targets == EVERYTHING:
+        return TargetPattern(regex=".*")
+    if targets not in component.groups:
+        meant = did_you_mean(targets, [*component.groups, EVERYTHING])
+        example = ", ".join(component.groups["attention"].suffixes[:2])
+        raise ConfigError(
+            f"{component.setting}: {component.owner} has no group {targets!r}.{meant} Valid: {', '.join(component.groups)}, "
+            f"{EVERYTHING}, a list of module names such as [{example}], or {{regex: EXPRESSION}}."
+        )
+    return component.groups[targets]
+
+
+def check_group(family: Family, encoders: Sequence[str], settings: Any) -> None:
+    """Refuse a misspelt group before any model is loaded. A method without `targets` has nothing to check.
+
+    Raises:
+        ConfigError: see `chosen`.
+    """
+    if not hasattr(settings, "targets"):
+        return
+    for component in trained_components(family, dict.fromkeys((DENOISER, *encoders)), settings):
+        chosen(component)
 
 
 def linear_or_convolution(layer: "torch.nn.Module") -> str | None:
@@ -31,31 +174,35 @@ def linear_or_pointwise(layer: "torch.nn.Module") -> str | None:
     return linear_or_convolution(layer)
 
 
-def select(part: TrainedComponent, refusal: Callable[["torch.nn.Module"], str | None]) -> list[str]:
-    """Names of the layers that the part's targets mean, in the model's order.
+def select(component: TrainedComponent, refusal: Callable[["torch.nn.Module"], str | None]) -> list[str]:
+    """Names of the layers that the component's targets mean, in the model's order.
 
     A pattern passes over containers and norms, which hold no layer's weights; `all` also over what cannot be carried.
 
     Raises:
         ConfigError: a target that names nothing (those near are listed), or a layer that the method cannot carry.
     """
-    modules = {name: module for name, module in part.module.named_modules() if name}
-    wanted = target_modules(part)
-    if isinstance(wanted, TargetPattern):
+    modules = {name: module for name, module in component.module.named_modules() if name}
+    wanted = chosen(component)
+    if isinstance(wanted, TargetGroup):
+        found = names_in_group(component, wanted)
+        if not found:
+            raise ConfigError(f"{component.setting}: this {component.owner} has no layer of the group {component.targets!r}.")
+    elif isinstance(wanted, TargetPattern):
         found = [name for name, module in modules.items() if is_layer(module) and re.fullmatch(wanted.regex, name)]
-        if part.targets == EVERYTHING:
+        if component.targets == EVERYTHING:
             found = [name for name in found if refusal(modules[name]) is None]
         if not found:
             raise ConfigError(
-                f"{part.setting}: the expression {wanted.regex!r} matches no layer of {part.owner}. {_some(modules)}"
+                f"{component.setting}: the expression {wanted.regex!r} matches no layer of {component.owner}. {_some(modules)}"
             )
     else:
-        found = _with_suffixes(part, modules, wanted)
+        found = _with_suffixes(component, modules, wanted)
     for name in found:
         reason = refusal(modules[name])
         if reason is not None:
             raise ConfigError(
-                f"{part.setting}: {name} cannot be trained by this method: {reason}. Leave it out of the targets."
+                f"{component.setting}: {name} cannot be trained by this method: {reason}. Leave it out of the targets."
             )
     return found
 
@@ -68,7 +215,35 @@ def is_layer(module: "torch.nn.Module") -> bool:
     return isinstance(module, torch.nn.Linear) or (weight is not None and weight.ndim > 1)
 
 
-def _with_suffixes(part: TrainedComponent, modules: Mapping[str, Any], suffixes: Sequence[str]) -> list[str]:
+def names_in_group(component: TrainedComponent, group: TargetGroup) -> list[str]:
+    """Names of the modules that a group means, in the model's order; those that this model lacks are left out.
+
+    A suffix counts within the blocks that it is given for, and one of `outside` in no block of the model at all.
+    """
+    # What lies in a block has the suffixes of that block, however deep: blocks do not nest. None: in no block.
+    suffixes_around: dict[str, Sequence[str] | None] = {"": None}
+    names = []
+    for name, module in component.module.named_modules():
+        if not name:
+            continue
+        container = name.rpartition(".")[0]
+        around = suffixes_around[container]
+        if any(f".{name}".endswith(f".{suffix}") for suffix in (group.outside if around is None else around)):
+            names.append(name)
+        suffixes_around[name] = _of_block(component, group, container, module) if around is None else around
+    return names
+
+
+def _of_block(component: TrainedComponent, group: TargetGroup, container: str, module: Any) -> Sequence[str] | None:
+    """The group's suffixes within a module if that is a block, none for a block that the group does not name."""
+    kind = type(module).__name__
+    for key in (kind, container):
+        if key in group.in_blocks:
+            return group.in_blocks[key]
+    return () if kind in component.block_classes else None
+
+
+def _with_suffixes(component: TrainedComponent, modules: Mapping[str, Any], suffixes: Sequence[str]) -> list[str]:
     found: set[str] = set()
     layers = [name for name, module in modules.items() if is_layer(module)]
     for suffix in suffixes:
@@ -77,7 +252,7 @@ def _with_suffixes(part: TrainedComponent, modules: Mapping[str, Any], suffixes:
         if not any(is_layer(modules[name]) for name in matched):
             near = _near(suffix, layers)
             raise ConfigError(
-                f"{part.setting}: {suffix!r} is the name of no linear layer or convolution of {part.owner}.{near}"
+                f"{component.setting}: {suffix!r} is the name of no linear layer or convolution of {component.owner}.{near}"
             )
         found.update(matched)
     return [name for name in modules if name in found]
@@ -86,8 +261,7 @@ def _with_suffixes(part: TrainedComponent, modules: Mapping[str, Any], suffixes:
 def _near(suffix: str, layers: Sequence[str]) -> str:
     ends = {".".join(name.split(".")[-count:]) for name in layers for count in (1, 2)}
     ends -= {end for end in ends if end.split(".")[0].isdecimal()}
-    close = difflib.get_close_matches(suffix, sorted(ends), n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(close)}?" if close else f" Some of its layers: {', '.join(sorted(ends)[:8])}."
+    return did_you_mean(suffix, sorted(ends)) or f" Some of its layers: {', '.join(sorted(ends)[:8])}."
 
 
 def _some(modules: Mapping[str, Any]) -> str:
@@ -95,14 +269,18 @@ def _some(modules: Mapping[str, Any]) -> str:
     return f"It must match whole names, such as {re.escape(layers[len(layers) // 2])}"
 
 
-def as_peft_targets(part: TrainedComponent, names: Sequence[str]) -> list[str] | str:
+def as_peft_targets(component: TrainedComponent, names: Sequence[str]) -> list[str] | str:
     """`names` as PEFT's `target_modules`: the suffixes that they came from, or an expression that matches them alone."""
-    wanted = target_modules(part)
-    if not isinstance(wanted, TargetPattern):
+    wanted = chosen(component)
+    if isinstance(wanted, list):
         return wanted
+    everything = [name for name, _ in component.module.named_modules() if name]
+    if isinstance(wanted, TargetGroup):
+        suffixes = wanted.suffixes
+        if [name for name in everything if any(f".{name}".endswith(f".{suffix}") for suffix in suffixes)] == list(names):
+            return suffixes
     # Blocks differ in their number alone: without it a few dozen names remain.
     short = sorted({re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name)) for name in names})
-    everything = [name for name, _ in part.module.named_modules() if name]
     expression = "|".join(short)
     if [name for name in everything if re.fullmatch(expression, name)] == list(names):
         return expression

@@ -8,16 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftk import storage
-from ftk.errors import ModelError
-from ftk.models.base import first_line, load_component
+from ftk.errors import ConfigError, ModelError
+from ftk.models.base import AdapterNames, TargetGroup
+from ftk.models.components.loading import first_line, load_component
 
 if TYPE_CHECKING:
     import torch
 
 TOKENS = 77
-ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
-TARGETS: Mapping[str, Sequence[str]] = {"attention": ATTENTION, "attention+mlp": (*ATTENTION, "fc1", "fc2")}
+_BLOCK = "CLIPEncoderLayer"
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+TARGETS: Mapping[str, TargetGroup] = {
+    "attention": TargetGroup(in_blocks={_BLOCK: _ATTENTION}),
+    "attention+mlp": TargetGroup(in_blocks={_BLOCK: (*_ATTENTION, "fc1", "fc2")}),
+}
 """Groups of layers, of a text encoder that is trained."""
+_ROOTS = ("text_model.", "text_projection")
+LORA_FACTORS = ("lora_down", "lora_up")
+"""What sd-scripts and all readers of its files call a LoRA's two factors."""
 
 
 def load_text_model(directory: Path, name: str, dtype: "torch.dtype", *, has_projection: bool = False) -> Any:
@@ -74,6 +82,64 @@ def tokenised(tokenizer: Any, captions: Sequence[str], device: "torch.device") -
 def tokens_cut(tokenizer: Any, captions: Sequence[str]) -> list[int]:
     """How many tokens of each caption `tokenised` leaves out."""
     return [max(0, len(ids) - TOKENS) for ids in tokenizer(list(captions), verbose=False)["input_ids"]]
+
+
+def hidden_state(states: "Sequence[torch.Tensor]", from_end: int, skip: int) -> "torch.Tensor":
+    """[B,77,D]: one of a text encoder's hidden states, that of its embeddings first, `skip` layers before the usual one.
+
+    Args:
+        from_end: where the usual one stands, counted from the end: 1 is the last.
+
+    Raises:
+        ConfigError: the encoder has too few layers to skip so many.
+    """
+    if from_end + skip > len(states):
+        raise ConfigError(
+            f"model.clip_skip: {skip}: a text encoder of this model has {len(states) - 1} layers, of which at most "
+            f"{len(states) - from_end} can be skipped. Set it to {len(states) - from_end} or less."
+        )
+    return states[-(from_end + skip)]
+
+
+def published_key(key: str) -> str:
+    """A module or tensor as every reader knows it: transformers 5 has flattened some encoders' names."""
+    return key if key.startswith(_ROOTS) else _ROOTS[0] + key
+
+
+def adapter_names(form: str, component: str, encoders: Sequence[str]) -> AdapterNames:
+    """`lora_te_text_model_a_b_c`, and where there are several encoders `lora_te1_` and `lora_te2_`, as sd-scripts.
+
+    Raises:
+        ConfigError: LyCORIS' format, which holds one model alone.
+    """
+    if form == "lycoris":
+        raise ConfigError("LyCORIS' names are those of one model, and this trained text encoders too. Write kohya.")
+    number = encoders.index(component) + 1 if len(encoders) > 1 else ""
+    return AdapterNames(module=lambda name: f"lora_te{number}_{published_key(name).replace('.', '_')}", factors=LORA_FACTORS)
+
+
+def add_tokens(tokenizer: Any, model: Any, tokens: Mapping[str, str]) -> None:
+    """Add words to a tokenizer and rows to the embedding table of its model; each starts as the row of another word.
+
+    As `load_textual_inversion` of diffusers, which adds a token and resizes the table for each embedding.
+
+    Raises:
+        ConfigError: the tokenizer has the token already, or the word is not one token.
+    """
+    import torch
+
+    for token, word in tokens.items():
+        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise ConfigError(
+                f"the word {word!r}, from which the token {token!r} starts, is {len(ids)} tokens. Name a word of one token."
+            )
+        if not tokenizer.add_tokens(token):
+            raise ConfigError(f"the tokenizer has the token {token!r} already. Choose another.")
+        model.resize_token_embeddings(len(tokenizer))
+        table = model.get_input_embeddings().weight
+        with torch.no_grad():
+            table[tokenizer.convert_tokens_to_ids(token)] = table[ids[0]]
 
 
 def flops(directory: Path) -> float:

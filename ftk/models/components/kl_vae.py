@@ -1,13 +1,13 @@
-"""The 4-channel VAE of Stable Diffusion and SDXL: diffusers' AutoencoderKL.
+"""diffusers' AutoencoderKL: the VAE of Stable Diffusion and SDXL (4 channels), and with a shift of many later models (16).
 
-Shape legend: B batch, C latent channels (4), H W latent cells.
+Shape legend: B batch, C latent channels, H W latent cells.
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ModelError
-from ftk.models.base import first_line, load_component
+from ftk.models.components.loading import first_line, load_component
 
 if TYPE_CHECKING:
     import torch
@@ -89,9 +89,12 @@ def _vae_config(directory: Path) -> Any:
 
 
 def _constants(config: Any) -> tuple[list[float], list[float]]:
-    """Shift and scale of each channel; a few VAEs of this line have statistics beside the factor, as SDXL's pipeline reads."""
+    """Shift and scale of each channel: latents are (z - shift) scale.
+
+    `shift_factor` is FLUX's and SD3's; a few VAEs have statistics of each channel instead, which SDXL's pipeline reads.
+    """
     channels = config.latent_channels
-    shifts, stds = config.latents_mean or [0.0] * channels, config.latents_std or [1.0] * channels
+    shifts, stds = config.latents_mean or [config.shift_factor or 0.0] * channels, config.latents_std or [1.0] * channels
     return list(shifts), [config.scaling_factor / std for std in stds]
 
 

@@ -1,27 +1,47 @@
 """What Stable Diffusion and SDXL share as families: U-Net, VAE, noise, and texts of 77 tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ftk.models.base import NoiseSchedule
+from pydantic import BaseModel, Field
+
+from ftk.models.base import AdapterNames, FamilyConfig
 from ftk.models.components import clip, kl_vae, unet
+from ftk.models.components.geometry import ReferenceRule
+from ftk.models.components.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
     import torch
 
 
+class LatentDiffusionConfig(FamilyConfig):
+    """Settings under `model:`."""
+
+    clip_skip: int | None = Field(
+        default=None, ge=1, le=11, description="layers of CLIP that are left out at the end, as diffusers counts them"
+    )
+
+
 class LatentDiffusion:
     """The part of `Family` in which they are alike."""
 
+    Config: ClassVar[type[BaseModel]] = LatentDiffusionConfig
     geometry = unet.GEOMETRY
     max_text_tokens = clip.TOKENS
     pads_texts = True
+    sigma_defaults: Mapping[str, Any] = {}
+    references: ReferenceRule | None = None
     latent_components = ("vae",)
     text_components: tuple[str, ...]
     denoiser_components = ("unet", "scheduler")
-    block_class = unet.BLOCK_CLASS
+    denoiser_attribute = "unet"
+    block_classes = unet.BLOCK_CLASSES
     encoder_targets = clip.TARGETS
+    trainable_encoders: tuple[str, ...]
+
+    def __init__(self, config: LatentDiffusionConfig | None = None) -> None:
+        self.config = config or LatentDiffusionConfig()
 
     def load_vae(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
         """AutoencoderKL, frozen."""
@@ -65,6 +85,24 @@ class LatentDiffusion:
         """Epsilon or v, and the noise levels of training."""
         return unet.load_schedule(directory)
 
+    def collate_texts(self, texts: Sequence[Mapping[str, "torch.Tensor"]]) -> dict[str, "torch.Tensor | None"]:
+        """Each tensor [B,77,...]: all texts have one length, and the U-Net takes no mask."""
+        import torch
+
+        return {name: torch.stack([text[name] for text in texts]) for name in texts[0]}
+
+    def adapter_names(self, form: str, component: str) -> AdapterNames:
+        """As sd-scripts name them."""
+        return unet.adapter_names(form, component, self.trainable_encoders)
+
+    def encoder_key(self, component: str, key: str) -> str:
+        """CLIP's, with `text_model.`."""
+        return clip.published_key(key)
+
     def generation(self, guidance_scale: float) -> dict[str, Any]:
         """Classifier-free guidance; at 1 or less the pipeline leaves the negative prompt out."""
-        return {"guidance_scale": guidance_scale}
+        return {"guidance_scale": guidance_scale, **self.skip_options()}
+
+    def skip_options(self) -> dict[str, Any]:
+        """`clip_skip` where it is set: an option of the pipeline, and part of the texts' fingerprint."""
+        return {} if self.config.clip_skip is None else {"clip_skip": self.config.clip_skip}

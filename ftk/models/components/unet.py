@@ -3,26 +3,31 @@
 Shape legend: B batch, C latent channels (4), H W latent cells, L text tokens (77), D text width.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ModelError
-from ftk.models.base import Activations, LatentGeometry, NoiseSchedule, first_line, load_component, outline
+from ftk.models.base import DENOISER, Activations, AdapterNames, Conditions, Model, TargetGroup, Texts, encoded
+from ftk.models.components import clip
+from ftk.models.components.geometry import LatentGeometry
+from ftk.models.components.loading import first_line, load_component, outline
+from ftk.models.components.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
     import torch
 
 GEOMETRY = LatentGeometry(channels=4, factor=8, patch=8)
 """Sides are multiples of 64 px: the U-Net of 1.x halves latents three times, and SDXL's buckets have such sides too."""
-BLOCK_CLASS = "BasicTransformerBlock"
+BLOCK_CLASSES = ("BasicTransformerBlock",)
 """Holds all attention and most activations, and in SDXL 85% of the weights; between its copies lie convolutions."""
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-MLP = ("ff.net.0.proj", "ff.net.2")
-TEXT_KV = ("attn2.to_k", "attn2.to_v")
-TIME = ("linear_1", "linear_2", "time_emb_proj")
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_MLP = ("ff.net.0.proj", "ff.net.2")
+_TIME = ("linear_1", "linear_2", "time_emb_proj")
+_LDM_NAMES = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+"""Modules that ComfyUI and sd-scripts know by the original model's names alone."""
 SCHEDULE: Mapping[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 """What schedulers of this line are configured with."""
 _BACKWARD_WIDTHS = 14
@@ -73,22 +78,58 @@ def load_schedule(directory: Path) -> NoiseSchedule:
 
 
 def predict(
-    denoiser: Any,
+    model: Model,
     noisy_BCHW: "torch.Tensor",
-    time_B: "torch.Tensor",
-    embeds_BLD: Any,
-    residuals: Sequence["torch.Tensor"] | None,
-    added: Mapping[str, Any] | None = None,
+    sigma_B: "torch.Tensor",
+    conditions: Conditions,
+    added: Callable[[Texts], Mapping[str, Any]] | None = None,
 ) -> "torch.Tensor":
-    """The U-Net's output in fp32; `added` is what SDXL takes beside the text."""
-    control = {}
-    if residuals:
-        *skips, middle = residuals
-        control = {"down_block_additional_residuals": tuple(skips), "mid_block_additional_residual": middle}
-    output: torch.Tensor = denoiser(
-        noisy_BCHW, time_B, encoder_hidden_states=embeds_BLD, added_cond_kwargs=added, return_dict=False, **control
+    """The U-Net's output in fp32: epsilon or v. It takes the number of the noise level as time.
+
+    Args:
+        added: what SDXL takes beside the text, from the texts as they are encoded now.
+    """
+    texts = encoded(model, conditions.texts)
+    output: torch.Tensor = model.denoiser(
+        noisy_BCHW,
+        model.schedule.time(sigma_B),
+        encoder_hidden_states=texts["embeds"],
+        added_cond_kwargs=None if added is None else added(texts),
+        return_dict=False,
     )[0]
     return output.float()
+
+
+def target_groups(*outside: str) -> Mapping[str, TargetGroup]:
+    """The groups of the U-Net's layers; `outside` are the layers in no block that `all-linear` has beside the time's."""
+
+    def in_blocks(*suffixes: str) -> Mapping[str, Sequence[str]]:
+        return dict.fromkeys(BLOCK_CLASSES, suffixes)
+
+    return {
+        "attention": TargetGroup(in_blocks=in_blocks(*_ATTENTION)),
+        "attention+mlp": TargetGroup(in_blocks=in_blocks(*_ATTENTION, *_MLP)),
+        "text-kv": TargetGroup(in_blocks=in_blocks("attn2.to_k", "attn2.to_v")),
+        "all-linear": TargetGroup(in_blocks=in_blocks(*_ATTENTION, *_MLP), outside=(*_TIME, *outside)),
+    }
+
+
+def adapter_names(form: str, component: str, encoders: Sequence[str]) -> AdapterNames:
+    """As sd-scripts, A1111, ComfyUI and LyCORIS name the modules of a U-Net and of its CLIP text encoders.
+
+    ComfyUI's own U-Net has other module names; it finds diffusers' under `lora_unet_` (`comfy/lora.py`,
+    `model_lora_keys_unet`).
+
+    Raises:
+        ConfigError: LyCORIS' format, for a text encoder.
+    """
+    if component != DENOISER:
+        return clip.adapter_names(form, component, encoders)
+    if form == "lycoris":
+        return AdapterNames(module=lambda name: "lycoris_" + name.replace(".", "_"), factors=clip.LORA_FACTORS)
+    return AdapterNames(
+        module=lambda name: "lora_unet_" + _LDM_NAMES.get(name, name).replace(".", "_"), factors=clip.LORA_FACTORS
+    )
 
 
 def activations(
@@ -160,7 +201,7 @@ class _Kept:
                     self.largest_outside = max(self.largest_outside, whole.nbytes())
             return tensor
 
-        blocks = [module for module in denoiser.modules() if type(module).__name__ == BLOCK_CLASS]
+        blocks = [module for module in denoiser.modules() if type(module).__name__ in BLOCK_CLASSES]
         handles = [block.register_forward_pre_hook(enter) for block in blocks]
         handles += [block.register_forward_hook(leave) for block in blocks]
         try:

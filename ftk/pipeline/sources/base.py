@@ -6,7 +6,7 @@ as a stream of records; whatever cannot become a record is a reject with its rea
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,21 @@ from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject
 from ftk.errors import ConfigError
 
+A_PLACE = "a place"
+"""Stands in a recipe for a place that a setting names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Marks a setting of a source that says where something lies: `masks: Annotated[str | None, Place()]`.
+
+    What a dataset is made of stays the same when it is moved. So recipes and signatures keep that such a setting is there,
+    and how many places it names, but not the places. With `only_outside`, names below the source's own path are no places:
+    they select what is read, and are kept.
+    """
+
+    only_outside: bool = False
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blob:
@@ -25,6 +40,12 @@ class Blob:
 
     location: str
     data: bytes | None = None
+
+    @property
+    def name(self) -> str:
+        """What to call it in a table of rejects: a member's name in its archive, or a file's, without where that lies."""
+        member = self.location if self.data is None else self.location.rpartition("#")[2]
+        return locations.file_name(member) if self.data is None or is_outside(member) else locations.printable(member)
 
     def read(self) -> bytes:
         """The bytes; `OSError` when there are none to be had, `EnvironmentFault` when the network fails."""
@@ -36,7 +57,8 @@ class Record:
     """One image of a source, before anything was decoded.
 
     `identity` is stable and unique within the source (the relative path, the tar's name and the key), and may hold
-    surrogate escapes for bytes that are no UTF-8. `captions` are as found: at least one, none empty.
+    surrogate escapes for bytes that are no UTF-8. `captions` are as found: at least one, none empty. `controls` are
+    followed by the source's references, see `parse`.
     """
 
     identity: str
@@ -63,7 +85,8 @@ class Source(Protocol):
     """What a kind of source must provide."""
 
     Settings: type[BaseModel]
-    """What a user may write for this kind of source, beside the fields of `SourceConfig`."""
+    """What a user may write for this kind of source, beside the fields of `SourceConfig`. Where something other than
+    `path` lies is annotated with `Place`."""
 
     def accepts(self, path: str) -> bool:
         """Whether a source with `format: auto` and this path is of this kind; looks at the name alone."""
@@ -105,6 +128,8 @@ def kind(config: SourceConfig) -> str:
 def parse(config: SourceConfig, place: str = "data.sources") -> tuple[Source, Any]:
     """The kind of source that a run file names at `place`, and its settings validated by the kind's own model.
 
+    Their `controls` then name the source's `references` too, after its control images.
+
     Looks at names alone. `ConfigError` lists every mistake.
     """
     name = kind(config)
@@ -112,6 +137,40 @@ def parse(config: SourceConfig, place: str = "data.sources") -> tuple[Source, An
     fields: dict[str, Any] = {"model_config": ConfigDict(extra="forbid", frozen=True)}
     # Both models at once, so that a misspelt key is compared with the common ones and with this kind's own.
     both = type("Source", (source.Settings, SourceConfig), fields)
-    where = f"source {config.source_name} ({name})"
-    settings: Any = load.validate(both, config.model_dump(exclude_unset=True), where, prefix=f"{place}.")
-    return source, settings
+    where, tree = f"source {config.source_name} ({name})", config.model_dump(exclude_unset=True)
+    settings: Any = load.validate(both, tree, where, prefix=f"{place}.")
+    if not config.references:
+        return source, settings
+    if "controls" not in source.Settings.model_fields:
+        raise ConfigError(f"{where}: `references`: this kind of source has no images beside its images. Leave it out.")
+    # A source finds references as it finds control images: they come after those, and are told apart by their number.
+    both_kinds = {**tree, "controls": [*settings.controls, *config.references]}
+    return source, load.validate(both, both_kinds, where, prefix=f"{place}.")
+
+
+def places(config: SourceConfig) -> dict[str, Place]:
+    """The settings of this kind of source that name places, by their names."""
+    fields = get(kind(config)).Settings.model_fields
+    marks = ((name, mark) for name, field in fields.items() for mark in field.metadata)
+    found = {name: mark for name, mark in marks if isinstance(mark, Place)}
+    # References are found as control images are: where those are places, so are they.
+    return {**found, "references": found["controls"]} if "controls" in found else found
+
+
+def without_places(config: SourceConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings with `A_PLACE` where they name a place; of several places in a list each is replaced."""
+    marks = places(config)
+    return {name: _hidden(value, marks[name]) if name in marks else value for name, value in settings.items()}
+
+
+def is_outside(name: str) -> bool:
+    """Whether a file's name leads out of the folder or dataset that it is looked up in."""
+    return locations.is_url(name) or name.startswith(("/", "~", "file://")) or ".." in name.split("/")
+
+
+def _hidden(value: Any, place: Place) -> Any:
+    if isinstance(value, str):
+        return value if place.only_outside and not is_outside(value) else A_PLACE
+    if isinstance(value, Mapping):
+        return {key: _hidden(item, place) for key, item in value.items()}
+    return [_hidden(item, place) for item in value] if isinstance(value, (list, tuple)) else value

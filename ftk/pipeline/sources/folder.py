@@ -1,21 +1,20 @@
 """A folder of images, searched recursively, each with its caption beside it, in its name, or the same for all."""
 
-import difflib
 import posixpath
 import re
 from collections.abc import Iterator
 from itertools import groupby, islice
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ftk import locations, storage
 from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject, RejectReason
-from ftk.errors import ConfigError, SourceError
+from ftk.errors import ConfigError, SourceError, did_you_mean
 from ftk.locations import File
 from ftk.pipeline import captions
-from ftk.pipeline.sources.base import Blob, Partition, Record
+from ftk.pipeline.sources.base import Blob, Partition, Place, Record
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -38,8 +37,10 @@ class FolderSettings(BaseModel):
         default="sidecar", description="a .txt, .caption or .json beside the image; its name; or always the source's `caption`"
     )
     caption_lines: bool = Field(default=False, description="each line of a .txt or .caption is a caption of its own")
-    masks: str | None = Field(default=None, min_length=1, description="folder of masks named as the images")
-    controls: tuple[str, ...] = Field(default=(), description="folders of control images named as the images")
+    masks: Annotated[str | None, Place()] = Field(default=None, min_length=1, description="folder of masks named as the images")
+    controls: Annotated[tuple[str, ...], Place()] = Field(
+        default=(), description="folders of control images named as the images"
+    )
 
     @model_validator(mode="after")
     def _lines_need_sidecars(self) -> Self:
@@ -163,10 +164,11 @@ def _record(config: SourceConfig, settings: FolderSettings, entry: Entry, fallba
     if isinstance(found, captions.Problem):
         return reject(found.reason, found.detail)
     if mask == "":
-        return reject(RejectReason.MASK_MISSING, f"no mask of this name in {settings.masks}")
+        return reject(RejectReason.MASK_MISSING, "the folder under `masks` has no image of this name")
     if "" in controls:
-        folder = settings.controls[controls.index("")]
-        return reject(RejectReason.CONTROL_MISSING, f"no control image of this name in {folder}")
+        # By its number: where the folder lies is no part of a dataset, and two can have the same name.
+        which = f"`controls.{controls.index('')}`"
+        return reject(RejectReason.CONTROL_MISSING, f"the folder under {which} has no image of this name")
     return Record(
         identity=relative,
         image=Blob(location=locations.join(config.path, relative)),
@@ -293,8 +295,7 @@ def _nearest_folder(root: str) -> str:
         return ""
     path = locations.local_path(root)
     siblings = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.5)
-    return f" Did you mean {locations.printable(str(path.parent / close[0]))}?" if close else ""
+    return locations.printable(did_you_mean(path.name, siblings, str(path.parent)))
 
 
 SOURCE = Folder()

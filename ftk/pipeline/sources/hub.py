@@ -5,7 +5,6 @@ no code of the dataset is ever run: the library has no such thing any more, and 
 """
 
 import contextlib
-import difflib
 import errno
 import functools
 import importlib
@@ -15,17 +14,17 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ftk import locations, storage
 from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject, RejectReason
-from ftk.errors import ConfigError, EnvironmentFault, FtkError, SourceError
+from ftk.errors import ConfigError, EnvironmentFault, FtkError, SourceError, did_you_mean
 from ftk.pipeline import captions
 from ftk.pipeline.captions import Problem
-from ftk.pipeline.sources.base import Blob, Partition, Record
+from ftk.pipeline.sources.base import Blob, Partition, Place, Record, is_outside
 
 CAPTION_COLUMNS = ("text", "caption", "prompt", "captions", "txt")
 
@@ -49,7 +48,9 @@ class HubSettings(BaseModel):
     split: str = Field(default="train", min_length=1)
     config_name: str | None = Field(default=None, description="which of the dataset's configurations, where it has several")
     revision: str | None = Field(default=None, description="branch, tag or commit of a dataset of the Hub")
-    data_files: DataFiles | None = Field(default=None, description="files of the dataset to read instead of all")
+    data_files: Annotated[DataFiles | None, Place(only_outside=True)] = Field(
+        default=None, description="files of the dataset to read instead of all"
+    )
     image: str | None = Field(default=None, description="column of the images; the first of that kind by default")
     captions: tuple[str, ...] = Field(
         default=(),
@@ -143,7 +144,7 @@ def _item(config: SourceConfig, columns: _Columns, row: dict[str, Any], identity
         blob = _blob(config, row[column], f"{identity}/{column}", top)
         if blob is None:
             path = row[column].get("path") if isinstance(row[column], dict) else None
-            found = f"the path {path}, which does not lie in the dataset" if path else "nothing"
+            found = f"a path to {locations.file_name(path)}, which does not lie in the dataset" if path else "nothing"
             return Problem(reason=reason, detail=f"its column `{column}` holds {found}")
         blobs[column] = blob
     texts = _captions(config, columns, row)
@@ -196,7 +197,7 @@ def _columns(config: SourceConfig, settings: HubSettings, dataset: Any) -> _Colu
     texts = settings.captions or tuple(name for name in CAPTION_COLUMNS if name in features)[:1]
     for name in (image, *texts, *filter(None, named[1:])):
         if name not in features:
-            raise SourceError(f"data.sources: {config.path} has no column `{name}`.{_nearest(name, list(features))}")
+            raise SourceError(f"data.sources: {config.path} has no column `{name}`.{_names(name, list(features))}")
     for name in (image, *filter(None, named[1:])):
         if not _holds_images(library, features[name]):
             raise SourceError(
@@ -226,9 +227,8 @@ def _undecoded(dataset: Any, columns: _Columns) -> Any:
     return dataset
 
 
-def _nearest(name: str, valid: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return (f" Did you mean `{close[0]}`?" if close else "") + f" It has: {', '.join(valid) or 'none'}."
+def _names(given: str, valid: Sequence[str]) -> str:
+    return f"{did_you_mean(given, valid)} It has: {', '.join(valid) or 'none'}."
 
 
 def _locate(config: SourceConfig, settings: HubSettings) -> tuple[str, bool]:
@@ -266,7 +266,7 @@ def _only_own_files(data_files: DataFiles | None) -> bool:
     """Whether the dataset's own version vouches for all that is read."""
     named = list(data_files.values()) if isinstance(data_files, dict) else [data_files]
     files = [file for item in named for file in ((item,) if isinstance(item, str) else item or ())]
-    return not any(locations.is_url(file) or file.startswith(("/", "~")) or ".." in file.split("/") for file in files)
+    return not any(is_outside(file) for file in files)
 
 
 def _opened(config: SourceConfig, settings: HubSettings, path: str, commit: str | None) -> Any:
@@ -276,8 +276,8 @@ def _opened(config: SourceConfig, settings: HubSettings, path: str, commit: str 
     with _explained(config):
         splits = _splits(path, settings.config_name, commit, files)
     if settings.split not in splits:
-        nearest = _nearest(settings.split, [str(name) for name in splits])
-        raise SourceError(f"data.sources: {config.path} has no split `{settings.split}`.{nearest}")
+        names = _names(settings.split, [str(name) for name in splits])
+        raise SourceError(f"data.sources: {config.path} has no split `{settings.split}`.{names}")
     return splits[settings.split]
 
 

@@ -1,13 +1,12 @@
 """Tables (JSON Lines, CSV, TSV, Parquet) that name images, as Hugging Face's imagefolder does, or in Parquet hold them."""
 
-import difflib
 import os
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from ftk import locations, storage
 from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject, RejectReason
-from ftk.errors import SourceError
+from ftk.errors import SourceError, did_you_mean
 from ftk.pipeline import captions, tables
-from ftk.pipeline.sources.base import Blob, Partition, Record
+from ftk.pipeline.sources.base import Blob, Partition, Place, Record
 
 IMAGE_COLUMNS = ("file_name", "image", "path", "url")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -34,7 +33,9 @@ class TableSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     image: str | None = Field(default=None, description="column of file names, URLs or image bytes")
-    root: str | None = Field(default=None, min_length=1, description="where file names start; the table's folder by default")
+    root: Annotated[str | None, Place()] = Field(
+        default=None, min_length=1, description="where file names start; the table's folder by default"
+    )
     captions: tuple[str, ...] = Field(default=(), description="columns of captions; text, caption or prompt by default")
     mask: str | None = Field(default=None, description="column of masks")
     controls: tuple[str, ...] = Field(default=(), description="columns of control images")
@@ -245,9 +246,15 @@ def _read_rows(
         if problem is not None:
             yield _reject(config, identity, RejectReason(problem[0]), problem[1])
         elif blob is None or _is_missing(blob):
-            yield _reject(config, identity, RejectReason.FILE_MISSING, f"{_location(root, name)} does not exist")
+            yield _reject(config, identity, RejectReason.FILE_MISSING, _absence(settings, name))
         else:
             yield _record(config, settings, identity, blob, texts, others)
+
+
+def _absence(settings: TableSettings, name: str) -> str:
+    """As the row names the file: where the table and its files lie is no part of a dataset."""
+    below = "" if not _is_relative(name) else " below `root`" if settings.root else " beside the table"
+    return f"{name} does not exist{below}"
 
 
 def _record(
@@ -263,7 +270,7 @@ def _record(
     reasons = [RejectReason.MASK_MISSING, *[RejectReason.CONTROL_MISSING] * len(controls)]
     for column, blob, reason in zip((settings.mask, *settings.controls), others, reasons, strict=True):
         if column and (blob is None or _is_missing(blob)):
-            detail = f"{blob.location} does not exist" if blob else f"the row has nothing under {column}"
+            detail = f"{blob.name}, under {column}, does not exist" if blob else f"the row has nothing under {column}"
             return _reject(config, identity, reason, detail)
     found = tuple(control for control in controls if control is not None)
     return Record(identity=identity, image=image, captions=texts, mask=mask, controls=found)
@@ -336,7 +343,7 @@ def _read_row_groups(
     with tables.open_table(location) as table:
         columns = _columns(config, settings, table)
         for number, row in enumerate(tables.parquet_rows(table.parquet, columns.names, _BATCH_IMAGES, groups), first_row):
-            where = f"row {number} of {tables.shown(location)}"
+            where = f"row {number} of {locations.file_name(location)}"
             cells = [row.get(column) if column else None for column in columns.by_role]
             blob, *others = (_blob(cell, root, f"{label}/{number}") for cell in cells)
             # The path beside the bytes is a name from elsewhere, often the same in every row.
@@ -371,11 +378,9 @@ def _columns(config: SourceConfig, settings: TableSettings, table: tables.OpenTa
         given.update({f"{setting}.{index}": name for index, name in enumerate(names)})
     for setting, name in given.items():
         if name is not None and name not in table.columns:
-            close = difflib.get_close_matches(name, table.columns, n=1, cutoff=0.5)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise SourceError(
-                f"data.sources: `{setting}: {name}`: {tables.shown(table.location)} has no such column.{hint} {_listed(table)}"
-            )
+            where = tables.shown(table.location)
+            meant = locations.printable(did_you_mean(name, table.columns))
+            raise SourceError(f"data.sources: `{setting}: {name}`: {where} has no such column.{meant} {_listed(table)}")
     image = settings.image or _present(table.columns, IMAGE_COLUMNS)
     if image is None:
         raise SourceError(

@@ -17,10 +17,9 @@ import pyarrow.compute as pc
 import torch
 from PIL import Image
 
-from ftk import progress, storage
+from ftk import devices, progress, storage
 from ftk.configs.schema import TrainConfig
 from ftk.errors import TrainingError
-from ftk.models import base as models
 from ftk.train.hooks.trackers import Tracker
 from ftk.train.loop import NUM_BANDS, StepResult, Trainer
 
@@ -131,7 +130,7 @@ class Recorder:
         values = _fetch(results)
         now = time.perf_counter()
         seconds, self._window_started = (now - self._window_started) / len(results), now
-        memory = models.memory_bytes(trainer.device)
+        memory = devices.memory_bytes(trainer.device)
         rows = [_row(result, row, seconds, memory) for result, row in zip(results, values, strict=True)]
         bad = [row for row in rows if row["is_bad"]]
         self._num_bad_steps += len(bad)

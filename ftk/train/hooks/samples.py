@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +11,37 @@ from PIL import Image
 
 from ftk import storage
 from ftk.cache.store import CacheStore
-from ftk.configs.load import run_path
-from ftk.configs.schema import RunConfig
+from ftk.configs.schema import PromptConfig
 from ftk.errors import CacheError
+from ftk.methods.base import HasControls
+from ftk.models.base import encoded
+from ftk.run import Run
 from ftk.train import drawing, sheet
+from ftk.train.data import control_tensor
 from ftk.train.hooks.recorder import Recorder
 from ftk.train.loop import StepResult, Trainer
 
 
-def check(config: RunConfig, store: CacheStore) -> None:
+def check(run: Run, store: CacheStore) -> None:
     """Before anything is loaded, not at the first picture: is all there that is to be drawn, and can it be drawn?
 
     Raises:
         CacheError: a prompt is not in the cache.
         ConfigError: the family has no images of that size.
     """
+    config = run.config
     if not (config.sample.every and config.sample.prompts):
         return
-    drawing.size(config)
-    wanted = {**dict.fromkeys(config.sample.prompts, "prompts"), config.sample.negative_prompt: "negative_prompt"}
-    missing = [prompt for prompt in wanted if prompt not in store.manifest.prompts]
-    if missing:
-        raise CacheError(
-            f"sample.{wanted[missing[0]]}: {missing[0]!r} is not in the cache. Run `ftk cache RUN.yaml`: it encodes that text "
-            f"alone."
-        )
+    _ = run.sample_size  # refuses a size that the family does not have
+    needed = [(entry.key(), entry.prompt, "prompts") for entry in config.sample.entries]
+    needed.append((config.sample.negative_prompt, config.sample.negative_prompt, "negative_prompt"))
+    for key, prompt, setting in needed:
+        # With references that texts depend on there is a negative prompt beside those of each prompt instead.
+        is_there = key in store.manifest.prompts or (setting == "negative_prompt" and store.manifest.prompt_images)
+        if not is_there:
+            raise CacheError(
+                f"sample.{setting}: {prompt!r} is not in the cache. Run `ftk cache RUN.yaml`: it encodes that text alone."
+            )
 
 
 class Samples:
@@ -48,7 +54,7 @@ class Samples:
 
     def __init__(
         self,
-        config: RunConfig,
+        run: Run,
         model: Path,
         store: CacheStore,
         recorder: Recorder,
@@ -56,9 +62,10 @@ class Samples:
         *,
         is_sharded: bool,
     ) -> None:
-        self._directory = run_path(config) / "samples"
+        self._directory = run.paths.run / "samples"
         self._model = model
-        self._config = config
+        self._run = run
+        self._config = run.config
         self._store = store
         self._recorder = recorder
         self._renew_cards = renew_cards
@@ -95,7 +102,7 @@ class Samples:
         with self._recorder.paused(trainer), trainer.optimizer.averaged():
             images = self._draw(trainer)
         if trainer.ranks.is_main:
-            prompts = list(self._config.sample.prompts)
+            prompts = [entry.prompt for entry in self._config.sample.entries]
             page = sheet.grid([[image] for image in images], prompts, [f"step {trainer.step}"])
             storage.commit_bytes(self._sheet(trainer.step), sheet.png_bytes(page))
             self._recorder.images(trainer.step, images, prompts)
@@ -103,14 +110,16 @@ class Samples:
 
     def _draw(self, trainer: Trainer) -> list[Image.Image]:
         """One image a prompt from the denoiser as it is now."""
-        family = trainer.family
-        components = {family.denoiser_components[0]: trainer.denoiser, **dict.fromkeys(family.text_components)}
+        family = trainer.model.family
+        components = {family.denoiser_attribute: trainer.model.denoiser, **dict.fromkeys(family.text_components)}
         pipeline = family.pipeline(self._model, trainer.dtype, trainer.device, **components)
         vae = weakref.ref(pipeline.vae)
-        with torch.no_grad(), trainer.evaluating():
+        if isinstance(trainer.method, HasControls):
+            pipeline = trainer.method.sampling_pipeline(trainer.model, pipeline)
+        with torch.no_grad(), trainer.model.evaluating():
             images = [
-                drawing.generate(pipeline, family, self._config, self._texts(trainer, prompt), position)
-                for position, prompt in enumerate(self._config.sample.prompts)
+                drawing.generate(pipeline, self._run, self._arguments(trainer, entry), position)
+                for position, entry in enumerate(self._config.sample.entries)
             ]
         del pipeline
         gc.collect()
@@ -119,21 +128,29 @@ class Samples:
             torch.cuda.empty_cache()
         return images
 
-    def _texts(self, trainer: Trainer, prompt: str) -> dict[str, Any]:
-        """The pipeline's text arguments, the negative ones with their prefix."""
+    def _arguments(self, trainer: Trainer, entry: PromptConfig) -> dict[str, Any]:
+        """The pipeline's arguments for a prompt: its texts, the negative ones with their prefix, and its images."""
+        family, sample = trainer.model.family, self._config.sample
 
-        def arguments(text: str) -> dict[str, Any]:
+        def texts(key: str) -> dict[str, Any]:
             item = {
                 name: tensor.to(trainer.device, trainer.dtype if tensor.is_floating_point() else None)
-                for name, tensor in self._store.prompt(text).items()
+                for name, tensor in self._store.prompt(key).items()
             }
-            if trainer.encoders:
-                batch = trainer.encoded(trainer.family.collate_texts([item]))
+            if trainer.model.encoders:
+                batch = encoded(trainer.model, family.collate_texts([item]))
                 item = {name: tensor[0] for name, tensor in batch.items() if tensor is not None}
-            return trainer.family.pipeline_texts(item)
+            return family.pipeline_texts(item)
 
-        positive = arguments(prompt)
-        if self._config.sample.guidance_scale <= 1:
-            return positive
-        negative = arguments(self._config.sample.negative_prompt)
-        return {**positive, **{f"negative_{name}": tensor for name, tensor in negative.items()}}
+        def batch_of_one(item: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            return control_tensor(item)[None].to(trainer.device, trainer.dtype)
+
+        arguments = texts(entry.key())
+        if sample.guidance_scale > 1:
+            key = entry.key(sample.negative_prompt)
+            negative = texts(key if key in self._store.manifest.prompts else sample.negative_prompt)
+            arguments |= {f"negative_{name}": tensor for name, tensor in negative.items()}
+        references, controls = (
+            [batch_of_one(item) for item in self._store.prompt_images(entry.key(), part)] for part in ("references", "controls")
+        )
+        return arguments | drawing.image_arguments(self._run, references, controls)

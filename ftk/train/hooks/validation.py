@@ -85,7 +85,7 @@ class Validation:
         """[2,K]: losses and samples by sigma band, over all processes."""
         rank, size = trainer.ranks.rank, trainer.ranks.size
         totals = torch.zeros(2, NUM_BANDS, device=trainer.device)
-        with torch.no_grad(), trainer.evaluating(), trainer.optimizer.averaged():
+        with torch.no_grad(), trainer.model.evaluating(), trainer.optimizer.averaged():
             for first in range(0, len(self._batches), size):
                 samples, position = self._batches[min(first + rank, len(self._batches) - 1)]
                 batch = self._builder.fixed(samples, position, trainer.config.validation.sigmas)

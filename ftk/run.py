@@ -1,0 +1,149 @@
+"""A run file resolved once: its configuration, family, method, settings and places. Every stage takes a `Run`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ftk import locations
+from ftk.configs.load import load
+from ftk.configs.schema import RunConfig, SigmaConfig
+from ftk.errors import ConfigError
+from ftk.methods import base as methods
+from ftk.methods.adapters.targets import check_group
+from ftk.methods.base import CacheNeeds, Method
+from ftk.models import base as models
+from ftk.models.base import Family
+from ftk.models.components import loading
+
+_ANY_SAMPLING = frozenset({"shift", "minimum", "maximum", "continuous", "stratified", "weighting"})
+"""Settings of `train.sigma` that go with any `sampling`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paths:
+    """Where the outputs of a run lie. `cache` is a folder, or a URL that training reads."""
+
+    prepared: Path
+    cache: str
+    run: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """A folder per checkpoint."""
+        return self.run / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The newest trained weights, as they are delivered."""
+        return self.run / "adapter"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A run file with everything that its names stand for.
+
+    Attributes:
+        settings: of the method, an instance of its `Config`; the family holds its own.
+        encoders: the text encoders that are trained with the denoiser, by name.
+        needs: what the method needs of the cache.
+    """
+
+    config: RunConfig
+    family: Family
+    method: Method
+    settings: Any
+    paths: Paths
+    encoders: tuple[str, ...]
+    needs: CacheNeeds
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether the base weights are what is trained."""
+        return methods.trains_base(self.method, self.settings)
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the base weights change."""
+        return methods.changes_base(self.method, self.settings)
+
+    @property
+    def all_components(self) -> tuple[str, ...]:
+        """The folders of the whole model."""
+        return (*self.family.latent_components, *self.family.text_components, *self.family.denoiser_components)
+
+    @property
+    def trained_components(self) -> tuple[str, ...]:
+        """The folders that training reads."""
+        return (*self.family.denoiser_components, *self.encoders)
+
+    def locate(self, components: Sequence[str]) -> Path:
+        """The local folder with these components of the base model; see `loading.locate`."""
+        return loading.locate(self.family, self.config.model, components)
+
+    @property
+    def sample_size(self) -> tuple[int, int]:
+        """(width, height) in px of sample images.
+
+        Raises:
+            ConfigError: the family has no images of this size.
+        """
+        settings, multiple = self.config.sample, self.family.geometry.pixel_multiple
+        edge = self.config.data.resolutions[0] // multiple * multiple
+        width, height = settings.width or edge, settings.height or edge
+        if width % multiple or height % multiple:
+            raise ConfigError(f"sample: {width} x {height} px; {self.family.name} needs multiples of {multiple} px.")
+        return width, height
+
+    def with_config(self, config: RunConfig) -> "Run":
+        """The same run under a configuration that differs in no name of a family, a method or their settings."""
+        return replace(self, config=config)
+
+
+def load_run(path: Path, overrides: Sequence[str] = (), workspace: str | None = None) -> Run:
+    """Read a run file, apply the overrides, and resolve it; see `ftk.configs.load.load` and `resolve`."""
+    return resolve(load(path, overrides, workspace))
+
+
+def resolve(config: RunConfig) -> Run:
+    """Look up what a configuration names. No model is read.
+
+    Raises:
+        ConfigError: there is no such family or method, a setting of theirs is wrong, or they do not go together.
+    """
+    family = models.parse(config.model)
+    method, settings = methods.parse(config.method)
+    encoders = method.encoders(family, settings)
+    check_group(family, encoders, settings)
+    return Run(
+        config=_with_family_defaults(config, family),
+        family=family,
+        method=method,
+        settings=settings,
+        paths=paths(config),
+        encoders=encoders,
+        needs=method.cache_needs(settings),
+    )
+
+
+def paths(config: RunConfig) -> Paths:
+    """Where a run's outputs lie."""
+    workspace = locations.local_path(config.workspace)
+    return Paths(
+        prepared=workspace / "prepared",
+        cache=config.cache.path or str(workspace / "cache"),
+        run=workspace / "runs" / config.run,
+    )
+
+
+def _with_family_defaults(config: RunConfig, family: Family) -> RunConfig:
+    """`train.sigma` as the family draws sigmas, but for what the run file says itself."""
+    written = config.train.sigma.model_dump(exclude_unset=True)
+    defaults = {name: value for name, value in family.sigma_defaults.items() if name not in written}
+    if "sampling" in written:
+        # Parameters of the family's own distribution say nothing of another one.
+        defaults = {name: value for name, value in defaults.items() if name in _ANY_SAMPLING}
+    if not defaults:
+        return config
+    sigma = SigmaConfig.model_validate({**defaults, **written})
+    return config.model_copy(update={"train": config.train.model_copy(update={"sigma": sigma})})
