@@ -26,6 +26,7 @@ from PIL import Image
 
 from ftk import devices
 from ftk.cache import shards
+from ftk.cache.offload import placement
 from ftk.cache.plan import ImageItem, TextItem, Unit
 from ftk.configs.load import default_workers
 from ftk.configs.schema import CacheConfig, ModelConfig
@@ -114,7 +115,10 @@ class _Encoder:
         if job.kind == "latents":
             component = family.load_vae(job.model, getattr(torch, job.config.loaded_vae_dtype), device)
         else:
-            component = family.load_text_encoder(job.model, getattr(torch, job.config.text_dtype), device)
+            # New words need rows in the embedding table, which must be there for that.
+            place = None if job.placeholder_tokens else placement(job.config.offload, device)
+            options = {"place": place} if place else {}
+            component = family.load_text_encoder(job.model, getattr(torch, job.config.text_dtype), device, **options)
             _add_tokens(family, component, job.placeholder_tokens)
         return cls(job, family, component, device)
 
@@ -180,7 +184,8 @@ class _Encoder:
             if size == 1:
                 raise EnvironmentFault(
                     f"{self.device} is out of memory encoding one {self._describe(key)}: {reason}. Close what else uses it, "
-                    f"set cache.vae_dtype or cache.text_dtype to bfloat16, or cache.device to cpu. Finished shards are kept."
+                    f"set cache.vae_dtype or cache.text_dtype to bfloat16, cache.offload to layers (texts), or cache.device to "
+                    f"cpu. Finished shards are kept."
                 )
             self.limits[key] = size // 2
             LOGGER.warning("%s is out of memory with %d x %s: going on with %d at a time", self.device, size,

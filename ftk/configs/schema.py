@@ -266,6 +266,10 @@ class CacheConfig(Section):
     memory_gib: float | None = Field(
         default=None, gt=0, description="working memory of one batch, which sets its size; 8 on a GPU, 1 on a CPU by default"
     )
+    offload: Literal["auto", "none", "layers"] = Field(
+        default="auto",
+        description="layers: text encoder weights wait in host memory and visit the GPU one by one; auto: if they do not fit",
+    )
     image_batch: int | None = Field(default=None, ge=1, description="images a VAE call, instead of by memory")
     text_batch: int | None = Field(default=None, ge=1, description="captions a text encoder call, instead of by memory")
     shard_bytes: int = Field(default=256 << 20, ge=1 << 10, description="bytes a cache shard")
@@ -509,8 +513,10 @@ class TrainConfig(Section):
         default=5, ge=1, description="steps in a row without a finite loss and gradient, after which training stops"
     )
     log_every: int = Field(default=10, ge=1, description="steps between log lines; the only times the device is waited for")
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
-    project: str = Field(default="ftk", min_length=1, description="under which wandb and trackio list the run")
+    trackers: tuple[str, ...] = Field(
+        default=("tensorboard",), description="services that show the run, by the names that accelerate gives them"
+    )
+    project: str = Field(default="ftk", min_length=1, description="under which trackers list the run")
 
     @model_validator(mode="after")
     def _batch_sizes_divide(self) -> Self:

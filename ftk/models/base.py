@@ -28,9 +28,16 @@ if TYPE_CHECKING:
 
 Texts = Mapping[str, "torch.Tensor | None"]
 """Texts as a family collates them into one batch, by the names of `Family.collate_texts`."""
+PutOnDevice = Callable[[Any, "torch.device"], Any]
+"""Puts a loaded module where it computes."""
 DENOISER = "denoiser"
 """The component that every method trains with, whatever the diffusers pipeline calls it."""
 _ARCHITECTURE = "modelspec.architecture"
+
+
+def move(module: Any, device: "torch.device") -> Any:
+    """The `PutOnDevice` of a module that fits: all its weights are on the device."""
+    return module.to(device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,8 +220,10 @@ class Family(Protocol):
     def decode(self, vae: Any, latents_BCHW: "torch.Tensor") -> "torch.Tensor":
         """Pixels [B,3,H,W] in [-1, 1] of normalised latents."""
 
-    def load_text_encoder(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
-        """Tokenizer and text encoder, frozen; whatever object `encode_texts` takes."""
+    def load_text_encoder(
+        self, directory: Path, dtype: "torch.dtype", device: "torch.device", place: PutOnDevice = move
+    ) -> Any:
+        """Tokenizer and text encoder, frozen, put onto the device by `place`; whatever object `encode_texts` takes."""
 
     def encode_texts(
         self, encoder: Any, captions: Sequence[str], references: "Sequence[Sequence[torch.Tensor]]" = ()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, Field
 
 from ftk.errors import ConfigError, ModelError
-from ftk.models.base import Activations, AdapterNames, Conditions, FamilyConfig, Model, TargetGroup
+from ftk.models.base import Activations, AdapterNames, Conditions, FamilyConfig, Model, PutOnDevice, TargetGroup, move
 from ftk.models.components import flow_matching
 from ftk.models.components.geometry import LatentGeometry, ReferenceRule
 from ftk.models.components.loading import (
@@ -173,7 +173,9 @@ class QwenImage:
         shift = torch.tensor(vae.config.latents_mean, device=vae.device).view(shape)
         return shift, (1.0 / torch.tensor(vae.config.latents_std, device=vae.device)).view(shape)
 
-    def load_text_encoder(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> QwenTextEncoder:
+    def load_text_encoder(
+        self, directory: Path, dtype: "torch.dtype", device: "torch.device", place: PutOnDevice = move
+    ) -> QwenTextEncoder:
         """Qwen2.5-VL. Its RoPE frequencies stay in fp32: a second `.to(dtype)` would round them to bf16."""
         import torch
         from transformers import Qwen2_5_VLForConditionalGeneration
@@ -186,7 +188,7 @@ class QwenImage:
                 f"{PREFIX_TOKENS}, so captions would be cut in the wrong place. This is not Qwen-Image's tokenizer."
             )
         model = load_component(Qwen2_5_VLForConditionalGeneration, directory, "text_encoder", dtype)
-        model = model.requires_grad_(False).eval().to(device)
+        model = place(model.requires_grad_(False).eval(), device)
         with torch.inference_mode():
             ids_BL = torch.tensor([prefix_ids], device=device)
             prefix = model.model.language_model(input_ids=ids_BL, use_cache=True).past_key_values

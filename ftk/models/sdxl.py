@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ConfigError
-from ftk.models.base import Activations, Conditions, Model, Texts
+from ftk.models.base import Activations, Conditions, Model, PutOnDevice, Texts, move
 from ftk.models.components import clip, kl_vae, latent_diffusion, unet
 from ftk.models.components.geometry import SampleGeometry
 from ftk.models.components.loading import check_pipeline, hide_progress_bars, load_pipeline
@@ -75,11 +75,13 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
         """Of 77 tokens in both encoders, whatever the text's own number."""
         return clip.flops(directory / "text_encoder") + clip.flops(directory / "text_encoder_2")
 
-    def load_text_encoder(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> TextEncoders:
+    def load_text_encoder(
+        self, directory: Path, dtype: "torch.dtype", device: "torch.device", place: PutOnDevice = move
+    ) -> TextEncoders:
         """CLIPTextModel and CLIPTextModelWithProjection."""
         tokenizers = (clip.load_tokenizer(directory, "tokenizer"), clip.load_tokenizer(directory, "tokenizer_2"))
-        first = clip.load_text_model(directory, "text_encoder", dtype).to(device)
-        second = clip.load_text_model(directory, "text_encoder_2", dtype, has_projection=True).to(device)
+        first = place(clip.load_text_model(directory, "text_encoder", dtype), device)
+        second = place(clip.load_text_model(directory, "text_encoder_2", dtype, has_projection=True), device)
         return TextEncoders(tokenizers=tokenizers, models=(first, second))
 
     def encode_texts(

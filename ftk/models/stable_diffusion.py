@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftk import storage
-from ftk.models.base import Activations, Conditions, Model, Texts
+from ftk.models.base import Activations, Conditions, Model, PutOnDevice, Texts, move
 from ftk.models.components import clip, kl_vae, latent_diffusion, unet
 from ftk.models.components.loading import check_pipeline, hide_progress_bars, load_pipeline
 
@@ -57,10 +57,13 @@ class StableDiffusion(latent_diffusion.LatentDiffusion):
         """Of 77 tokens, whatever the text's own number."""
         return clip.flops(directory / "text_encoder")
 
-    def load_text_encoder(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> ClipTextEncoder:
+    def load_text_encoder(
+        self, directory: Path, dtype: "torch.dtype", device: "torch.device", place: PutOnDevice = move
+    ) -> ClipTextEncoder:
         """CLIPTextModel."""
         tokenizer = clip.load_tokenizer(directory, "tokenizer")
-        return ClipTextEncoder(tokenizer=tokenizer, model=clip.load_text_model(directory, "text_encoder", dtype).to(device))
+        model = place(clip.load_text_model(directory, "text_encoder", dtype), device)
+        return ClipTextEncoder(tokenizer=tokenizer, model=model)
 
     def encode_texts(
         self, encoder: ClipTextEncoder, captions: Sequence[str], references: "Sequence[Sequence[torch.Tensor]]" = ()

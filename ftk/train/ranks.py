@@ -1,4 +1,4 @@
-"""The processes of a run, which torchrun, accelerate or Slurm start: how they find each other, and what they exchange.
+"""The processes of a run: a launcher starts them, `launch.py` joins them, and this file is all that knows of more than one.
 
 A process that dies, or waits too long, ends all the others: `Preempted`, and the same command goes on from the last
 checkpoint, on as many processes as there are then.
@@ -6,11 +6,9 @@ checkpoint, on as many processes as there are then.
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,8 +16,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from ftk import devices
-from ftk.errors import ConfigError, EnvironmentFault, Preempted
+from ftk.errors import Preempted
 from ftk.models.base import Family
+from ftk.train import launch
 from ftk.train.memory import blocks
 
 LOGGER = logging.getLogger("ftk")
@@ -179,78 +178,24 @@ def _to_fp32(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 @contextmanager
 def started(device: torch.device, timeout_seconds: float) -> Iterator[tuple[Ranks, torch.device]]:
-    """Join the processes that the launcher named in the environment; yields this one's place and its device.
-
-    Reads `WORLD_SIZE`, `RANK`, `LOCAL_RANK`, `MASTER_ADDR` and `MASTER_PORT`, as torchrun and accelerate set them.
+    """Join the processes that the launcher started; yields this one's place among them and its device.
 
     Raises:
-        ConfigError: the environment is incomplete.
+        ConfigError: the launcher's environment variables are incomplete.
         EnvironmentFault: the others cannot be reached, or there is no device for this process.
     """
-    size = world_size()
-    if size == 1:
-        yield Ranks(), device
-        return
-    rank, local_rank = _number("RANK"), _number("LOCAL_RANK", 0)
-    _check_place(rank, size)
-    if device.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise EnvironmentFault(
-                f"LOCAL_RANK is {local_rank}, and this machine has {torch.cuda.device_count()} GPUs: start as many processes."
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    try:
-        dist.init_process_group(
-            backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_seconds),
-            device_id=device if device.type == "cuda" else None,
-        )  # fmt: skip
-    except (RuntimeError, ValueError) as error:
-        raise EnvironmentFault(
-            f"process {rank} of {size} cannot reach the others at {os.environ.get('MASTER_ADDR')}:"
-            f"{os.environ.get('MASTER_PORT')}: {str(error).splitlines()[0]}"
-        ) from None
-    ranks = Ranks(rank=rank, size=size)
-    if rank:
-        LOGGER.setLevel(max(LOGGER.level, logging.WARNING))  # the main process says it for all
-    try:
-        yield ranks, device
-        ranks.wait()  # a process that ends sooner would be taken for dead
-    finally:
-        dist.destroy_process_group()
-
-
-def world_size() -> int:
-    """How many processes the launcher started; 1 without one."""
-    size = _number("WORLD_SIZE", 1)
-    if not size:
-        raise ConfigError("the environment variable WORLD_SIZE is 0: it counts the processes. Unset it, or start one or more.")
-    return size
-
-
-def _check_place(rank: int, size: int) -> None:
-    if rank >= size:
-        raise ConfigError(
-            f"the environment variable RANK is {rank}, and WORLD_SIZE {size}: ranks count from 0 to {size - 1}. "
-            f"Start through torchrun or accelerate, which set both."
-        )
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise ConfigError(
-            f"WORLD_SIZE is {size}, and {' and '.join(missing)} not set: where the main process is found. "
-            f"torchrun and accelerate set them; or unset WORLD_SIZE to train on one process."
-        )
-
-
-def _number(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name, "" if default is None else str(default))
-    if not text.isdecimal():
-        raise ConfigError(
-            f"the environment variable {name} is {text!r}: torchrun and accelerate set RANK, WORLD_SIZE and LOCAL_RANK. "
-            f"Start through one of them, or unset WORLD_SIZE."
-        )
-    return int(text)
+    with launch.joined(launch.place(), device, timeout_seconds) as state:
+        if state.num_processes == 1:
+            yield Ranks(), device
+            return
+        ranks, level = Ranks(rank=state.process_index, size=state.num_processes), LOGGER.level
+        if not state.is_main_process:
+            LOGGER.setLevel(max(level, logging.WARNING))  # the main process says it for all
+        try:
+            yield ranks, state.device if device.type == "cuda" else device
+            ranks.wait()  # a process that ends sooner would be taken for dead
+        finally:
+            LOGGER.setLevel(level)
 
 
 @contextmanager

@@ -22,9 +22,10 @@ from ftk import devices, storage
 from ftk.configs.load import resolved_yaml
 from ftk.errors import EnvironmentFault, Preempted
 from ftk.run import Run
-from ftk.train import checkpoint, memory, ranks, run_summary, sigma_plot
+from ftk.train import checkpoint, launch, memory, ranks, run_summary, sigma_plot
 from ftk.train.build import Build, build_trainer
 from ftk.train.delivery import MakeDelivery
+from ftk.train.hooks import trackers
 from ftk.train.inputs import Inputs, open_inputs
 from ftk.train.ranks import Ranks
 
@@ -71,6 +72,8 @@ def run(run: Run, make_delivery: MakeDelivery, fresh: bool = False, allow_change
         EnvironmentFault: the device has no memory left; the message says what to change.
         Preempted: a signal stopped the run after saving, or another process ended.
     """
+    run = run.with_config(launch.applied(run.config))
+    trackers.check(run.config.train.trackers)
     device, directory = devices.resolve_device(run.config.train.device), run.paths.run
     with ranks.started(device, run.config.train.timeout_seconds) as (mine, device):
         if fresh and mine.is_main:
@@ -112,8 +115,10 @@ def _fit(build: Build) -> None:
 
 def dry_run(run: Run) -> dict[str, Any]:
     """Steps, samples, parameters, the memory plan and the sigmas that will be drawn. Reads no weights, writes nothing."""
+    run = run.with_config(launch.applied(run.config))
+    trackers.check(run.config.train.trackers)
     config, device = run.config, devices.resolve_device(run.config.train.device)
-    inputs = open_inputs(run, device, ranks.world_size())
+    inputs = open_inputs(run, device, launch.world_size())
     order, sizes = inputs.order, inputs.sizes
     found = checkpoint.latest(run.paths.checkpoints)
     return {

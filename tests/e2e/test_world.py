@@ -133,6 +133,17 @@ def test_when_one_process_dies_the_others_end_soon_and_can_go_on(cached, tmp_pat
     train(1, tmp_path / "alone", run_file, "--set", f"train.steps={reached + 1}")
 
 
+def test_when_one_process_hangs_the_others_give_up_after_the_timeout(cached, tmp_path):
+    run_file = cached(train={**TRAIN, "steps": 100000, "log_every": 1000, "timeout_seconds": 5})
+    world = World(2, tmp_path / "trace", run_file)
+    wait_until_it_trains(tmp_path / "trace")
+    os.kill(world.pids[1], signal.SIGSTOP)
+    assert world.runs[0].wait(60) == 75, world.runs[0].err
+    assert "does not answer" in world.runs[0].err
+    os.kill(world.pids[1], signal.SIGKILL)
+    assert world.runs[1].wait(60) == -signal.SIGKILL
+
+
 def test_a_mistake_is_told_by_every_process_and_none_hangs(cached, tmp_path):
     run_file = cached(train=TRAIN)
     codes, err = World(2, tmp_path / "trace", run_file, "--set", "train.remainder=drop", "--set",

@@ -144,7 +144,6 @@ def test_batch_sizes_that_do_not_divide_are_refused(tmp_path: Path) -> None:
         ({"validation": {"patience": 3}}, "`patience` has no effect without `share`"),
         ({"optimizer": {"groups": [{"match": "("}]}}, "is no regular expression"),
         ({"memory": {"checkpointing": "some"}}, "`train.memory.checkpointing"),
-        ({"trackers": ["tensorbord"]}, "'tensorboard'"),
         ({"ema_decay": 1.0}, "`train.ema_decay`"),
     ],
 )

@@ -15,7 +15,18 @@ import torch
 from pydantic import BaseModel, Field
 
 from ftk.errors import ConfigError
-from ftk.models.base import Activations, AdapterNames, Conditions, FamilyConfig, Model, TargetGroup, Texts, encoded
+from ftk.models.base import (
+    Activations,
+    AdapterNames,
+    Conditions,
+    FamilyConfig,
+    Model,
+    PutOnDevice,
+    TargetGroup,
+    Texts,
+    encoded,
+    move,
+)
 from ftk.models.components import clip, flow_matching, kl_vae
 from ftk.models.components.geometry import LatentGeometry, ReferenceRule
 from ftk.models.components.loading import check_pipeline, hide_progress_bars, load_component, load_pipeline, outline
@@ -118,15 +129,16 @@ class ForeignEdit:
         """Pixels."""
         return kl_vae.decode(vae, latents_BCHW)
 
-    def load_text_encoder(self, directory: Path, dtype: torch.dtype, device: torch.device) -> Encoders:
+    def load_text_encoder(
+        self, directory: Path, dtype: torch.dtype, device: torch.device, place: PutOnDevice = move
+    ) -> Encoders:
         """CLIP and T5."""
         from transformers import T5EncoderModel, T5Tokenizer
 
         tokenizers = clip.load_tokenizer(directory, "tokenizer"), T5Tokenizer.from_pretrained(directory / "tokenizer_2")
-        second = load_component(T5EncoderModel, directory, "text_encoder_2", dtype).requires_grad_(False).eval().to(device)
-        return Encoders(
-            tokenizers=tokenizers, models=(clip.load_text_model(directory, "text_encoder", dtype).to(device), second)
-        )
+        second = load_component(T5EncoderModel, directory, "text_encoder_2", dtype).requires_grad_(False).eval()
+        first = clip.load_text_model(directory, "text_encoder", dtype)
+        return Encoders(tokenizers=tokenizers, models=(place(first, device), place(second, device)))
 
     def encode_texts(
         self, encoder: Encoders, captions: Sequence[str], references: Sequence[Sequence[torch.Tensor]] = ()
