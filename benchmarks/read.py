@@ -477,7 +477,7 @@ def present() -> list[str]:
     """The formats whose libraries are there; says which are not."""
     missing = [name for name, each in FORMATS.items() if each.needs and importlib.util.find_spec(each.needs) is None]
     if missing:
-        found = f"Left out: {', '.join(missing)}. To add MDS: {PEERS}; webdataset comes with ftk[dev]."
+        found = f"Left out: {', '.join(missing)}. To add MDS: {PEERS}."
         say(found)
     return [name for name in FORMATS if name not in missing]
 

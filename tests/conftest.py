@@ -108,14 +108,12 @@ def written_dataset() -> Callable[..., PreparedDataset]:
 def _written_shard(directory: Path, name: str, rows: Sequence[SampleRow], rejects: Sequence[Reject]) -> ShardRecord:
     tar_path, table_path = directory / "shards" / f"{name}.tar", directory / "shards" / f"{name}.parquet"
     rows = [replace(row, shard=name) for row in rows]
-    with storage.committing(tar_path) as file:
-        tar = dataset.TarWriter(file)
+    with storage.committing(tar_path) as file, dataset.tar_writer(file) as tar:
         for row in rows:
             picture = io.BytesIO()
             colour = tuple(storage.digest(row.key).encode()[:3])
             Image.new("RGB", (row.bucket_width, row.bucket_height), colour).save(picture, "PNG")
-            tar.add(f"{row.key}.png", picture.getvalue())
-        tar.close()
+            tar.write({"__key__": row.key, "png": picture.getvalue()})
     storage.commit_table(table_path, dataset.sample_table(rows))
     return ShardRecord(
         name=name, is_last=True, recipe_fingerprint="", contents_fingerprint="", num_inputs=len(rows) + len(rejects),

@@ -1,8 +1,8 @@
 """Encodes units: pictures through the VAE, captions through the text encoder. One component is in memory at a time.
 
-Reading and decoding run ahead in threads (Pillow frees the interpreter while it decodes); copies to and from a GPU have
-streams of their own; a thread writes finished shards. What a batch holds depends on its unit and the settings alone, so
-whoever encodes a unit gives the same bytes.
+One thread reads ahead and several decode (Pillow frees the interpreter meanwhile); copies to and from a GPU have streams of
+their own; a thread writes finished shards. What a batch holds depends on its unit and the settings alone, so whoever encodes
+a unit gives the same bytes.
 
 Shape legend: B batch, C channels, H W pixels, h w latent cells.
 """
@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from ftk import devices
-from ftk.cache import shards
+from ftk.cache import pictures, shards
 from ftk.cache.offload import placement
 from ftk.cache.plan import ImageItem, TextItem, Unit
 from ftk.configs.load import default_workers
@@ -50,6 +50,7 @@ _DEFAULT_MEMORY_GIB = {"cpu": 1.0}
 _DEFAULT_GPU_MEMORY_GIB = 8.0
 _MAX_BATCH = 256
 _BATCHES_AHEAD = 2
+_BATCHES_READ = 1
 _SPEED_SECONDS = 0.2
 _SHARDS_IN_WRITING = 1
 
@@ -146,7 +147,7 @@ class _Encoder:
         if not text.references:
             return []
         dataset = PreparedDataset.open(self.job.prepared)
-        images = [torch.from_numpy(_decode((dataset, reference))) for reference in text.references]
+        images = [torch.from_numpy(_decode((each, pictures.place(dataset, each)))) for each in text.references]
         return [image_HWC.permute(2, 0, 1).float().to(self.device) / 127.5 - 1.0 for image_HWC in images]
 
     def _latents(self, pixels_BHWC: torch.Tensor) -> list[Tensors]:
@@ -297,13 +298,15 @@ def _batches(encoder: _Encoder, units: Sequence[Unit[Any]]) -> Iterator[_Batch]:
             for batches in _mapped(pool, lambda unit: _text_batches(encoder, unit), units, 1):
                 yield from batches
         return
-    dataset = PreparedDataset.open(encoder.job.prepared)
     planned = [(unit.number, items) for unit in units for items in _picture_batches(encoder, unit)]
-    tasks = ((dataset, picture) for _, items in planned for picture in items)
+    dataset = PreparedDataset.open(encoder.job.prepared)
+    reader = pictures.PictureReader(dataset, [picture for unit in units for picture in unit.items])
     workers = default_workers(encoder.job.workers)
     largest = max((len(items) for _, items in planned), default=0)
-    with ThreadPoolExecutor(workers, "ftk-decoder") as pool:
-        decoded = _mapped(pool, _decode, tasks, workers + _BATCHES_AHEAD * largest)
+    with ThreadPoolExecutor(1, "ftk-reader") as reading, ThreadPoolExecutor(workers, "ftk-decoder") as decoding:
+        # A single reading thread: a tar is read in order, and only this thread touches the reader.
+        files = _mapped(reading, lambda batch: list(zip(batch[1], reader.files(batch[1]), strict=True)), planned, _BATCHES_READ)
+        decoded = _mapped(decoding, _decode, itertools.chain.from_iterable(files), workers + _BATCHES_AHEAD * largest)
         for number, items in planned:
             pixels_BHWC = torch.from_numpy(np.stack(list(itertools.islice(decoded, len(items)))))
             yield _Batch(number, items, pixels_BHWC)
@@ -315,13 +318,13 @@ def _picture_batches(encoder: _Encoder, unit: Unit[ImageItem]) -> list[Sequence[
     for picture in unit.items:
         groups.setdefault((picture.height, picture.width, picture.form), []).append(picture)
     batches: list[Sequence[ImageItem]] = []
-    for (height, width, _), pictures in groups.items():
+    for (height, width, _), members in groups.items():
         size = encoder.job.config.image_batch
         if size is None:
             fitting = encoder.job.memory_bytes // encoder.family.image_memory(encoder.component, height, width)
             size = max(1, min(_MAX_BATCH, int(fitting)))
-        batches += [pictures[start : start + size] for start in range(0, len(pictures), size)]
-    return batches
+        batches += [members[start : start + size] for start in range(0, len(members), size)]
+    return pictures.in_order_of_reading(batches, unit.items)
 
 
 def _text_batches(encoder: _Encoder, unit: Unit[TextItem]) -> list[_Batch]:
@@ -360,13 +363,12 @@ def _mapped(
             future.cancel()
 
 
-def _decode(task: tuple[PreparedDataset, ImageItem]) -> npt.NDArray[np.uint8]:
+def _decode(task: tuple[ImageItem, pictures.File]) -> npt.NDArray[np.uint8]:
     """[H,W,3] of an image, [H,W,1] of a mask, 8 bits."""
-    dataset, picture = task
-    if not picture.shard:
-        # An image of a prompt, which is in no dataset.
+    picture, file = task
+    if file is None:
         return np.asarray(prompt_images.load(Path(picture.key), picture.width, picture.height))
-    with Image.open(io.BytesIO(dataset.span(picture.shard, picture.key, picture.part).read())) as image:
+    with Image.open(io.BytesIO(file if isinstance(file, bytes) else file.read())) as image:
         pixels = np.asarray(image.convert("L" if picture.is_mask else "RGB"))
     return pixels[..., None] if picture.is_mask else pixels
 

@@ -1,13 +1,13 @@
 """The prepared dataset on disk: its tables, its shards, and the one reader that later stages use."""
 
-import io
 import tarfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
 
@@ -15,6 +15,7 @@ from ftk import storage
 from ftk.configs.schema import RunConfig
 from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, RejectReason, SampleRow, ShardRecord
 from ftk.errors import DatasetError
+from ftk.pipeline import light_webdataset
 from ftk.pipeline.sources import base as sources
 
 SAMPLE_SCHEMA = pa.schema(
@@ -114,23 +115,25 @@ def reject_table(rejects: Iterable[Reject]) -> pa.Table:
     return pa.Table.from_pylist([asdict(reject) for reject in rejects], schema=REJECT_SCHEMA)
 
 
-class TarWriter:
-    """WebDataset shards: members KEY.EXT, regular files of a fixed owner, mode and time, so equal input is equal bytes."""
+class TarWriter(Protocol):
+    """What `tar_writer` returns: a context manager that ends the archive."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed by `close`
+    def __enter__(self) -> "TarWriter": ...
 
-    def add(self, name: str, data: bytes) -> None:
-        """Append one member."""
-        member = tarfile.TarInfo(name)
-        member.size = len(data)
-        member.mode = 0o644
-        member.uname = member.gname = "ftk"
-        self._tar.addfile(member, io.BytesIO(data))
+    def __exit__(self, *error: object) -> None: ...
 
-    def close(self) -> None:
-        """Write the end of the archive."""
-        self._tar.close()
+    def write(self, sample: dict[str, Any], /) -> int:
+        """Append a member KEY.SUFFIX for each suffix of `{"__key__": KEY, SUFFIX: bytes}`; several are sorted by suffix."""
+        ...
+
+
+def tar_writer(file: BinaryIO) -> TarWriter:
+    """webdataset's writer of a shard: members of a fixed owner, mode and time, so equal input is equal bytes."""
+    writer = light_webdataset.load().TarWriter(file, user="ftk", group="ftk", mode=0o644, mtime=0, encoder=False)
+    # webdataset 1.0 takes a `format` but never passes it to tarfile, whose default differs between versions of Python.
+    writer.tarstream.format = tarfile.USTAR_FORMAT
+    tar: TarWriter = writer
+    return tar
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +159,8 @@ class PreparedDataset:
         self.manifest = manifest
         self._shards = {shard.name: shard for shard in manifest.shards}
         self._members: OrderedDict[str, dict[str, tuple[int, int]]] = OrderedDict()
-        self._verified: set[str] = set()
-        self._lock = threading.Lock()
+        self._verified_shards: set[str] = set()
+        self._lock = threading.RLock()
 
     @classmethod
     def open(cls, directory: Path) -> "PreparedDataset":
@@ -235,6 +238,47 @@ class PreparedDataset:
         name = next(name for suffix in suffixes if (name := f"{key}.{suffix}") in index)
         return Span(self.directory / "shards" / f"{shard}.tar", *index[name])
 
+    def num_samples(self, shard: str) -> int:
+        """How many samples a shard holds."""
+        return self._shards[shard].num_samples
+
+    def stream(self, shard: str, parts: Sequence[tuple[str, str]]) -> Iterator[bytes]:
+        """The files of (key, part) pairs, parts named as for `span`, read in one pass from the shard's front.
+
+        The pairs must be in the order of the shard's samples; in memory is one sample at a time. The shard's checksum is
+        verified first: webdataset itself takes a damaged header for the end of the tar.
+
+        Raises:
+            DatasetError: the shard is damaged, or does not hold a part.
+        """
+        path = self._verified(shard)
+        samples = _samples(path, {key for key, _ in parts})
+        sample: dict[str, Any] = {}
+        try:
+            for key, part in parts:
+                while sample.get("__key__") != key:
+                    sample = next(samples)
+                suffixes = IMAGE_SUFFIXES if part == "image" else (f"{part}.png",)
+                yield next(sample[suffix] for suffix in suffixes if suffix in sample)
+        except (StopIteration, tarfile.TarError) as error:
+            # webdataset appends ` @ ` and the open file to a message.
+            what = (
+                f"it holds no {part} of {key}" if isinstance(error, StopIteration) else str(error.args[0]).partition(" @ ")[0]
+            )
+            raise DatasetError(f"{path} changed while it was read: {what}. Run `ftk prepare RUN.yaml` again.") from None
+
+    def _verified(self, shard: str) -> Path:
+        """The path of a shard; its checksum is verified once."""
+        path = self.directory / "shards" / f"{shard}.tar"
+        with self._lock:
+            if shard not in self._verified_shards and storage.sha256_file(path) != self._shards[shard].sha256:
+                raise DatasetError(
+                    f"{path} is damaged: it does not have its checksum. Run `ftk prepare RUN.yaml` again: it makes this shard "
+                    "anew."
+                )
+            self._verified_shards.add(shard)
+        return path
+
     def _index(self, shard: str) -> dict[str, tuple[int, int]]:
         """Where each member of a shard lies; the shard's checksum is verified before its first use. Threads may ask."""
         with self._lock:
@@ -246,14 +290,26 @@ class PreparedDataset:
             return self._members[shard]
 
     def _read_index(self, shard: str) -> dict[str, tuple[int, int]]:
-        path = self.directory / "shards" / f"{shard}.tar"
-        if shard not in self._verified and storage.sha256_file(path) != self._shards[shard].sha256:
-            raise DatasetError(
-                f"{path} is damaged: it does not have its checksum. Run `ftk prepare RUN.yaml` again: it makes this shard anew."
-            )
-        self._verified.add(shard)
-        with tarfile.open(path, mode="r:") as tar:
+        with tarfile.open(self._verified(shard), mode="r:") as tar:
             return {member.name: (member.offset_data, member.size) for member in tar}
+
+
+def _samples(path: Path, keys: Container[str]) -> Iterator[dict[str, Any]]:
+    """The samples of these keys as webdataset gives them: `__key__`, and the bytes of each member but the row's JSON."""
+
+    def opened() -> Iterator[dict[str, Any]]:
+        # webdataset would open a name as GOPEN_* variables say, and leave closing the file to the garbage collector.
+        with path.open("rb") as file:
+            yield {"url": str(path), "stream": file}
+
+    def is_needed(member: str) -> bool:
+        key, _, suffix = member.partition(".")
+        return key in keys and suffix != "json"
+
+    webdataset = light_webdataset.load()
+    tar_files = partial(webdataset.tariterators.tar_file_expander, select_files=is_needed)
+    samples: Iterator[dict[str, Any]] = iter(webdataset.DataPipeline(opened, tar_files, webdataset.tariterators.group_by_keys))
+    return samples
 
 
 def read_manifest(directory: Path) -> PreparedManifest | None:

@@ -247,13 +247,11 @@ def _make_shard(
     """Tar, table, then the receipt that names their hashes: only the receipt makes the shard count."""
     tar_path, table_path, _ = shard_files(job.directory, name)
     shard = _Shard(job, unit, name)
-    with storage.committing(tar_path) as file:
-        tar = dataset.TarWriter(file)
-        num_references = len(unit.source.references)
+    num_references = len(unit.source.references)
+    with storage.committing(tar_path) as file, dataset.tar_writer(file) as tar:
         for item, result in worked(piece, job.recipe, images.prepare_image, pool, num_references):
             shard.add(tar, item, result)
             advance(1)
-        tar.close()
     storage.commit_table(table_path, dataset.sample_table(shard.rows, has_references=bool(unit.source.references)))
     record = shard.record(is_last=not inputs.has_more())
     _commit_receipt(job, unit, record)
@@ -339,11 +337,12 @@ def sample_key(source: str, identity: str, variant: Sequence[int]) -> str:
 
 
 def _add_to_tar(tar: dataset.TarWriter, row: SampleRow, variant: images.Variant) -> None:
-    tar.add(f"{row.key}.{variant.suffix}", variant.data)
+    members = [(variant.suffix, variant.data)]
     if variant.mask is not None:
-        tar.add(f"{row.key}.mask.png", variant.mask)
-    for number, control in enumerate(variant.controls):
-        tar.add(f"{row.key}.control{number}.png", control)
-    for number, reference in enumerate(variant.references):
-        tar.add(f"{row.key}.reference{number}.png", reference)
-    tar.add(f"{row.key}.json", json.dumps(dataset.plain_row(row), sort_keys=True, ensure_ascii=False).encode())
+        members.append(("mask.png", variant.mask))
+    members += [(f"control{number}.png", control) for number, control in enumerate(variant.controls)]
+    members += [(f"reference{number}.png", reference) for number, reference in enumerate(variant.references)]
+    members.append(("json", json.dumps(dataset.plain_row(row), sort_keys=True, ensure_ascii=False).encode()))
+    for suffix, data in members:
+        # One at a time: the writer would sort them, and control10 would come before control2.
+        tar.write({"__key__": row.key, suffix: data})

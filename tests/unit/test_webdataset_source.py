@@ -7,16 +7,18 @@ import json
 import random
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+import webdataset as webdataset_library
 
 from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject, RejectReason
 from ftk.errors import FtkError, SourceError
+from ftk.pipeline import tar_stream
 from ftk.pipeline.sources import base, webdataset
 from ftk.pipeline.sources.base import Record
 
@@ -422,6 +424,71 @@ def test_a_gzipped_tar_is_read_and_its_damage_found(tmp_path: Path) -> None:
             list(_stream(tmp_path / "0.tgz"))
 
 
+def _damaged(name: str) -> bytes:
+    """A tar of the samples a, b and c with one kind of damage from b on."""
+    whole = _tar(*_sample("a", bytes([1]) * 900), *_sample("b"), *_sample("c"))
+    start = _boundaries(whole)[4]  # where the header of b.jpg lies
+    damages: dict[str, Callable[[], bytes]] = {
+        "cut at a header": lambda: whole[:start],
+        "cut in a header": lambda: whole[: start + 100],
+        "a header of zeros": lambda: whole[:start] + bytes(512) + whole[start + 512 :],
+        "a header of garbage": lambda: whole[:start] + b"x" * 512 + whole[start + 512 :],
+        "a flipped bit in a header": lambda: whole[: start + 20] + b"\1" + whole[start + 21 :],
+        "another tar behind the end": lambda: whole + _tar(*_sample("d")),
+        "a wrong gzip checksum": lambda: gzip.compress(whole)[:-8] + bytes(4) + gzip.compress(whole)[-4:],
+        "a gzip without its end": lambda: gzip.compress(whole)[:-8],
+    }
+    return damages[name]()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "cut at a header",
+        "cut in a header",
+        "a header of zeros",
+        "a header of garbage",
+        "a flipped bit in a header",
+        "another tar behind the end",
+        "a wrong gzip checksum",
+        "a gzip without its end",
+    ],
+)
+def test_damage_that_webdataset_passes_silently_is_an_error(tmp_path: Path, damage: str) -> None:
+    content = _damaged(damage)
+    files = webdataset_library.tariterators.tar_file_expander([{"url": "0.tar", "stream": io.BytesIO(content)}])
+    # When this fails, the library has learnt to notice it, and a check of ours may go.
+    keys = [sample["__key__"] for sample in webdataset_library.tariterators.group_by_keys(files)]
+    assert keys in (["a"], ["a", "b", "c"])
+    (tmp_path / "0.tar").write_bytes(content)
+    with pytest.raises(SourceError, match=r"0\.tar is damaged"):
+        list(_stream(tmp_path / "0.tar"))
+
+
+def test_a_gzip_file_of_several_members_is_read_whole(tmp_path: Path) -> None:
+    whole = _tar(*_sample("a"), *_sample("b"))
+    (tmp_path / "0.tgz").write_bytes(gzip.compress(whole[:1500]) + gzip.compress(whole[1500:]))
+    assert _names(list(_stream(tmp_path / "0.tgz"))) == ["0.tgz/a", "0.tgz/b"]
+
+
+def test_whole_tars_are_grouped_as_webdataset_groups_them(tmp_path: Path) -> None:
+    members = [*_sample("x.v1/a"), ("x.v1/a.mask.PNG", b"m"), *_sample("a b"), *_sample("é"), ("b.json", b"{}"), ("b.jpg", b"")]
+    (tmp_path / "0.tar").write_bytes(_tar(*members))
+    expected = [
+        (sample["__key__"], {suffix for suffix in sample if not suffix.startswith("__")})
+        for sample in webdataset_library.WebDataset(str(tmp_path / "0.tar"), shardshuffle=False)
+    ]
+    settings = webdataset.TarSettings(mask="mask.png")
+    grouped = list(webdataset._samples(str(tmp_path / "0.tar"), settings))
+    assert [(sample.key, set(sample.members)) for sample in grouped] == expected
+
+
+@pytest.mark.parametrize("suffix", ["__bad__", "__key__", "__url__"])
+def test_a_member_named_as_webdatasets_own_fields_changes_nothing(tmp_path: Path, suffix: str) -> None:
+    record = _record(_one(tmp_path, *_sample("a"), (f"a.{suffix}", b"1")))
+    assert (record.identity, record.image.data) == ("0.tar/a", IMAGE)
+
+
 def _partitions(path: str | Path) -> list[base.Partition]:
     config = SourceConfig(path=str(path), format="webdataset")
     source, settings = base.parse(config)
@@ -513,13 +580,13 @@ def test_a_tar_of_a_web_server_is_streamed(tmp_path: Path, web_server: str) -> N
 def test_members_are_read_one_sample_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "0.tar").write_bytes(_tar(*_samples(50, 20_000)))
     read: list[str] = []
-    whole = webdataset._Tar.read
-    monkeypatch.setattr(webdataset._Tar, "read", lambda tar, member: read.append(member.name) or whole(tar, member))
+    whole = tar_stream.Tar.read
+    monkeypatch.setattr(tar_stream.Tar, "read", lambda tar, member: read.append(member.name) or whole(tar, member))
     stream = _stream(tmp_path / "0.tar")
     for number in range(1, 11):
         next(stream)
         assert len(read) <= 2 * number
-    tar = webdataset._Tar("0.tar", io.BytesIO((tmp_path / "0.tar").read_bytes()))
+    tar = tar_stream.Tar("0.tar", io.BytesIO((tmp_path / "0.tar").read_bytes()))
     while tar.next() is not None:
         assert tar._archive is not None
         assert tar._archive.members == []

@@ -2,19 +2,20 @@
 
 A member's key is its path up to the first dot of its last part, and what follows that dot is its suffix; neighbouring
 members of one key are a sample. A key is only ever text here: `../a` and `/a` lead nowhere.
+
+webdataset groups the members; the tar itself is read by `tar_stream`, which refuses what webdataset's reader passes over.
 """
 
 import contextlib
 import functools
-import gzip
+import itertools
 import json
 import posixpath
 import re
 import tarfile
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import IO, Annotated, Any, cast
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -22,10 +23,11 @@ from ftk import locations, storage
 from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject, RejectReason
 from ftk.errors import SourceError
-from ftk.pipeline import captions
+from ftk.pipeline import captions, light_webdataset
 from ftk.pipeline.captions import Problem
 from ftk.pipeline.sources import folder
 from ftk.pipeline.sources.base import Blob, Partition, Record
+from ftk.pipeline.tar_stream import Tar
 
 IMAGE_SUFFIXES = frozenset(suffix.removeprefix(".") for suffix in folder.IMAGE_SUFFIXES)
 CAPTION_ORIGINS = ("txt", "caption", *(f"json:{key}" for key in captions.JSON_KEYS))
@@ -35,11 +37,6 @@ MAX_TEXT_BYTES = captions.MAX_JSON_BYTES
 _TAR_NAME = re.compile(r"(^|[.,{])(tar|tar\.gz|tgz)[}\]]*$", re.IGNORECASE)
 _MEMBER_NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)", re.DOTALL)
 _JSON = "json:"
-_CHUNK_BYTES = 1 << 20
-# No honest header is longer (a PAX header holds names); a hostile one must not decide how much is read at once.
-_MAX_READ_BYTES = _CHUNK_BYTES
-# What tarfile and gzip let through when the bytes make no sense to them.
-_DAMAGE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ArithmeticError, LookupError, ValueError, RecursionError)
 
 
 def _suffix(value: Any) -> Any:
@@ -83,13 +80,23 @@ class TarSettings(BaseModel):
 
 
 @dataclass(slots=True)
+class _Member:
+    """A file of a tar; `data` is filled in where the settings need it and nothing is wrong."""
+
+    name: str
+    suffix: str
+    data: bytes | None = None
+    problem: Problem | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class _Sample:
     """Neighbouring members of one key; `members` maps a suffix to the member's name and bytes."""
 
     key: str
-    names: list[str] = field(default_factory=list)
-    members: dict[str, tuple[str, bytes]] = field(default_factory=dict)
-    problem: Problem | None = None
+    names: list[str]
+    members: dict[str, tuple[str, bytes]]
+    problem: Problem | None
 
 
 class WebDataset:
@@ -255,40 +262,66 @@ def _readable(location: str) -> Iterator[None]:
 
 
 def _samples(location: str, settings: TarSettings) -> Iterator[_Sample]:
-    """One sample at a time is in memory; of its members, those that the settings want."""
+    """One sample at a time is in memory; of its members, those that the settings need."""
+    webdataset = light_webdataset.load()
     with _readable(location), locations.open_stream(location) as stream:
-        tar = _Tar(location, stream)
-        sample: _Sample | None = None
-        while (member := tar.next()) is not None:
-            match = _MEMBER_NAME.fullmatch(member.name)
-            suffix = match[2].lower() if match else ""
-            if match is None or (not member.isreg() and suffix not in settings.wanted):
-                continue
-            if sample is None or sample.key != match[1]:
-                if sample is not None:
-                    yield sample
-                sample = _Sample(key=match[1])
-            _add(sample, tar, member, suffix, settings)
-        if sample is not None:
-            yield sample
+        members = functools.partial(_members, location, Tar(location, stream), settings)
+        grouped = functools.partial(webdataset.tariterators.group_by_keys, keys=lambda name: name, lcase=False)
+        for sample in webdataset.DataPipeline(members, grouped):
+            yield _sample(sample["__key__"], [member for member in sample.values() if isinstance(member, _Member)])
 
 
-def _add(sample: _Sample, tar: "_Tar", member: tarfile.TarInfo, suffix: str, settings: TarSettings) -> None:
-    sample.names.append(member.name)
-    if suffix not in settings.wanted or sample.problem is not None:
-        return
-    is_image = suffix in (*settings.images, settings.mask, *settings.controls)
+def _sample(key: str, members: list[_Member]) -> _Sample:
+    return _Sample(
+        key=key,
+        names=[member.name for member in members],
+        members={member.suffix: (member.name, member.data) for member in members if member.data is not None},
+        problem=next((member.problem for member in members if member.problem is not None), None),
+    )
+
+
+def _members(location: str, tar: Tar, settings: TarSettings) -> Iterator[dict[str, Any]]:
+    """A tar's members as webdataset's grouping takes them: `fname` is what its `keys` function gets, here (key, suffix).
+
+    For webdataset the suffix is the member's number: two equal suffixes would end the whole tar with an error there, and a
+    suffix `__bad__` would drop the sample silently. The true suffix is in `_Member`.
+    """
+    key = None
+    names: dict[str, str] = {}
+    has_problem = False
+    for number in itertools.count():
+        header = tar.next()
+        if header is None:
+            return
+        match = _MEMBER_NAME.fullmatch(header.name)
+        suffix = match[2].lower() if match else ""
+        if match is None or (not header.isreg() and suffix not in settings.wanted):
+            continue
+        if match[1] != key:
+            key, names, has_problem = match[1], {}, False
+        member = _Member(header.name, suffix)
+        yield {"fname": (key, str(number)), "data": member, "__url__": location}
+        # Read only now that webdataset has handed on the sample before, so that two samples are never in memory.
+        if suffix in settings.wanted and not has_problem:
+            _fill(member, tar, header, settings, names.get(suffix))
+            has_problem = member.problem is not None
+            names[suffix] = header.name
+
+
+def _fill(member: _Member, tar: Tar, header: tarfile.TarInfo, settings: TarSettings, namesake: str | None) -> None:
+    """Read a member, or say why not; `namesake` is an earlier one of the same key and suffix."""
+    is_image = member.suffix in (*settings.images, settings.mask, *settings.controls)
     limit = MAX_MEMBER_BYTES if is_image else MAX_TEXT_BYTES
-    if not member.isreg():
-        sample.problem = Problem(reason=RejectReason.NOT_A_FILE, detail=f"{member.name} is {_kind(member)}, not a file")
-    elif suffix in sample.members:
-        both = f"{sample.members[suffix][0]} and {member.name}"
-        sample.problem = Problem(reason=RejectReason.NAME_TAKEN, detail=f"{both} have the same key and suffix: rename one")
-    elif member.size > limit:
-        detail = f"{member.name} has {member.size:,} bytes, more than the {limit:,} that are read"
-        sample.problem = Problem(reason=RejectReason.UNREADABLE, detail=detail)
+    if not header.isreg():
+        member.problem = Problem(reason=RejectReason.NOT_A_FILE, detail=f"{header.name} is {_kind(header)}, not a file")
+    elif namesake is not None:
+        both = f"{namesake} and {header.name}"
+        member.problem = Problem(reason=RejectReason.NAME_TAKEN, detail=f"{both} have the same key and suffix: rename one")
+    elif header.size > limit:
+        detail = f"{header.name} has {header.size:,} bytes, more than the {limit:,} that are read"
+        member.problem = Problem(reason=RejectReason.UNREADABLE, detail=detail)
     else:
-        sample.members[suffix] = (member.name, tar.read(member))
+        member.data = tar.read(header)
 
 
 def _kind(member: tarfile.TarInfo) -> str:
@@ -301,119 +334,6 @@ def _kind(member: tarfile.TarInfo) -> str:
         tarfile.DIRTYPE: "a folder",
     }
     return kinds.get(member.type, f"of the unknown type {member.type!r}")
-
-
-class _Forward:
-    """The unpacked bytes of a tar as tarfile reads them: forward only, in bounded reads; keeps what the last one gave."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        head = b""
-        while len(head) < 2 and (piece := stream.read(2 - len(head))):
-            head += piece
-        joined = cast(IO[bytes], _Joined(head, stream))
-        self._stream = gzip.GzipFile(fileobj=joined, mode="rb") if head == b"\x1f\x8b" else joined
-        self._position = 0
-        self.last = b""
-        self.ended = False
-
-    def tell(self) -> int:
-        return self._position
-
-    def seekable(self) -> bool:
-        return False
-
-    def seek(self, position: int) -> int:
-        if position < self._position:
-            raise tarfile.StreamError("a header points backwards")
-        while self._position < position and self.read(min(_CHUNK_BYTES, position - self._position)):
-            pass
-        return self._position
-
-    def read(self, size: int) -> bytes:
-        if not 0 <= size <= _MAX_READ_BYTES:
-            raise tarfile.StreamError(f"a header claims to be {size:,} bytes long")
-        pieces: list[bytes] = []
-        missing = size
-        while missing and (piece := self._stream.read(missing)):
-            pieces.append(piece)
-            missing -= len(piece)
-        self.last = b"".join(pieces)
-        self.ended = missing > 0
-        self._position += len(self.last)
-        return self.last
-
-
-class _Joined:
-    """A stream with the bytes that were taken off its front put back."""
-
-    def __init__(self, head: bytes, stream: IO[bytes]) -> None:
-        self._head = head
-        self._stream = stream
-
-    def read(self, size: int) -> bytes:
-        if not self._head:
-            return self._stream.read(size)
-        given, self._head = self._head[:size], self._head[size:]
-        return given
-
-
-class _Tar:
-    """A tar's members in order. tarfile takes any damage behind the first header for the end; here it is an error."""
-
-    def __init__(self, location: str, stream: IO[bytes]) -> None:
-        self._location = location
-        self._stream = stream
-        self._forward: _Forward | None = None
-        self._archive: tarfile.TarFile | None = None
-        self._member: str | None = None
-
-    def next(self) -> tarfile.TarInfo | None:
-        """The next member, or None at the mark of the tar's end."""
-        with self._sound():
-            if self._forward is None or self._archive is None:
-                self._forward = _Forward(self._stream)
-                fileobj = cast(IO[bytes], self._forward)
-                self._archive = tarfile.TarFile(fileobj=fileobj, mode="r", encoding="utf-8", errors="surrogateescape")
-            member = self._archive.next()
-            # It would keep every member's header.
-            self._archive.members.clear()  # type: ignore[attr-defined]
-            if member is None:
-                self._check_end(self._forward)
-            else:
-                self._member = member.name
-        return member
-
-    def read(self, member: tarfile.TarInfo) -> bytes:
-        """The bytes of the member that `next` gave last."""
-        assert self._archive is not None
-        with self._sound():
-            file = self._archive.extractfile(member)
-            assert file is not None
-            return b"".join(iter(lambda: file.read(_CHUNK_BYTES), b""))
-
-    def _check_end(self, forward: _Forward) -> None:
-        """Raise unless tarfile stopped at a block of zeros with nothing but zeros behind it."""
-        if len(forward.last) < tarfile.BLOCKSIZE or any(forward.last):
-            raise tarfile.ReadError("a header there is damaged")
-        while chunk := forward.read(_CHUNK_BYTES):
-            if chunk.count(0) != len(chunk):
-                forward.ended = False
-                raise tarfile.ReadError("there is more behind the mark of its end")
-
-    @contextlib.contextmanager
-    def _sound(self) -> Iterator[None]:
-        try:
-            yield
-        except _DAMAGE as error:
-            position = self._forward.tell() if self._forward is not None else 0
-            broken_off = isinstance(error, EOFError) or (self._forward is not None and self._forward.ended)
-            what = "it breaks off there, without the mark of a tar's end" if broken_off else str(error)
-            where = f"in or after its member {self._member}" if self._member else "before its first member"
-            raise SourceError(
-                f"data.sources: {locations.printable(locations.redacted(self._location))} is damaged "
-                f"{locations.printable(where)}, at byte {position:,} (unpacked): {what}. "
-                "Download it again, or pack it anew; then run the command again."
-            ) from None
 
 
 def _names(tars: list[str]) -> list[str]:
