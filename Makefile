@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-int8 lint check campaign-prepare campaign-cache campaign-train bench clean
+.PHONY: setup demo test test-fast test-int8 lint check campaign-prepare campaign-cache campaign-train bench clean
 
 setup: $(STAMP)
 
@@ -17,8 +17,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/ftk demo
 
+# Each process takes a whole group of tests (tests/conftest.py), in the order of the files: the longest come first.
+PROCESSES ?= 2
+PYTEST = $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup --no-loadscope-reorder
+
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(PYTEST)
+
+test-fast: setup
+	$(PYTEST) -m "not campaign and not benchmarks"
 
 # Beside the environment, not in it: diffusers and PEFT import torchao wherever it is installed, a second at each start.
 test-int8: setup

@@ -5,7 +5,7 @@ import io
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,22 @@ from ftk.pipeline.dataset import PreparedDataset
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tiny tensors: on a busy machine OpenMP threads wait for each other a thousand times longer than they work.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Name what one process takes whole when the suite is spread over several (`--dist loadgroup`): a file, for its fixtures.
+
+    Tests that are run for each family share nothing between families, and those with a Ray cluster share it between files.
+    """
+    for item in items:
+        group = item.location[0]
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            group = "ray"
+        elif "contract" in item.path.parts and "family_name" in parameters:
+            group = f"{group} {parameters['family_name']}"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +63,30 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 def tiny_model(tiny_models: Callable[[str], Path]) -> Path:
     """The tiny Qwen-Image."""
     return tiny_models("qwen-image")
+
+
+@pytest.fixture(scope="session")
+def ray_node() -> dict[str, Any]:
+    """What a node of `ray_cluster` is added with."""
+    # Units of work that stand in a test file are imported on the nodes.
+    paths = [str(Path(__file__).parent / "unit"), os.environ.get("PYTHONPATH")]
+    return {"num_cpus": 2, "env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, paths))}}
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(ray_node: dict[str, Any]) -> Iterator[Any]:
+    """A Ray head with no CPU and two nodes of two, as processes of this machine. A test that removes a node adds another."""
+    pytest.importorskip("ray", reason='needs Ray: pip install "ftk[ray]"')
+    from ray.cluster_utils import Cluster
+
+    # By default a node counts as lost after a quarter of a minute.
+    health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": health}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    for _ in range(2):
+        cluster.add_node(**ray_node)
+    yield cluster
+    cluster.shutdown()
 
 
 @pytest.fixture

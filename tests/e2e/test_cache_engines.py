@@ -203,22 +203,17 @@ def test_two_processes_give_the_same_bytes_of_both_kinds_and_after_a_change(serv
     print("two processes: equal bytes, also of what a change adds")
 
 
-@pytest.fixture(scope="module")
-def ray():
-    return pytest.importorskip("ray", reason='needs Ray: pip install "ftk[ray]"')
-
-
-def test_ray_gives_the_bytes_of_the_local_engine(ftk, ray, scene, tmp_path):  # noqa: F811
-    from ray.cluster_utils import Cluster
+def test_ray_gives_the_bytes_of_the_local_engine(ftk, ray_cluster, scene, tmp_path):  # noqa: F811
+    import ray
 
     cache = tmp_path / "cache"
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
-        ray.init(address=cluster.address, log_to_driver=False)
-        done = report(ftk("cache", scene.first, *to(cache), "--set", "cache.engine=ray", "--json"))
+        ray.init(address=ray_cluster.address, log_to_driver=False)
+        # Two units at once, of four that would fit: each process imports torch and loads the encoders.
+        engine = ["--set", "cache.engine=ray", "--set", "data.workers=2"]
+        done = report(ftk("cache", scene.first, *to(cache), *engine, "--json"))
     finally:
         ray.shutdown()
-        cluster.shutdown()
     assert encoded(done) == (NUM_PICTURES, 18)
     assert files(cache) == files(scene.sealed)
 

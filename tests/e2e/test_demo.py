@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from io import StringIO
 
 import pytest
@@ -19,21 +18,22 @@ from ftk.train import sheet, stage
 
 LEARNED = 0.2
 """A likeness that only a model which knows the creature reaches: measured 0.30 to 0.40, and 0.00 before."""
+FEW_SCENES = max(lesson.NUM_SHOWN)
+"""Where drawing takes longest and one picture would do: as many as the sheet of pictures needs."""
 
 
 @pytest.fixture(scope="module")
 def taught(start, tmp_path_factory):
-    """Reports of a whole demo, its folder, and how long it took."""
+    """Reports of a whole demo, and its folder."""
     root = tmp_path_factory.mktemp("taught") / "it is here"
-    started = time.monotonic()
     process = start("demo", "--workspace", root, "--json")
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(timeout=1200)
     assert process.returncode == 0, err
-    return json.loads(out), root, time.monotonic() - started
+    return json.loads(out), root
 
 
-def test_the_demo_teaches_the_word_in_its_time(taught):
-    reports, _, seconds = taught
+def test_the_demo_teaches_the_word(taught):
+    reports, _ = taught
     assert list(reports) == ["prepare", "cache", "train", "lesson", "demo"]
     found = reports["lesson"]
     assert found["likeness"]["before"] < LEARNED / 4
@@ -42,7 +42,17 @@ def test_the_demo_teaches_the_word_in_its_time(taught):
     assert found["num_recognised"]["after"] >= lesson.NUM_SCENES / 3
     assert found["followed"]["after"] > found["followed"]["before"] + 0.15
     assert found["num_pictures"] == 12
-    assert seconds < 240  # 90 on a quiet machine
+
+
+def test_the_demo_is_a_minute_or_two_of_work(taught):
+    """What its time consists of, whatever the machine; benchmarks/overheads.py measures the time itself."""
+    reports, _ = taught
+    assert reports["train"]["num_samples_seen"] <= 7_200
+    assert reports["cache"]["num_latents_encoded"] <= 110
+    assert reports["lesson"]["num_scenes"] == lesson.NUM_SCENES <= 24
+    assert lesson.NUM_KNOWN <= 96
+    sampling = load(lesson.RECIPES / "demo.yaml").sample
+    assert sampling.num_inference_steps <= 20
 
 
 def test_what_the_model_knew_is_kept(taught):
@@ -64,15 +74,16 @@ def test_the_loss_of_held_out_pictures_falls_at_most_noise_levels(taught):
 
 
 def test_the_sheet_shows_scenes_with_and_without_the_word(taught):
-    _, root, _ = taught
+    _, root = taught
     cells = sheet.cells(root / "runs" / "demo" / "samples" / "before-and-after.png")
     prompts = [prompt for _, prompt in cells]
     assert len(prompts) == 2 * sum(lesson.NUM_SHOWN)
     assert sum(world.CREATURE in prompt for prompt in prompts) == 2 * lesson.NUM_SHOWN[0]
 
 
-def test_an_adapter_that_was_not_trained_has_learned_nothing(taught, tmp_path):
-    _, root, _ = taught
+def test_an_adapter_that_was_not_trained_has_learned_nothing(taught, tmp_path, monkeypatch):
+    monkeypatch.setattr(lesson, "NUM_SCENES", FEW_SCENES)
+    _, root = taught
     for name in ("prepared", "cache"):
         shutil.copytree(root / name, tmp_path / name)
     places = [f"model.path={lesson.MODEL}", "train.steps=1", "train.learning_rate=1e-12"]
@@ -84,7 +95,7 @@ def test_an_adapter_that_was_not_trained_has_learned_nothing(taught, tmp_path):
 
 
 def test_what_is_printed_opens_with_what_was_learned_and_ends_with_ones_own_photos(taught, monkeypatch):
-    reports, root, _ = taught
+    reports, root = taught
     printed = StringIO()
     monkeypatch.setattr("rich.console.Console", lambda: Console(file=printed, width=120))
     command.render(root, reports)
@@ -95,15 +106,16 @@ def test_what_is_printed_opens_with_what_was_learned_and_ends_with_ones_own_phot
 
 
 def test_a_terminal_with_colours_shows_pictures_before_and_after(taught, monkeypatch):
-    reports, root, _ = taught
+    reports, root = taught
     terminal = Console(file=StringIO(), width=120, force_terminal=True, color_system="truecolor")
     monkeypatch.setattr("rich.console.Console", lambda: terminal)
     command.render(root, reports)
     assert terminal.file.getvalue().count("\u2580") > 2 * 3 * 32 * 8
 
 
-def test_the_demos_folder_is_an_ordinary_workspace_and_goes_on(taught, ftk, tmp_path):
-    _, root, _ = taught
+def test_the_demos_folder_is_an_ordinary_workspace_and_goes_on(taught, ftk, tmp_path, monkeypatch):
+    monkeypatch.setattr(lesson, "NUM_SCENES", FEW_SCENES)
+    _, root = taught
     again = ftk("demo", "--workspace", root, "--json")
     assert again.code == 0, again.err
     assert json.loads(again.out)["cache"]["num_latents_encoded"] == 0
@@ -114,7 +126,7 @@ def test_the_demos_folder_is_an_ordinary_workspace_and_goes_on(taught, ftk, tmp_
 
 
 def test_the_shipped_model_follows_captions_that_it_was_not_trained_on():
-    scenes = evaluate.held_out(100)
+    scenes = evaluate.held_out(50)
     pipeline = FAMILY.pipeline(lesson.MODEL, torch.float32, torch.device("cpu"))
     found = evaluate.agreement(evaluate.draw(pipeline, FAMILY, scenes, evaluate.Sampling()), scenes)
     assert found["all"] >= 0.9, found

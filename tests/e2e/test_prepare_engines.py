@@ -6,7 +6,6 @@ import threading
 import time
 
 import crashing_images
-import pytest
 from test_prepare_faults import hashes, odd_pictures, run_file_over  # noqa: F401 - a fixture
 
 from ftk.pipeline import images
@@ -32,24 +31,18 @@ def test_images_that_crash_hang_or_swell_a_worker_are_rejected_and_the_run_goes_
     assert report["num_samples"] + report["num_rejects"] == report["num_inputs"] == 17
 
 
-@pytest.fixture(scope="module")
-def ray():
-    return pytest.importorskip("ray", reason='needs Ray: pip install "ftk[ray]"')
-
-
 def test_ray_gives_the_bytes_of_the_local_engine_though_a_node_dies(
-    ftk, ray, workspace, odd_pictures, tmp_path  # noqa: F811
+    ftk, ray_cluster, ray_node, workspace, odd_pictures, tmp_path  # noqa: F811
 ):  # fmt: skip
-    from ray.cluster_utils import Cluster
+    import ray
 
-    for number in range(30):
+    for number in range(12):
         shutil.copy(odd_pictures / "001-hills.png", odd_pictures / f"more-{number:02d}.png")
         (odd_pictures / f"more-{number:02d}.txt").write_text(f"hills {number}")
-    run_file = run_file_over(workspace, odd_pictures)
+    # A node has room for one unit at a time.
+    run_file = run_file_over(workspace, odd_pictures, workers=2)
     assert ftk("prepare", run_file, "--workspace", tmp_path / "local").code == 0
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    second = cluster.add_node(num_cpus=1)
+    second = sorted(ray_cluster.worker_nodes, key=lambda node: node.node_id)[1]
     receipts = tmp_path / "work/prepared/shards"
     killed_after = []
 
@@ -58,11 +51,11 @@ def test_ray_gives_the_bytes_of_the_local_engine_though_a_node_dies(
         while not list(receipts.glob("*.json")) and time.monotonic() < deadline:
             time.sleep(0.01)
         killed_after.append(len(list(receipts.glob("*.json"))))
-        cluster.remove_node(second, allow_graceful=False)
+        ray_cluster.remove_node(second, allow_graceful=False)
 
     killer = threading.Thread(target=kill_after_the_first_shard)
     try:
-        ray.init(address=cluster.address, log_to_driver=False)
+        ray.init(address=ray_cluster.address, log_to_driver=False)
         killer.start()
         result = ftk("prepare", run_file, "--set", "data.engine=ray", "--json")
         assert result.code == 0, result.err
@@ -70,6 +63,6 @@ def test_ray_gives_the_bytes_of_the_local_engine_though_a_node_dies(
     finally:
         killer.join()
         ray.shutdown()
-        cluster.shutdown()
+        ray_cluster.add_node(**ray_node)
     assert 0 < killed_after[0] < report["num_shards"]
     assert hashes(tmp_path / "work/prepared") == hashes(tmp_path / "local/prepared")

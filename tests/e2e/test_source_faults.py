@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 from servers import fault_server
 from test_prepare_faults import hashes, killed_at, left_over, run_file_over
 
@@ -201,24 +201,28 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
-def measured_prepare_image(task: images.ImageTask) -> images.PreparedImage | images.ImageProblem:
-    """`prepare_image`, which leaves beside the image what it took: seconds, and the most memory the worker ever held."""
-    began = time.monotonic()
-    result = REAL_PREPARE_IMAGE(task)
-    took = {"seconds": time.monotonic() - began, "kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-    Path(f"{task.image.location}.took").write_text(json.dumps(took))
+def watched_prepare_image(task: images.ImageTask) -> images.PreparedImage | images.ImageProblem:
+    """`prepare_image`, which leaves a note beside the image: how often pixels were decoded, and the worker's peak memory."""
+    decoded: list[Image.Image] = []
+    load = ImageFile.ImageFile.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageFile.ImageFile, "load", lambda image: decoded.append(image) or load(image))
+        result = REAL_PREPARE_IMAGE(task)
+    note = {"num_decoded": len(decoded), "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    Path(f"{task.image.location}.note").write_text(json.dumps(note))
     return result
 
 
-def test_bombs_and_slivers_are_rejected_at_once_and_the_worker_does_not_grow(prepare, tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "prepare_image", measured_prepare_image)
+def test_bombs_and_slivers_are_rejected_before_decoding_and_the_worker_does_not_grow(prepare, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "prepare_image", watched_prepare_image)
     odd = {"b.png": bomb(50_000, 50_000), "c.png": flat(1, size=(1, 65_000)), "d.png": flat(2, size=(65_000, 1))}
     source = in_folder(tmp_path / "bombs", {"a.png": flat(), **odd})
     report, _ = prepare(source, sources=[{"path": str(source), "caption": "x"}])
     assert rejected(report) == {"b.png": "too_many_pixels", "c.png": "too_extreme_aspect", "d.png": "too_extreme_aspect"}
-    took = {name: json.loads((source / f"{name}.took").read_text()) for name in ["a.png", *odd]}
-    assert max(took[name]["seconds"] for name in odd) < 1
-    assert max(took[name]["kib"] for name in odd) - took["a.png"]["kib"] < 64 << 10
+    notes = {name: json.loads((source / f"{name}.note").read_text()) for name in ["a.png", *odd]}
+    assert notes["a.png"]["num_decoded"] > 0
+    assert [notes[name]["num_decoded"] for name in odd] == [0, 0, 0]
+    assert max(notes[name]["peak_kib"] for name in odd) - notes["a.png"]["peak_kib"] < 64 << 10
 
 
 def test_each_broken_image_costs_itself_and_odd_ones_become_rgb(prepare, tmp_path):

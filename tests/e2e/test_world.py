@@ -124,9 +124,8 @@ def test_when_one_process_dies_the_others_end_soon_and_can_go_on(cached, tmp_pat
     world = World(3, tmp_path / "trace", run_file)
     wait_until_it_trains(tmp_path / "trace")
     os.kill(world.pids[victim], signal.SIGKILL)
-    began = time.monotonic()
+    # Without a timeout of their own they would wait for half an hour, and `end` would give up on them.
     codes, err = world.end()
-    assert time.monotonic() - began < 30
     assert codes == [-signal.SIGKILL if rank == victim else 75 for rank in range(3)], err
     assert "goes on from the last checkpoint" in err
     reached = max(int(path.name) for path in (tmp_path / "work/runs/test/checkpoints").glob("0*"))

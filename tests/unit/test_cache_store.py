@@ -1,7 +1,6 @@
 """The reader of a cache: what was stored comes back, once checked, to many threads, from wherever the cache is; or an error."""
 
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from counting import steps_of
 
 from ftk import storage
 from ftk.cache import shards, store
@@ -133,7 +133,7 @@ def test_the_bytes_of_all_items_are_counted(items: Items, directory: Path) -> No
 
 
 def test_an_id_is_found_in_constant_time() -> None:
-    count = 300_000
+    count = 3_000
     rows = pa.table(
         {
             "id": [f"item{n}" for n in range(count)], "tensors": pa.array(["mean"] * count),
@@ -141,12 +141,13 @@ def test_an_id_is_found_in_constant_time() -> None:
             "checksum": pa.array([b"\0" * 16] * count, pa.binary(16)), "shard": pa.array([0] * count, pa.int32()),
         }
     )  # fmt: skip
-    found = store._Items.of(rows.combine_chunks())
-    assert found.row("item0") == 0
-    began = time.perf_counter()
-    assert [found.row(f"item{n}") for n in range(count - 5000, count)] == list(range(count - 5000, count))
-    # A search takes a millisecond or more for each.
-    assert time.perf_counter() - began < 1.0
+    items = store._Items.of(rows.combine_chunks())
+    assert items.row("item0") == 0
+    # Arrow's own search counts as one step however long it takes: from here on there is nothing to search.
+    items.ids = items.tensors = items.checksums = None
+    assert [items.row(f"item{n}") for n in range(count)] == list(range(count))
+    last = f"item{count - 1}"
+    assert steps_of(lambda: items.row("item0")) == steps_of(lambda: items.row(last)) < 50
 
 
 @pytest.mark.usefixtures("_either_way")

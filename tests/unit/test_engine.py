@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -381,7 +382,7 @@ from ftk.pipeline.engine import WorkerPool
 
 def stop_both(_):
     both = f"{os.getpid()} {multiprocessing.parent_process().pid}"
-    subprocess.Popen(["sh", "-c", f"kill -STOP {both}; sleep 1.2; kill -CONT {both}"])
+    subprocess.Popen(["sh", "-c", f"kill -STOP {both} && sleep 1.2 && touch both-stood-still; kill -CONT {both}"])
     time.sleep(0.2)
     time.sleep(0.2)
     return "done"
@@ -395,9 +396,9 @@ if __name__ == "__main__":
 def test_time_in_which_all_were_stopped_does_not_count(tmp_path: Path) -> None:
     script = tmp_path / "stopped.py"
     script.write_text(STOPPED)
-    started = time.monotonic()
-    assert subprocess.run([sys.executable, str(script)], capture_output=True, check=True, text=True).stdout == "['done']\n"
-    assert time.monotonic() - started > 1.2
+    command = [sys.executable, str(script)]
+    assert subprocess.run(command, capture_output=True, check=True, text=True, cwd=tmp_path).stdout == "['done']\n"
+    assert (tmp_path / "both-stood-still").exists()
 
 
 @pytest.mark.parametrize("end", ["SIGKILL", "SIGTERM", "SIGINT", "exit"])
@@ -423,15 +424,35 @@ def test_workers_die_with_their_parent(tmp_path: Path, end: str) -> None:
             os.kill(process, signal.SIGKILL)
 
 
-def test_large_payloads_pass_at_hundreds_of_megabytes_a_second() -> None:
+def test_a_large_payload_is_one_message_each_way_and_ends_the_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     payload = os.urandom(8 * MIB)
+    sent, received, waits = [], [], []
+    send, receive, wait = connection.Connection.send_bytes, connection.Connection.recv_bytes, connection.wait
+
+    def noted_send(self: Any, message: Any) -> None:
+        sent.append(len(message))
+        send(self, message)
+
+    def noted_receive(self: Any) -> bytes:
+        received.append(len(message := receive(self)))
+        return message
+
+    def noted_wait(connections: Any, seconds: float) -> list[Any]:
+        waits.append((seconds, ready := wait(connections, seconds)))
+        return ready
+
     with a_pool(1) as pool:
         list(pool.map(length, [b""]))
-        started = time.perf_counter()
-        assert all(result == payload for result in pool.map(same, (payload for _ in range(16))))
-        seconds = time.perf_counter() - started
-    # A tenth of what an idle machine shows, so that a busy one passes.
-    assert 2 * 16 * len(payload) / seconds > 50e6
+        monkeypatch.setattr(connection.Connection, "send_bytes", noted_send)
+        monkeypatch.setattr(connection.Connection, "recv_bytes", noted_receive)
+        monkeypatch.setattr(engine.connection, "wait", noted_wait)
+        assert all(result == payload for result in pool.map(same, (payload for _ in range(4))))
+        ended_waits = [seconds for seconds, ready in waits if ready]
+    for messages in (sent, received):
+        assert len(messages) == 4
+        assert max(messages) < len(payload) + 1000
+    # Each result ends a wait for the worker's pipe; one that is picked up while not waiting was late.
+    assert ended_waits == [engine._POLL_SECONDS] * 4
 
 
 def test_the_local_engine_takes_one_unit_after_another_in_this_process() -> None:

@@ -13,6 +13,8 @@ import methods as bench
 
 from ftk.methods import base as methods
 
+pytestmark = pytest.mark.benchmarks
+
 
 def point(**given):
     settings = {

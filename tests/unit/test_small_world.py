@@ -32,6 +32,8 @@ from ftk.demo.scenes import (
 from ftk.pipeline import stage
 from ftk.pipeline.buckets import bucket_sizes
 
+pytestmark = pytest.mark.benchmarks
+
 NUM_SCENES = 400
 PLACE_WORDS = {"top": {"top", "upper"}, "bottom": {"bottom", "lower"}, "centre": {"centre", "middle"}}
 SYNONYMS = {"circle": ("circle", "disc"), "small": ("small", "little"), "large": ("large", "big")}

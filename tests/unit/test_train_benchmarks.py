@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -20,6 +21,8 @@ import train_matrix as matrix
 import train_resume as resume
 import train_setup as setup
 import train_step as steps
+
+pytestmark = pytest.mark.benchmarks
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +88,15 @@ def test_all_sides_take_turns_on_the_same_samples():
     found = steps.overhead_of("tiny", 4, options)
     assert set(found["sides"]) == {"ftk", "raw", "diffusers"}
     assert len(found["sides"]["raw"]["ratio"]["rounds"]) == 2
-    # 20 steps in blocks, without the first of each
-    assert 0 <= found["data_seconds"]["median"] < 1
+    assert set(found["data_seconds"]) == {"median", "min", "max", "p99"}
+
+
+def test_the_wait_for_data_leaves_out_the_warmup_and_the_first_step_of_each_block(monkeypatch):
+    numbers = range(1, steps.WARMUP_STEPS + 5)
+    table = pa.table({"step": numbers, "data_seconds": [float(number) for number in numbers]})
+    monkeypatch.setattr(steps, "metrics_table", lambda _: table)
+    waits = steps.waiting(Path("unread"), {steps.WARMUP_STEPS + 1, steps.WARMUP_STEPS + 4})
+    assert (waits["min"], waits["max"]) == (steps.WARMUP_STEPS + 2, steps.WARMUP_STEPS + 3)
 
 
 def test_a_made_workspace_trains_and_resumes_at_its_checkpoint(tmp_path):

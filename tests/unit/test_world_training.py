@@ -28,6 +28,8 @@ import parts
 import publish
 import train_vae
 
+pytestmark = pytest.mark.benchmarks
+
 
 @pytest.fixture(scope="module")
 def folded():
