@@ -50,12 +50,14 @@ from rich.table import Table
 
 import ftk.pipeline.stage
 from ftk.cache import encode, plan
-from ftk.configs.load import prepared_path, validate
+from ftk.configs.load import validate
 from ftk.configs.schema import CacheConfig, ModelConfig, RunConfig, SampleConfig
 from ftk.models import base as models
+from ftk.models.components.loading import locate
 from ftk.models.qwen_image import TEMPLATE
 from ftk.pipeline.dataset import PreparedDataset
 from ftk.pipeline.engine import WorkerPool
+from ftk.run import resolve
 
 FAMILY = "qwen-image"
 WORDS = re.findall("[a-z]+", TEMPLATE.partition("Describe")[2].partition("<")[0])
@@ -337,7 +339,8 @@ def overhead_of(setting: Setting, options: argparse.Namespace, folder: Path) -> 
         done = list(encode.encode_units(job, units, lambda *_: None))
         assert sum(one.num_items for one in done) == count
 
-    with patch.object(setting.family, setting.loader_name, lambda *_: component), setting.convolutions():
+    # Of the class: a job makes a family of its own, with the settings of its run file.
+    with patch.object(type(setting.family), setting.loader_name, lambda *_: component), setting.convolutions():
         batches = recorded(setting, through_ftk)
         assert sum(len(batch) for batch in batches) == count, "a batch was halved: the device has too little memory"
         encoder = getattr(setting.family, setting.encoder_name)
@@ -374,7 +377,7 @@ def encoding_job(setting: Setting, folder: Path) -> encode.EncodeJob:
     }
     return encode.EncodeJob(
         kind=setting.kind,
-        family=FAMILY,
+        base=ModelConfig(family=FAMILY, path=str(setting.directory)),
         model=setting.directory,
         folder=folder / "cache",
         prepared=folder / "work" / "prepared",
@@ -399,9 +402,9 @@ def picture_units(setting: Setting, options: argparse.Namespace, folder: Path) -
         "model": {"family": FAMILY, "path": "unused"},
         "data": {"sources": [{"path": str(folder / "pictures")}], "resolutions": [edge]},
     }
-    config = validate(RunConfig, tree, "the benchmark's run file")
-    ftk.pipeline.stage.run(config)
-    pictures = list(plan.needed_pictures(PreparedDataset.open(prepared_path(config)).tables()))
+    run = resolve(validate(RunConfig, tree, "the benchmark's run file"))
+    ftk.pipeline.stage.run(run)
+    pictures = list(plan.needed_pictures(PreparedDataset.open(run.paths.prepared).tables()))
     assert len(pictures) == count
     assert {(each.width, each.height) for each in pictures} == {(edge, edge)}
     return list(plan.units(pictures, lambda _: 1, -(-count // 2), ()))
@@ -418,11 +421,11 @@ def recorded(setting: Setting, side: Side) -> list[Any]:
     """The batches, pixels or captions, with which a turn of ftk's side calls the family."""
     original, batches = getattr(setting.family, setting.encoder_name), []
 
-    def recording(component: Any, batch: Any) -> Any:
+    def recording(_family: Any, component: Any, batch: Any) -> Any:
         batches.append(batch)
         return original(component, batch)
 
-    with patch.object(setting.family, setting.encoder_name, recording):
+    with patch.object(type(setting.family), setting.encoder_name, recording):
         side()
     return batches
 
@@ -748,7 +751,7 @@ def model_directory(options: argparse.Namespace) -> Iterator[Path]:
     family = models.get(FAMILY)
     if options.model:
         components = (*family.latent_components, *family.text_components)
-        yield models.locate(ModelConfig(family=FAMILY, path=options.model), components)
+        yield locate(family, ModelConfig(family=FAMILY, path=options.model), components)
         return
     with tempfile.TemporaryDirectory(prefix="ftk-bench-", dir=options.directory) as folder:
         family.tiny(Path(folder))

@@ -30,9 +30,11 @@ from rich.table import Table
 from ftk.configs.load import validate
 from ftk.configs.schema import ModelConfig, RunConfig
 from ftk.models import base as models
+from ftk.models.components.loading import locate
 from ftk.pipeline.images import ImageTask, PreparedImage, prepare_image
 from ftk.pipeline.sources.base import Blob
 from ftk.pipeline.stage import image_recipe
+from ftk.run import resolve
 
 FAMILY = "qwen-image"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -52,7 +54,7 @@ def load_vae(model: str | None) -> Any:
     """The VAE of a model, or one of Qwen-Image's full size with seeded random weights."""
     family, device = models.get(FAMILY), torch.device("cpu")
     if model is not None:
-        directory = models.locate(ModelConfig(family=FAMILY, path=model), family.latent_components)
+        directory = locate(family, ModelConfig(family=FAMILY, path=model), family.latent_components)
         return family.load_vae(directory, torch.float32, device)
     from diffusers import AutoencoderKLQwenImage
 
@@ -71,7 +73,7 @@ def prepared(data: bytes, resolution: int) -> dict[str, bytes]:
         "model": {"family": FAMILY, "path": "unused"},
         "data": {"sources": [{"path": "."}], "resolutions": [resolution]},
     }
-    recipe = image_recipe(validate(RunConfig, tree, "the benchmark's run file"))
+    recipe = image_recipe(resolve(validate(RunConfig, tree, "the benchmark's run file")))
     files = {}
     for name, (image_format, quality) in FORMATS.items():
         own = replace(recipe, image_format=image_format, quality=quality)

@@ -31,7 +31,10 @@ from train_step import in_a_process
 
 from ftk.configs.schema import MethodConfig, TrainConfig
 from ftk.methods import base as methods
+from ftk.methods.base import Export
 from ftk.models import base as models
+from ftk.models.base import Conditions, Model
+from ftk.models.components.schedule import NoiseSchedule
 from ftk.train import optim
 from ftk.train.data import Batch, Step
 from ftk.train.loop import Trainer
@@ -57,7 +60,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
+class ModelSize:
     """A denoiser, and the samples that it is trained on. `parameters` bounds its size."""
 
     family: str
@@ -82,23 +85,23 @@ def _u_net(widths: Sequence[int], layers: int, text_width: int) -> Callable[[], 
     return make
 
 
-MODELS: Mapping[str, Mapping[str, Model]] = {
+MODELS: Mapping[str, Mapping[str, ModelSize]] = {
     "transformer": {
-        "mid": Model(family="qwen-image", make=_transformer("mid"), parameters=(45e6, 55e6),
+        "mid": ModelSize(family="qwen-image", make=_transformer("mid"), parameters=(45e6, 55e6),
                      edge_px=256, text_tokens=40, text_width=3584),
-        "tiny": Model(family="qwen-image", make=_transformer("tiny"), parameters=(5e4, 2e5),
+        "tiny": ModelSize(family="qwen-image", make=_transformer("tiny"), parameters=(5e4, 2e5),
                       edge_px=64, text_tokens=8, text_width=16),
     },
     "u-net": {
-        "mid": Model(family="stable-diffusion", make=_u_net((96, 192, 384, 384), 1, 768), parameters=(50e6, 60e6),
+        "mid": ModelSize(family="stable-diffusion", make=_u_net((96, 192, 384, 384), 1, 768), parameters=(50e6, 60e6),
                      edge_px=256, text_tokens=77, text_width=768),
-        "tiny": Model(family="stable-diffusion", make=_u_net((32, 32, 32, 32), 1, 32), parameters=(2e5, 1e6),
+        "tiny": ModelSize(family="stable-diffusion", make=_u_net((32, 32, 32, 32), 1, 32), parameters=(2e5, 1e6),
                       edge_px=128, text_tokens=77, text_width=32),
     },
 }  # fmt: skip
 
 
-def make_denoiser(model: Model) -> Any:
+def make_denoiser(model: ModelSize) -> Any:
     """Frozen, in training mode; its size is asserted."""
     denoiser = model.make().requires_grad_(False).train()
     count = sum(parameter.numel() for parameter in denoiser.parameters())
@@ -111,9 +114,7 @@ def make_denoiser(model: Model) -> Any:
 class Bench:
     """A method attached to a denoiser, and what steps it."""
 
-    method: Any
-    config: Any
-    family: Any
+    settings: Any
     trainer: Trainer
     batch: Batch
 
@@ -129,42 +130,41 @@ class Bench:
     def delivered_bytes(self) -> int:
         """All weights that an export in the method's own format takes."""
         with tempfile.TemporaryDirectory(prefix="ftk-bench-") as folder:
-            files = self.method.export(
-                {"denoiser": self.trainer.denoiser}, self.family, self.config, Path(folder), self.method.FORMATS[0], {}
-            )
+            method = self.trainer.method
+            export = Export(directory=Path(folder), form=method.FORMATS[0], metadata={})
+            files = method.export(self.trainer.model, self.settings, export)
             return sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
 
 
-def make_bench(model: Model, settings: Mapping[str, Any], denoiser: Any, batch_size: int) -> Bench:
+def make_bench(size: ModelSize, given: Mapping[str, Any], denoiser: Any, batch_size: int) -> Bench:
     """The method with these settings on this denoiser, which it changes."""
-    family: Any = models.get(model.family)
-    method, config = methods.parse(MethodConfig.model_validate(settings))
-    parameters = method.attach({"denoiser": denoiser}, family, config, 0)
+    family = models.get(size.family)
+    model = Model(family=family, schedule=noise_schedule(size.family), denoiser=denoiser)
+    method, settings = methods.parse(MethodConfig.model_validate(given))
+    parameters = method.attach(model, settings, 0)
     train = TrainConfig.model_validate(
         {"global_batch_size": batch_size, "micro_batch_size": batch_size, "learning_rate": 1e-5, "precision": "fp32"}
     )
     trainer = Trainer(
-        family=family,
-        denoiser=denoiser,
-        predict=family.predict,
+        model=model,
+        method=method,
         optimizer=MasterOptimizer(parameters, train),
         schedule=optim.schedule(train.schedule, train.steps),
-        noise_schedule=noise_schedule(model.family),
         config=train,
         device=CPU,
     )
-    return Bench(method=method, config=config, family=family, trainer=trainer, batch=make_batch(model, family, batch_size))
+    return Bench(settings=settings, trainer=trainer, batch=make_batch(size, family, batch_size))
 
 
 @functools.cache
-def noise_schedule(family: str) -> Any:
+def noise_schedule(family: str) -> NoiseSchedule:
     """That of the family's tiny model, whose scheduler is a real one."""
     with tempfile.TemporaryDirectory(prefix="ftk-bench-") as folder:
         models.get(family).tiny(Path(folder))
         return models.get(family).load_schedule(Path(folder))
 
 
-def make_batch(model: Model, family: Any, batch_size: int) -> Batch:
+def make_batch(model: ModelSize, family: Any, batch_size: int) -> Batch:
     """Noise; all texts of one length, so there is no mask."""
     side = model.edge_px // family.geometry.factor
     latents, noise = setup.noise(0, 2, batch_size, family.geometry.channels, side, side).float()
@@ -174,7 +174,7 @@ def make_batch(model: Model, family: Any, batch_size: int) -> Batch:
         noise_BCHW=noise,
         sigma_B=(torch.arange(batch_size) + 0.5) / batch_size,
         weight_B=torch.ones(batch_size),
-        texts=family.collate_texts([text] * batch_size),
+        conditions=Conditions(texts=family.collate_texts([text] * batch_size)),
     )
 
 
@@ -184,7 +184,7 @@ def twin(denoiser: Any, settings: Mapping[str, Any]) -> Any:
     return copy.deepcopy(denoiser, shared)
 
 
-def costs(model: Model, options: argparse.Namespace) -> dict[str, Any]:
+def costs(model: ModelSize, options: argparse.Namespace) -> dict[str, Any]:
     """Of all methods, by their names."""
     names = [REFERENCE, *(name for name in options.method or METHODS if name != REFERENCE)]
     denoiser = make_denoiser(model)
@@ -224,7 +224,7 @@ def step_seconds(benches: Mapping[str, Bench], options: argparse.Namespace) -> d
     return found
 
 
-def peak_bytes(model: Model, names: Sequence[str], options: argparse.Namespace) -> dict[str, list[int]]:
+def peak_bytes(model: ModelSize, names: Sequence[str], options: argparse.Namespace) -> dict[str, list[int]]:
     """The most that processes held: one that makes the model alone, and one of each method that trains too."""
     kind = next(kind for kind, sizes in MODELS.items() if model in sizes.values())
     found: dict[str, list[int]] = {name: [] for name in (BARE, *names)}
@@ -235,7 +235,7 @@ def peak_bytes(model: Model, names: Sequence[str], options: argparse.Namespace) 
     return found
 
 
-def memory_of(name: str, model: Model, batch_size: int) -> dict[str, int]:
+def memory_of(name: str, model: ModelSize, batch_size: int) -> dict[str, int]:
     """What this process, which does nothing else, holds at most."""
     denoiser = make_denoiser(model)
     if name != BARE:

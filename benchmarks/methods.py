@@ -35,13 +35,14 @@ from train_setup import spread, spread_text
 
 from ftk import storage
 from ftk.cache import stage as cache
-from ftk.configs.load import RECIPES, run_path, validate
+from ftk.configs.load import RECIPES, validate
 from ftk.configs.schema import RunConfig
+from ftk.deliver.run_delivery import RunDelivery
 from ftk.demo import checker, evaluate, lesson, world
-from ftk.methods import base as methods
 from ftk.models import base as models
 from ftk.pipeline import stage as prepare
 from ftk.progress import track
+from ftk.run import Run, resolve
 from ftk.train import stage as train
 from ftk.train.sheet import png_bytes
 
@@ -103,7 +104,7 @@ class Point:
     confused: float
 
 
-def config(root: Path, arm: Arm, *, rate: float, seed: int, steps: int, name: str) -> RunConfig:
+def make_run(root: Path, arm: Arm, *, rate: float, seed: int, steps: int, name: str) -> Run:
     """The demo's run with another method; those with and those without class images share what is prepared and cached."""
     tree: dict[str, Any] = yaml.safe_load((RECIPES / "demo.yaml").read_text())
     tree |= {"run": name, "workspace": str(root / ("with-class" if arm.has_class_images else "alone")), "method": arm.method}
@@ -116,7 +117,7 @@ def config(root: Path, arm: Arm, *, rate: float, seed: int, steps: int, name: st
     del training["validation"], tree["sample"]
     if not arm.has_class_images:
         del tree["data"]["sources"][1], training["class_ratio"]
-    return validate(RunConfig, tree, "benchmarks/methods.py")
+    return resolve(validate(RunConfig, tree, "benchmarks/methods.py"))
 
 
 def set_up(root: Path, num_scenes: int) -> None:
@@ -128,7 +129,7 @@ def set_up(root: Path, num_scenes: int) -> None:
     for index, picture in enumerate(_draw(pipeline, evaluate.held_out(num_scenes))):
         storage.commit_bytes(root / "base" / f"{index:03d}.png", png_bytes(picture))
     for has_class_images in (False, True):
-        made = config(
+        made = make_run(
             root, Arm(method=_LORA, rate=1e-3, has_class_images=has_class_images), rate=1e-3, seed=0, steps=1, name="x"
         )
         prepare.run(made)
@@ -149,8 +150,8 @@ def learn(root: Path, name: str, rate: float, seed: int, steps: int, num_scenes:
     arm, found = ARMS[name], []
     label = f"{list(ARMS).index(name)}-{rate:g}-{seed}"
     for part in PARTS:
-        done = config(root, arm, rate=rate, seed=seed, steps=round(part * steps), name=label)
-        report = train.run(done)
+        done = make_run(root, arm, rate=rate, seed=seed, steps=round(part * steps), name=label)
+        report = train.run(done, RunDelivery)
         assert report is not None
         found.append(
             Point(
@@ -162,10 +163,10 @@ def learn(root: Path, name: str, rate: float, seed: int, steps: int, num_scenes:
     return found
 
 
-def _read(root: Path, done: RunConfig, num_scenes: int) -> dict[str, float]:
+def _read(root: Path, done: Run, num_scenes: int) -> dict[str, float]:
     """What the trained model draws, read back."""
     pipeline = _pipeline()
-    methods.parse(done.method)[0].load_into(pipeline, run_path(done) / "adapter")
+    done.method.load_into(done.family, pipeline, done.paths.adapter)
     base = [Image.open(path).convert("RGB") for path in sorted((root / "base").glob("*.png"))]
     return _measures(pipeline, num_scenes, base)
 

@@ -78,10 +78,11 @@ def write_captions(root: Path, count: int) -> None:
 
 def plan_once(source: str, workspace: str) -> dict[str, Any]:
     """The measurement itself; runs in a process of its own."""
-    from ftk.configs.load import prepared_path, validate
+    from ftk.configs.load import validate
     from ftk.configs.schema import RunConfig
     from ftk.pipeline import source_units, stage
     from ftk.pipeline.shard_writer import PrepareJob
+    from ftk.run import resolve
 
     tree = {
         "run": "bench",
@@ -89,11 +90,11 @@ def plan_once(source: str, workspace: str) -> dict[str, Any]:
         "model": {"family": "qwen-image", "path": "unused"},
         "data": {"sources": [{"path": source}], "workers": 1},
     }
-    config = validate(RunConfig, tree, "the benchmark's run file")
-    job = PrepareJob(directory=prepared_path(config), recipe=stage.image_recipe(config), data=config.data)
+    run = resolve(validate(RunConfig, tree, "the benchmark's run file"))
+    job = PrepareJob(directory=run.paths.prepared, recipe=stage.image_recipe(run), data=run.config.data)
     cpu, started = time.process_time(), time.perf_counter()
-    source_units.look(config.data)
-    planned = stage._planned(job, source_units.find_duplicates(config.data), stage.WHOLE)
+    source_units.look(run.config.data)
+    planned = stage._planned(job, source_units.find_duplicates(run.config.data), stage.WHOLE)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
     assert not any(planned.made)
     images = sum(count or 0 for count in planned.num_records)

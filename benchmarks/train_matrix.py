@@ -36,6 +36,7 @@ from ftk.configs.schema import MethodConfig, TrainConfig
 from ftk.errors import FtkError
 from ftk.methods import base as methods
 from ftk.models import base as models
+from ftk.models.base import Conditions, Model
 from ftk.train import memory, optim, placement
 from ftk.train.data import Batch, Step
 from ftk.train.loop import Trainer
@@ -85,7 +86,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 @dataclass(kw_only=True)
 class Bench:
-    """A model on the device with its adapter, and the adapter's weights at the start.
+    """A model on the device with its adapter, the method that made it, and the adapter's weights at the start.
 
     `scheduler` is a directory with the family's scheduler.
     """
@@ -94,17 +95,17 @@ class Bench:
     base: str
     device: torch.device
     scheduler: Path
-    denoiser: Any
+    model: Model
+    method: methods.Method
+    settings: Any
     parameters: dict[str, torch.nn.Parameter]
     first: dict[str, torch.Tensor]
-    method_config: Any
 
     def reset(self) -> None:
         """Blocks as diffusers has them, the adapter as at the start."""
-        family = models.get(setup.FAMILY)
-        for block in memory.blocks(self.denoiser, family):
+        for block in memory.blocks(self.model.denoiser, self.model.family):
             block.__dict__.pop("forward", None)
-        self.denoiser.disable_gradient_checkpointing()
+        self.model.denoiser.disable_gradient_checkpointing()
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.first[name])
@@ -119,8 +120,9 @@ def make_bench(base: str, options: argparse.Namespace) -> Bench:
     denoiser = setup.random_transformer(size, dtype, device).requires_grad_(False).train()
     if base == "int8":
         placement.quantise_base(denoiser, family, device)
-    method, method_config = methods.parse(MethodConfig.model_validate({"name": "lora", "rank": setup.RANK}))
-    parameters = method.attach({"denoiser": denoiser}, family, method_config, 0)
+    model = Model(family=family, schedule=family.load_schedule(options.scheduler).to(device), denoiser=denoiser)
+    method, settings = methods.parse(MethodConfig.model_validate({"name": "lora", "rank": setup.RANK}))
+    parameters = method.attach(model, settings, 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -133,10 +135,11 @@ def make_bench(base: str, options: argparse.Namespace) -> Bench:
         base=base,
         device=device,
         scheduler=options.scheduler,
-        denoiser=denoiser,
+        model=model,
+        method=method,
+        settings=settings,
         parameters=parameters,
         first=first,
-        method_config=method_config,
     )
 
 
@@ -154,22 +157,20 @@ def train_config(case: Case) -> TrainConfig:
 
 def make_trainer(bench: Bench, case: Case) -> tuple[Trainer, memory.MemoryPlan]:
     """ftk's own trainer, placed by its own plan."""
-    family, config = models.get(setup.FAMILY), train_config(case)
+    family, config = bench.model.family, train_config(case)
     workload = memory.Workload(
         height=case.edge_px // family.geometry.factor,
         width=case.edge_px // family.geometry.factor,
         text_tokens=TEXT_TOKENS,
         micro_batch_size=case.batch_size,
     )
-    plan = memory.plan(family, planned_shapes(bench), config, workload, memory.inspect_device(bench.device))
-    placement.after_method(bench.denoiser, plan, family, bench.device)
+    plan = memory.plan(planned_shapes(bench), config, workload, memory.inspect_device(bench.device))
+    placement.after_method(bench.model.denoiser, plan, family, bench.device)
     trainer = Trainer(
-        family=family,
-        denoiser=bench.denoiser,
-        predict=family.predict,
+        model=bench.model,
+        method=bench.method,
         optimizer=MasterOptimizer(bench.parameters, config),
         schedule=optim.schedule(config.schedule, config.steps),
-        noise_schedule=family.load_schedule(bench.scheduler).to(bench.device),
         config=config,
         device=bench.device,
         dtype=torch.bfloat16,
@@ -177,34 +178,34 @@ def make_trainer(bench: Bench, case: Case) -> tuple[Trainer, memory.MemoryPlan]:
     return trainer, plan
 
 
-def planned_shapes(bench: Bench) -> Any:
+def planned_shapes(bench: Bench) -> Model:
     """As the plan sees a model: not quantised yet, without weights."""
-    family = models.get(setup.FAMILY)
-    shapes = setup.random_transformer(bench.size, torch.float32, torch.device("meta")).requires_grad_(False)
-    methods.get("lora").attach({"denoiser": shapes}, family, bench.method_config, 0)
+    denoiser = setup.random_transformer(bench.size, torch.float32, torch.device("meta")).requires_grad_(False)
+    shapes = Model(family=bench.model.family, schedule=bench.model.schedule, denoiser=denoiser)
+    bench.method.attach(shapes, bench.settings, 0)
     return shapes
 
 
 def make_batch(bench: Bench, case: Case) -> Batch:
     """Noise, the same for all cases of a shape; all texts of one length, so there is no mask."""
-    family = models.get(setup.FAMILY)
-    side = case.edge_px // family.geometry.factor
+    geometry = bench.model.family.geometry
+    side = case.edge_px // geometry.factor
     generator = torch.Generator().manual_seed(0)
-    latents, noise = torch.randn(2, case.batch_size, family.geometry.channels, side, side, generator=generator)
+    latents, noise = torch.randn(2, case.batch_size, geometry.channels, side, side, generator=generator)
     text = torch.randn(case.batch_size, TEXT_TOKENS, bench.size.text_width, generator=generator)
     batch = Batch(
         latents_BCHW=latents.bfloat16(),
         noise_BCHW=noise.bfloat16(),
         sigma_B=(torch.arange(case.batch_size) + 0.5) / case.batch_size,
         weight_B=torch.ones(case.batch_size),
-        texts={"embeds": text.bfloat16(), "mask": None},
+        conditions=Conditions(texts={"embeds": text.bfloat16(), "mask": None}),
     )
     return batch.map(lambda tensor: tensor.to(bench.device))
 
 
 def sample_of(batch: Batch) -> Sample:
     """The same tensors."""
-    text = batch.texts["embeds"]
+    text = batch.conditions.texts["embeds"]
     assert text is not None
     return Sample(
         clean_BCHW=batch.latents_BCHW, noise_BCHW=batch.noise_BCHW, sigma_B=batch.sigma_B, text_BLD=text, mask_BL=None
@@ -273,13 +274,13 @@ def ours(bench: Bench, case: Case, expected: Gradients, options: argparse.Namesp
 def theirs(bench: Bench, case: Case, _: Gradients, options: argparse.Namespace) -> dict[str, Any]:
     """The other loops train the adapter in bf16, as diffusers' script does, with torch's own choice of attention."""
     if case.checkpointed:
-        bench.denoiser.enable_gradient_checkpointing()
+        bench.model.denoiser.enable_gradient_checkpointing()
     parameters = list(bench.parameters.values())
     loop: RawLoop | DiffusersLoop
     if case.loop == "raw":
-        loop = RawLoop(bench.denoiser, parameters, setup.LEARNING_RATE)
+        loop = RawLoop(bench.model.denoiser, parameters, setup.LEARNING_RATE)
     else:
-        loop = DiffusersLoop(bench.denoiser, parameters, setup.LEARNING_RATE, bench.scheduler)
+        loop = DiffusersLoop(bench.model.denoiser, parameters, setup.LEARNING_RATE, bench.scheduler)
     sample = sample_of(make_batch(bench, case))
     return timed(lambda: loop.step(sample), bench, case, options)
 
@@ -299,7 +300,7 @@ def timed(step: Callable[[], Any], bench: Bench, case: Case, options: argparse.N
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     found = spread(seconds[2:])
-    tflop = step_tflop(bench.denoiser.config, case)
+    tflop = step_tflop(bench.model.denoiser.config, case)
     rate = tflop / found["median"]
     peak = peak_tflops()
     return {

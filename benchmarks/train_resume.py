@@ -45,11 +45,11 @@ def resume(root: Path, setting: str, started: float) -> dict[str, float]:
             import train_setup as setup
 
             from ftk.deliver.run_delivery import RunDelivery
-            from ftk.train import build, data, loop, memory, stage
-        config = setup.run_config(root, settings_of(setting))
+            from ftk.train import build, data, inputs, loop, memory, stage
+        run = setup.make_run(root, settings_of(setting))
         wrapped = [
-            (build, "open_cache", "cache"),
-            (build, "build_order", "order"),
+            (inputs, "open_cache", "cache"),
+            (inputs, "build_order", "order"),
             (memory, "cached_workload", "workload"),
             (build, "_load", "model"),
             (build, "_restore", "restore"),
@@ -74,7 +74,7 @@ def resume(root: Path, setting: str, started: float) -> dict[str, float]:
 
         patch.object(loop.Trainer, "update", first_update).start()
         try:
-            stage.run(config, RunDelivery)
+            stage.run(run, RunDelivery)
         except FirstStepDoneError:
             total = time.monotonic() - started
         in_order = {part: seconds[part][0] for part in PARTS if part != "rest"}
@@ -132,9 +132,9 @@ def save(root: Path, setting: str, step: int) -> dict[str, float]:
     from ftk.train.build import build_trainer
     from ftk.train.hooks.checkpoints import Checkpoints
 
-    config = setup.run_config(root, settings_of(setting))
+    run = setup.make_run(root, settings_of(setting))
     shutil.rmtree(root / "runs", ignore_errors=True)
-    build = build_trainer(config, RunDelivery)
+    build = build_trainer(run, RunDelivery)
     with closing(build.inputs.store), closing(build.recorder):
         build.trainer.update(build.loader.step(0))
         build.trainer.step = build.trainer.num_samples_seen = step

@@ -25,6 +25,7 @@ from ftk.configs.load import validate
 from ftk.configs.schema import RunConfig
 from ftk.models import base as models
 from ftk.pipeline import dataset as prepared
+from ftk.run import Run, resolve
 
 FAMILY = "qwen-image"
 RANK = 16
@@ -75,7 +76,7 @@ SIZES = {
 }
 
 
-def make_workspace(root: Path, size: Size, *, num_samples: int, train: dict[str, Any], items_a_shard: int = 250) -> RunConfig:
+def make_workspace(root: Path, size: Size, *, num_samples: int, train: dict[str, Any], items_a_shard: int = 250) -> Run:
     """A model with random weights and a sealed cache of noise, as `ftk train` expects them; no stage has run.
 
     The model has no VAE and no text encoder: a training machine needs none.
@@ -85,13 +86,13 @@ def make_workspace(root: Path, size: Size, *, num_samples: int, train: dict[str,
     for folder in ("vae", "text_encoder", "tokenizer", "transformer"):
         shutil.rmtree(root / "model" / folder)
     random_transformer(size, torch.float32, torch.device("cpu")).save_pretrained(root / "model" / "transformer")
-    config = run_config(root, train)
-    make_cache(root / "cache", config, size, num_samples, items_a_shard)
-    return config
+    run = make_run(root, train)
+    make_cache(root / "cache", run.config, size, num_samples, items_a_shard)
+    return run
 
 
-def run_config(root: Path, train: dict[str, Any]) -> RunConfig:
-    """The run file of a workspace that `make_workspace` made."""
+def make_run(root: Path, train: dict[str, Any]) -> Run:
+    """The run of a workspace that `make_workspace` made."""
     tree = {
         "run": "benchmark",
         "workspace": str(root),
@@ -100,7 +101,7 @@ def run_config(root: Path, train: dict[str, Any]) -> RunConfig:
         "method": {"name": "lora", "rank": RANK, "targets": "attention"},
         "train": {"learning_rate": LEARNING_RATE, "max_grad_norm": 1.0, "device": "cpu", "precision": "fp32", **train},
     }
-    return validate(RunConfig, tree, "the benchmark's run file")
+    return resolve(validate(RunConfig, tree, "the benchmark's run file"))
 
 
 def make_cache(folder: Path, config: RunConfig, size: Size, num_samples: int, items_a_shard: int) -> None:

@@ -35,8 +35,8 @@ from safetensors.torch import save_file
 from train_loops import Sample, make_loop, resident_bytes
 from train_setup import SIZES, spread, spread_text, taking_turns
 
-from ftk.configs.schema import RunConfig
 from ftk.deliver.run_delivery import RunDelivery
+from ftk.run import Run
 from ftk.train import stage
 from ftk.train.build import Build, build_trainer
 from ftk.train.data import Batch, Step
@@ -103,14 +103,14 @@ def sample_of(step: Step) -> Sample:
 
 def of_batch(batch: Batch) -> Sample:
     """The same tensors."""
-    text = batch.texts["embeds"]
+    text = batch.conditions.texts["embeds"]
     assert text is not None
     return Sample(
         clean_BCHW=batch.latents_BCHW,
         noise_BCHW=batch.noise_BCHW,
         sigma_B=batch.sigma_B,
         text_BLD=text,
-        mask_BL=batch.texts["mask"],
+        mask_BL=batch.conditions.texts["mask"],
     )
 
 
@@ -136,8 +136,8 @@ def overhead_of(name: str, batch_size: int, options: argparse.Namespace) -> dict
     steps = WARMUP_STEPS + rounds * block
     with tempfile.TemporaryDirectory(prefix="ftk-bench-") as folder:
         root = Path(folder)
-        config = setup.make_workspace(root, size, num_samples=NUM_SAMPLES, train=train_settings(batch_size, steps))
-        build = build_trainer(config, RunDelivery)
+        run = setup.make_workspace(root, size, num_samples=NUM_SAMPLES, train=train_settings(batch_size, steps))
+        build = build_trainer(run, RunDelivery)
         with closing(build.inputs.store), closing(build.recorder):
             peers = {
                 peer: make_loop(peer, root / "model", setup.RANK, setup.TARGETS, setup.LEARNING_RATE).step for peer in PEERS
@@ -151,8 +151,8 @@ def overhead_of(name: str, batch_size: int, options: argparse.Namespace) -> dict
 
 def model_facts(build: Build) -> dict[str, Any]:
     """How large it is, and in what precision it computes."""
-    trained = build.inputs.num_trainable_parameters
-    every = sum(parameter.numel() for parameter in build.trainer.denoiser.parameters())
+    trained = build.inputs.sizes.num_trainable_parameters
+    every = sum(parameter.numel() for parameter in build.trainer.model.denoiser.parameters())
     dtype = str(build.trainer.dtype).removeprefix("torch.")
     return {"num_base_parameters": every - trained, "num_trained_parameters": trained, "dtype": dtype}
 
@@ -193,7 +193,7 @@ def data(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def data_of(root: Path, batch_size: int, options: argparse.Namespace) -> dict[str, Any]:
     """One batch size; a store of its own, so that the first epoch compares checksums as that of a new process does."""
-    build = build_trainer(setup.run_config(root, train_settings(batch_size, 1000, precision="bf16")), RunDelivery)
+    build = build_trainer(setup.make_run(root, train_settings(batch_size, 1000, precision="bf16")), RunDelivery)
     steps_an_epoch = build.inputs.order.micro_batches_an_epoch
     with closing(build.inputs.store), closing(build.recorder):
         seconds = [timed(build.loader.step, index) for index in range((1 + options.epochs) * steps_an_epoch)]
@@ -253,8 +253,8 @@ def memory_of(name: str, batch_size: int, options: argparse.Namespace) -> dict[s
     with tempfile.TemporaryDirectory(prefix="ftk-bench-") as folder:
         root = Path(folder)
         settings = train_settings(batch_size, options.memory_steps)
-        config = setup.make_workspace(root, SIZES[name], num_samples=NUM_SAMPLES, train=settings)
-        write_largest_sample(config, root / "samples.safetensors")
+        run = setup.make_workspace(root, SIZES[name], num_samples=NUM_SAMPLES, train=settings)
+        write_largest_sample(run, root / "samples.safetensors")
         (root / "settings.json").write_text(json.dumps(settings))
         script = Path(__file__).with_name("train_loops.py")
         steps = ["--steps", str(options.memory_steps)]
@@ -263,7 +263,7 @@ def memory_of(name: str, batch_size: int, options: argparse.Namespace) -> dict[s
         for _, kind in taking_turns(tuple(found), options.repeats):
             found[kind].append(in_a_process(commands[kind]))
     measured = {
-        kind: {key: spread([run[key] for run in runs]) for key in ("imported_bytes", "peak_bytes")}
+        kind: {key: spread([each[key] for each in runs]) for key in ("imported_bytes", "peak_bytes")}
         for kind, runs in found.items()
     }
     for kind in PEERS:
@@ -272,9 +272,9 @@ def memory_of(name: str, batch_size: int, options: argparse.Namespace) -> dict[s
     return {"size": name, "batch_size": batch_size, "repeats": options.repeats, "sides": measured}
 
 
-def write_largest_sample(config: RunConfig, path: Path) -> None:
+def write_largest_sample(run: Run, path: Path) -> None:
     """Of an epoch's batches the one with most text: the others' memory must not gain from a smaller one."""
-    build = build_trainer(config, RunDelivery)
+    build = build_trainer(run, RunDelivery)
     with closing(build.inputs.store), closing(build.recorder):
         samples = [sample_of(build.loader.step(index)) for index in range(build.inputs.order.micro_batches_an_epoch)]
     largest = max(samples, key=lambda sample: sample.text_BLD.shape[1])
@@ -288,7 +288,7 @@ def write_largest_sample(config: RunConfig, path: Path) -> None:
 def train(root: Path) -> dict[str, int]:
     """A run from its start, in a process of its own."""
     imported = resident_bytes("VmRSS")
-    stage.run(setup.run_config(root, json.loads((root / "settings.json").read_text())), RunDelivery, fresh=True)
+    stage.run(setup.make_run(root, json.loads((root / "settings.json").read_text())), RunDelivery, fresh=True)
     return {"imported_bytes": imported, "peak_bytes": resident_bytes("VmHWM")}
 
 

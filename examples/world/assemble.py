@@ -24,7 +24,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from ftk import storage
 from ftk.errors import ModelError
-from ftk.models.base import load_component
+from ftk.models.components.loading import load_component
 from ftk.models.qwen_image import FAMILY
 
 

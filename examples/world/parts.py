@@ -17,7 +17,7 @@ from safetensors.torch import save
 
 from ftk import storage
 from ftk.errors import CheckpointError, FtkError
-from ftk.models.base import hide_progress_bars
+from ftk.models.components.loading import hide_progress_bars
 from ftk.progress import track
 
 DIRECTORY = Path("work/world")

@@ -68,7 +68,7 @@ def odd_rows(mine: ranks.Ranks, folder: Path) -> None:
         block.exact.data = block.exact.data.float()
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if mine.size > 1:
-        mine.shard(model, SimpleNamespace(block_class="Block"), [], torch.device("cpu"), dtype)
+        mine.shard(model, SimpleNamespace(block_classes=("Block",)), [], torch.device("cpu"), dtype)
     parameters = dict(model.named_parameters())
     config = TrainConfig(ema_decay=0.5, learning_rate=0.1, schedule="constant", max_grad_norm=1.0)
     optimizer = MasterOptimizer({name: parameters[name] for name in names}, config, mine)

@@ -30,12 +30,12 @@ from ftk.cache import gc as garbage
 from ftk.cache.fetch import Download
 from ftk.cache.store import CacheStore
 from ftk.cli.app import app
-from ftk.configs.load import load
 from ftk.configs.schema import CacheConfig, TrainConfig
 from ftk.contracts import CACHE_SCHEMA, CacheManifest
 from ftk.errors import ConfigError
 from ftk.models import base as families
 from ftk.pipeline import stage as prepare
+from ftk.run import load_run
 from ftk.train import data
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -192,12 +192,12 @@ def pets(walk, tmp_path_factory) -> Path:
     (place / "run.yaml").write_text(RUN)
     (place / "model").symlink_to(walk.place / "tiny-model")
     with contextlib.chdir(place):
-        config = load(Path("run.yaml"))
-        prepare.run(config)
+        run = load_run(Path("run.yaml"))
+        prepare.run(run)
         written: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(storage, "committing", _noting(storage.committing, written))
-            report = stage.run(config)
+            report = stage.run(run)
         (place / "written.json").write_text(json.dumps(written))
     assert (report.num_latents_encoded, report.num_texts_encoded) == (NUM_LATENTS, NUM_TEXTS)
     return place
@@ -329,9 +329,9 @@ def test_a_change_encodes_again_what_the_guide_says(what, latents, texts, pets, 
             settings = change if isinstance(change, dict) else {}
             if not settings:
                 change(patch if what.startswith(("version", "a version")) else place)
-            config = load(Path("run.yaml"), [f"{name}={json.dumps(value)}" for name, value in settings.items()])
-            prepare.run(config)
-            planned = stage.dry_run(config)
+            run = load_run(Path("run.yaml"), [f"{name}={json.dumps(value)}" for name, value in settings.items()])
+            prepare.run(run)
+            planned = stage.dry_run(run)
         encoded = {"latents": planned["num_latents_to_encode"], "texts": planned["num_texts_to_encode"]}
         for kind, stated, number_of_all in (("latents", latents, NUM_LATENTS), ("texts", texts, NUM_TEXTS)):
             assert _meets(stated, encoded[kind], number_of_all), (change, kind, encoded[kind])
@@ -346,9 +346,9 @@ def _meets(stated: str, encoded: int, number_of_all: int) -> bool:
 def test_a_mask_and_a_picture_added_are_one_and_three_items(copy):
     _redraw("masks")(copy)
     _add(copy, "yak", "a yak")
-    config = load(Path("run.yaml"))
-    prepare.run(config)
-    planned = stage.dry_run(config)
+    run = load_run(Path("run.yaml"))
+    prepare.run(run)
+    planned = stage.dry_run(run)
     assert (planned["num_latents_to_encode"], planned["num_texts_to_encode"]) == (1 + 3, 1)
 
 
@@ -621,7 +621,7 @@ def test_a_damage_is_found_and_mended_as_the_guide_says(what, quick, deep, again
         damage(cache)
         for stated, found in ((quick, verify.run(cache)), (deep, verify.run(cache, deep=True))):
             assert bool(found.damages or found.set_aside) == (stated == "finds it"), what
-        planned = stage.dry_run(load(Path("run.yaml")))
+        planned = stage.dry_run(load_run(Path("run.yaml")))
         # The photos' items of each kind fit into one shard.
         assert planned["num_latents_to_encode"] == (NUM_LATENTS if again == "its items" else 0)
         assert planned["num_texts_to_encode"] == 0
@@ -630,12 +630,12 @@ def test_a_damage_is_found_and_mended_as_the_guide_says(what, quick, deep, again
 def test_a_cache_run_mends_what_the_quick_check_finds_and_verify_agrees(copy, ftk):
     before = {path: path.read_bytes() for path in Path("work/cache").rglob("*") if path.suffix in SUFFIXES}
     _shard(Path("work/cache")).write_bytes(b"")
-    assert stage.run(load(Path("run.yaml"))).num_latents_encoded == NUM_LATENTS
+    assert stage.run(load_run(Path("run.yaml"))).num_latents_encoded == NUM_LATENTS
     assert {path: path.read_bytes() for path in before} == before
     _flip(_shard(Path("work/cache")), -1)
     assert ftk("verify", "work", "--deep").code == 2
     assert [path.name for path in Path("work/cache").rglob("*.damaged")] == [_aside(before)]
-    stage.run(load(Path("run.yaml")))
+    stage.run(load_run(Path("run.yaml")))
     assert {path: path.read_bytes() for path in before} == before
     assert ftk("gc", "work", "--yes").code == 0
     assert not list(Path("work/cache").rglob("*.damaged"))
@@ -664,7 +664,7 @@ def _stale(ftk: Callable[..., Any]) -> str:
 
 def _prepared(ftk: Callable[..., Any]) -> str:
     Path("photos/cat.txt").write_text("a tabby cat")
-    prepare.run(load(Path("run.yaml")))
+    prepare.run(load_run(Path("run.yaml")))
     return _refused(ftk, "train", "run.yaml", "--dry-run")
 
 
@@ -778,11 +778,11 @@ def test_two_run_files_share_items_but_not_the_view(copy, ftk):
     Path("other.yaml").write_text(Path("run.yaml").read_text().replace("workspace: work", "workspace: other"))
     Path("photos/cat.txt").write_text("a tabby cat")
     shared = ["--set", "cache.path=work/cache"]
-    other = load(Path("other.yaml"), ["cache.path=work/cache"])
+    other = load_run(Path("other.yaml"), ["cache.path=work/cache"])
     prepare.run(other)
     assert stage.run(other).num_texts_encoded == 1
     assert "prepared dataset" in _refused(ftk, "train", "run.yaml", "--dry-run")
-    again = stage.run(load(Path("run.yaml")))
+    again = stage.run(load_run(Path("run.yaml")))
     assert (again.num_latents_encoded, again.num_texts_encoded) == (0, 0)
     assert "prepared dataset" in _refused(ftk, "train", "other.yaml", "--dry-run", *shared)
 

@@ -14,6 +14,7 @@ from ftk.configs.load import load
 from ftk.deliver.run_delivery import RunDelivery
 from ftk.demo import evaluate, lesson, world
 from ftk.models.qwen_image import FAMILY
+from ftk.run import load_run
 from ftk.train import sheet, stage
 
 LEARNED = 0.2
@@ -87,9 +88,9 @@ def test_an_adapter_that_was_not_trained_has_learned_nothing(taught, tmp_path, m
     for name in ("prepared", "cache"):
         shutil.copytree(root / name, tmp_path / name)
     places = [f"model.path={lesson.MODEL}", "train.steps=1", "train.learning_rate=1e-12"]
-    config = load(root / "demo.yaml", places, workspace=str(tmp_path))
-    stage.run(config, RunDelivery)
-    found = lesson.examine(config)
+    run = load_run(root / "demo.yaml", places, workspace=str(tmp_path))
+    stage.run(run, RunDelivery)
+    found = lesson.examine(run)
     assert found.likeness.after < LEARNED / 4
     assert found.kept.after == found.kept.before
 

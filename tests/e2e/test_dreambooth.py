@@ -17,11 +17,11 @@ from killing import Server
 from PIL import Image
 
 from ftk.cache.store import CacheStore
-from ftk.configs.load import load
 from ftk.deliver import draw_class_images as drawing
 from ftk.models import base as families
 from ftk.pipeline import stage
 from ftk.pipeline.dataset import PreparedDataset
+from ftk.run import load_run
 
 NUM_IMAGES = 5
 GENERATE = "data.sources.1.generate"
@@ -214,7 +214,7 @@ def test_every_family_draws_them(family: str, run: Callable, tiny_models: Callab
     tree["data"]["resolutions"] = [64]
     tree["data"]["sources"][1]["generate"] |= {"count": 3, "num_inference_steps": 2, "batch_size": 2}
     Path("run.yaml").write_text(yaml.safe_dump(tree))
-    drawing.run(load(Path("run.yaml")))
+    drawing.run(load_run(Path("run.yaml")))
     assert images() == ["00000.png", "00001.png", "00002.png"]
     for name in images():
         with Image.open(Path("class-images/generated", name)) as image:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ftk.configs.load import load
 from ftk.configs.schema import MethodConfig
 from ftk.deliver.run_delivery import RunDelivery
 from ftk.errors import ConfigError
 from ftk.methods import base as methods
 from ftk.methods.adapters import eva, injection
+from ftk.run import load_run
 from ftk.train import build
 
 RANK = 3
@@ -93,9 +93,9 @@ def test_a_run_starts_from_its_cache_at_the_base_and_resumes_to_the_bit(
 
     def start(**method: object) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         overrides = [f"method.{name}={value}" for name, value in method.items()]
-        made = build.build_trainer(load(run_file, [*overrides, "run=looked-at"]), RunDelivery)
+        made = build.build_trainer(load_run(run_file, [*overrides, "run=looked-at"]), RunDelivery)
         batch = made.loader.step(0).batches[0][1]
-        with made.trainer.evaluating(), torch.no_grad():
+        with made.trainer.model.evaluating(), torch.no_grad():
             loss = made.trainer.losses(batch)
         weights = {name: tensor.clone() for name, tensor in made.trainer.optimizer.weights().items()}
         for closing in (made.inputs.store, made.recorder):

@@ -12,10 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ftk.cache.store import CacheStore
-from ftk.configs.load import load
-from ftk.models import base as models
 from ftk.models import sdxl
-from ftk.models.base import SampleGeometry
+from ftk.models.components.geometry import SampleGeometry
+from ftk.run import load_run
 from ftk.train.data import BatchBuilder
 from ftk.train.inputs import open_inputs
 
@@ -71,18 +70,20 @@ def test_sdxl_is_told_of_each_samples_own_size_and_crop(run_file: Callable[..., 
     path = run_file("sdxl")
     for stage in ("prepare", "cache"):
         assert (result := ftk(stage, path)).code == 0, result.err
-    inputs = open_inputs(load(path), torch.device("cpu"))
+    run = load_run(path)
+    inputs = open_inputs(run, torch.device("cpu"))
     store: CacheStore = inputs.store
-    builder = BatchBuilder(
-        store=store, family=inputs.family, sigmas=inputs.sigmas, config=load(path).train, dtype=torch.float32
-    )
-    assert inputs.family is models.get("sdxl")
+    builder = BatchBuilder(store=store, family=run.family, sigmas=inputs.sigmas, config=run.config.train, dtype=torch.float32)
+    assert run.family.name == "sdxl"
     seen = set()
     for number, row in enumerate(store.table.to_pylist()):
-        time_ids = builder.fixed([number], 0, 4).texts["time_ids"]
-        assert time_ids is not None
+        geometry_BG = builder.fixed([number], 0, 4).conditions.geometry_BG
+        assert geometry_BG is not None
         geometry = SampleGeometry(**{field.name: row[field.name] for field in fields(SampleGeometry)})
-        assert time_ids.tolist() == [list(sdxl.size_and_crop(geometry))]
+        assert geometry_BG.tolist() == [geometry.numbers()]
+        time_ids = sdxl.time_ids(geometry_BG)
+        left = row["resize_width"] - row["bucket_width"] - row["crop_x"] if row["flipped"] else row["crop_x"]
+        assert time_ids[0, 2:].tolist() == [row["crop_y"], left, row["bucket_height"], row["bucket_width"]]
         assert time_ids[0, :2].tolist() == [row["height"], row["width"]]
         seen.add(tuple(time_ids[0].tolist()))
     assert len(seen) > 1

@@ -16,10 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from sharded_worlds import STEPS, odd_rows
 
-from ftk.configs.load import load
 from ftk.deliver import export
-from ftk.methods import base as methods
-from ftk.models import base as models
+from ftk.models.base import Conditions, Model
+from ftk.run import load_run
 from ftk.train import checkpoint, inputs
 from ftk.train.hooks.recorder import read_metrics, validation_table
 from ftk.train.ranks import Ranks
@@ -136,7 +135,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before(runs, ftk):
 @pytest.mark.parametrize("name", ["many", "bf16-two"])
 def test_what_is_delivered_loads_in_diffusers_and_predicts_as_the_trained_model(runs, tiny_model, ftk, name):
     settings = [f"run={name}", "train.sharding=fsdp", *(["train.precision=bf16"] if name == "bf16-two" else [])]
-    config = load(runs.parents[1] / "run.yaml", settings)
+    run = load_run(runs.parents[1] / "run.yaml", settings)
     delivered = runs / name / "adapter/transformer"
     assert len(list(delivered.glob("*.safetensors"))) == (1 if name == "many" else 4)
     assert json.loads((delivered / "config.json").read_text())["_class_name"] == "QwenImageTransformer2DModel"
@@ -144,13 +143,13 @@ def test_what_is_delivered_loads_in_diffusers_and_predicts_as_the_trained_model(
     loaded = QwenImageTransformer2DModel.from_pretrained(delivered, dtype=dtype)
     pipeline = DiffusionPipeline.from_pretrained(tiny_model, transformer=loaded, dtype=dtype)
     found = checkpoint.latest(runs / name / "checkpoints")
-    family, generator = models.get("qwen-image"), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     latents_BCHW = torch.randn(1, 16, 8, 8, generator=generator).to(dtype)
     texts = {"embeds": torch.randn(1, 5, loaded.config.joint_attention_dim, generator=generator).to(dtype), "mask": None}
-    with export.trained(config, family, tiny_model, found) as components, torch.no_grad():
+    with export.trained(run, tiny_model, found) as model, torch.no_grad():
+        elsewhere = Model(family=run.family, schedule=model.schedule, denoiser=pipeline.transformer)
         predictions = [
-            family.predict(denoiser, latents_BCHW, torch.tensor([0.5]), texts)
-            for denoiser in (components["denoiser"], pipeline.transformer)
+            run.family.predict(each, latents_BCHW, torch.tensor([0.5]), Conditions(texts=texts)) for each in (model, elsewhere)
         ]
     assert torch.equal(predictions[0], predictions[1])
     sets = [part for one in settings for part in ("--set", one)]
@@ -200,6 +199,5 @@ def test_optimizers_that_need_whole_tensors_are_refused(runs, ftk, optimizer):
 
 
 def test_auto_splits_nothing_for_an_optimizer_that_needs_whole_tensors(runs):
-    config = load(runs.parents[1] / "run.yaml", ["train.optimizer=muon"])
-    method, settings = methods.parse(config.method)
-    assert inputs.settings_for_plan(config.train, method, settings).sharding == "none"
+    run = load_run(runs.parents[1] / "run.yaml", ["train.optimizer=muon"])
+    assert inputs.settings_for_plan(run).sharding == "none"

@@ -12,11 +12,10 @@ import torch
 from e2e_photos import PHOTOS, needs_photos
 from PIL import Image
 
-from ftk.configs.load import load
 from ftk.deliver.run_delivery import RunDelivery
-from ftk.methods import base as methods
-from ftk.models import base as models
+from ftk.models.base import Model
 from ftk.pipeline.dataset import PreparedDataset
+from ftk.run import load_run
 from ftk.train.build import build_trainer
 from ftk.train.hooks.recorder import read_metrics
 
@@ -122,7 +121,7 @@ def test_webdataset_reads_the_shards(ftk, workspace, tmp_path):
 
 def test_only_the_denoiser_is_alive_during_steps(cached):
     run_file = cached(sample={"every": 2})
-    build = build_trainer(load(run_file), RunDelivery)
+    build = build_trainer(load_run(run_file), RunDelivery)
     alive = []
 
     class Watch:
@@ -149,20 +148,21 @@ def test_only_the_denoiser_is_alive_during_steps(cached):
 
 def test_the_adapter_is_the_model(cached, tmp_path):
     run_file = cached(method={"name": "lora", "rank": 4, "alpha": 8, "targets": "all-linear"})
-    config = load(run_file)
-    build = build_trainer(config, RunDelivery)
+    run = load_run(run_file)
+    build = build_trainer(run, RunDelivery)
     build.trainer.fit(build.loader.steps(0, 6))
-    family, method = models.get("qwen-image"), methods.get("lora")
+    family, trained_model = run.family, build.trainer.model
     pipeline = family.pipeline(tmp_path / "model", torch.float32, torch.device("cpu"))
     batch = build.loader.builder.build(build.inputs.order.micro_batch(0))
-    arguments = (batch.noise_BCHW, batch.sigma_B, batch.texts)
+    arguments = (batch.noise_BCHW, batch.sigma_B, batch.conditions)
+    elsewhere = Model(family=family, schedule=trained_model.schedule, denoiser=pipeline.transformer)
     settings = {"prompt": "a red circle", "width": 64, "height": 64, "num_inference_steps": 2, "true_cfg_scale": 1.0}
     with torch.no_grad():
-        trained = family.predict(build.trainer.denoiser, *arguments)
-        base = family.predict(pipeline.transformer, *arguments)
+        trained = family.predict(trained_model, *arguments)
+        base = family.predict(elsewhere, *arguments)
         before = pipeline(**settings, generator=torch.Generator().manual_seed(0)).images[0]
-        method.load_into(pipeline, build.directory / "adapter")
-        loaded = family.predict(pipeline.transformer, *arguments)
+        run.method.load_into(family, pipeline, run.paths.adapter)
+        loaded = family.predict(elsewhere, *arguments)
         after = pipeline(**settings, generator=torch.Generator().manual_seed(0)).images[0]
     assert (loaded - trained).abs().max() < 1e-5
     assert (loaded - base).abs().max() > 1e-3
@@ -213,7 +213,7 @@ def test_four_samples_are_learnt_by_heart(ftk, workspace, tmp_path):
         },
     )  # fmt: skip
     assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
-    build = build_trainer(load(run_file), RunDelivery)
+    build = build_trainer(load_run(run_file), RunDelivery)
     assert len(build.inputs.store) == 4
     step = build.loader.step(0)
     build.trainer.fit([step] * 100)
@@ -227,10 +227,10 @@ def test_gradient_checkpointing_changes_memory_and_not_the_loss(cached, precisio
     losses = []
     for on in ("all", "none"):
         settings = [f"train.memory.checkpointing={on}", f"train.precision={precision}", f"run=r{on}"]
-        build = build_trainer(load(run_file, settings), RunDelivery)
+        build = build_trainer(load_run(run_file, settings), RunDelivery)
         build.trainer.fit(build.loader.steps(0, 6))
         losses.append([row["loss"] for row in read_metrics(build.directory)])
-        dtypes = {parameter.dtype for parameter in build.trainer.denoiser.parameters()}
+        dtypes = {parameter.dtype for parameter in build.trainer.model.denoiser.parameters()}
         assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float32}
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

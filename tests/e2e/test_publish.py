@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from ftk.deliver import card
 from ftk.methods import base as methods
+from ftk.models import base as models
 
 METHODS = {
     "lora": {"name": "lora", "rank": 3, "alpha": 6, "targets": "attention"},
@@ -76,7 +77,8 @@ def delivered(place) -> Callable[[str], torch.Tensor]:
         if name not in found:
             pipeline = pipeline_of(place / "model")
             if name != "base":
-                methods.get(METHODS[name]["name"]).load_into(pipeline, place / f"work/runs/{name}/adapter")
+                method = methods.get(METHODS[name]["name"])
+                method.load_into(models.get("qwen-image"), pipeline, place / f"work/runs/{name}/adapter")
             found[name] = drawn(pipeline)
         return found[name]
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from killing import server
 
-from ftk.configs.load import load
 from ftk.deliver.run_delivery import RunDelivery
 from ftk.errors import Preempted
+from ftk.run import load_run
 from ftk.train.build import build_trainer
 from ftk.train.hooks.recorder import read_metrics
 
@@ -72,15 +72,15 @@ def test_a_run_killed_three_times_ends_with_the_bytes_of_one_left_alone(ftk, cac
 def test_resuming_in_every_step_is_exact(cached, precision):
     steps = 24
     run_file = cached(train={**TRAIN, "precision": precision, "checkpoint_every": 1, "steps": steps})
-    whole = build_trainer(load(run_file, ["run=whole"]), RunDelivery)
+    whole = build_trainer(load_run(run_file, ["run=whole"]), RunDelivery)
     whole.trainer.fit(whole.loader.steps(0, steps))
     for step in range(6):
-        part = build_trainer(load(run_file, ["run=part"]), RunDelivery)
+        part = build_trainer(load_run(run_file, ["run=part"]), RunDelivery)
         assert part.trainer.step == step
         part.trainer.ranks.stop_requested = True
         with pytest.raises(Preempted):
             part.trainer.fit(part.loader.steps(step, steps))
-    rest = build_trainer(load(run_file, ["run=part"]), RunDelivery)
+    rest = build_trainer(load_run(run_file, ["run=part"]), RunDelivery)
     rest.trainer.fit(rest.loader.steps(6, steps))
     for name, tensor in whole.trainer.optimizer.weights().items():
         assert torch.equal(tensor, rest.trainer.optimizer.weights()[name])

@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ftk.configs.load import RECIPES, load
+from ftk.configs.load import RECIPES
 from ftk.deliver import export
 from ftk.demo import draw_pictures
 from ftk.methods.adapters import injection
 from ftk.models import base as models
+from ftk.run import load_run, resolve
 from ftk.train import inputs, memory
 
 RECIPE = RECIPES / "stable-diffusion-oft.yaml"
@@ -52,15 +53,13 @@ def scene(tmp_path_factory, tiny_models, ftk):
 
 @pytest.fixture(scope="module")
 def trained(scene):
-    """The components with what was trained, and the plain ones."""
+    """The model with what was trained, and the plain one."""
     overrides, _ = scene
-    config = load(RECIPE, overrides[1::2])
-    family = models.get("stable-diffusion")
-    model = Path(config.model.path)
-    plain = inputs.load_components(("denoiser", "text_encoder"), family, model, torch.float32, torch.device("cpu"))
-    found = export.find_checkpoint(config, best=False)
-    with export.trained(config, family, model, found) as components:
-        yield components, plain
+    run = load_run(RECIPE, overrides[1::2])
+    directory = Path(run.config.model.path)
+    plain = models.load_model(run.family, directory, run.encoders, torch.float32, torch.device("cpu"))
+    with export.trained(run, directory, export.find_checkpoint(run, best=False)) as model:
+        yield model, plain
 
 
 def assert_equal_tensors(first, second):
@@ -78,9 +77,9 @@ def rotations(module):
 
 
 def test_both_components_learned_rotations_that_keep_the_angles_of_neurons(trained):
-    components, _ = trained
+    model, _ = trained
     counts = {}
-    for component, module in components.items():
+    for component, module in model.components.items():
         for name, weight, rotation in rotations(module):
             identity = torch.eye(len(rotation), dtype=torch.float64)
             assert (rotation - identity).abs().max() > 1e-3, f"{component}.{name} has learned nothing"
@@ -95,9 +94,7 @@ def test_both_components_learned_rotations_that_keep_the_angles_of_neurons(train
 
 def test_the_text_encoder_learns_at_its_own_rate(scene, trained):
     overrides, _ = scene
-    config = load(RECIPE, overrides[1::2])
-    opened = inputs.open_inputs(config, torch.device("cpu"))
-    groups = inputs.with_rates(config.train, opened.method, opened.method_config).optimizer.groups
+    groups = inputs.with_rates(load_run(RECIPE, overrides[1::2])).optimizer.groups
     assert [group.learning_rate for group in groups] == [0.01]
 
 
@@ -149,7 +146,7 @@ def test_merging_folds_both_in_and_other_formats_are_refused_with_the_reason(sce
     assert json.loads(done.out)["difference"] < 1e-5
     family = models.get("stable-diffusion")
     merged = family.pipeline(tmp_path / "merged", torch.float32, torch.device("cpu"))
-    plain = family.pipeline(load(RECIPE, overrides[1::2]).model.path, torch.float32, torch.device("cpu"))
+    plain = family.pipeline(load_run(RECIPE, overrides[1::2]).config.model.path, torch.float32, torch.device("cpu"))
     for name in ("unet", "text_encoder"):
         one, two = getattr(merged, name).state_dict(), getattr(plain, name).state_dict()
         assert one.keys() == two.keys()
@@ -190,25 +187,24 @@ def test_a_model_whose_text_encoder_cannot_be_trained_is_told_so(workspace, ftk)
 
 def test_the_memory_plan_counts_the_text_encoder(scene, ftk):
     overrides, _ = scene
-    config = load(RECIPE, overrides[1::2])
-    opened = inputs.open_inputs(config, torch.device("cpu"))
-    parameters = [each.numel() for each in plain_encoder(config).parameters()]
+    run = load_run(RECIPE, overrides[1::2])
+    opened = inputs.open_inputs(run, torch.device("cpu"))
+    parameters = [each.numel() for each in plain_encoder(run).parameters()]
     # Of 4 texts, 77 tokens, 2 layers 32 wide.
     activations = 4 * 4 * 77 * 2 * 32 * memory._ENCODER_WIDTHS
     # In fp32; what is trained of it has a gradient and moments beside.
-    assert 4 * sum(parameters) < opened.plan.parts["text encoders"] - activations < 12 * sum(parameters)
-    assert "text encoders" not in inputs.open_inputs(alone(config), torch.device("cpu")).plan.parts
+    assert 4 * sum(parameters) < opened.sizes.plan.parts["text encoders"] - activations < 12 * sum(parameters)
+    assert "text encoders" not in inputs.open_inputs(alone(run), torch.device("cpu")).sizes.plan.parts
     done = ftk("doctor", RECIPE, *overrides)
     assert done.code == 0, done.err
     assert "text encoders" in done.out
 
 
-def plain_encoder(config):
-    family = models.get("stable-diffusion")
-    names = ("text_encoder",)
-    return inputs.load_components(names, family, Path(config.model.path), torch.float32, torch.device("cpu"))[names[0]]
+def plain_encoder(run):
+    return run.family.load_encoder(Path(run.config.model.path), "text_encoder", torch.float32, torch.device("cpu"))
 
 
-def alone(config):
+def alone(run):
     """The same run without its text encoder."""
-    return config.model_copy(update={"method": config.method.model_copy(update={"text_encoder": None})})
+    method = run.config.method.model_copy(update={"text_encoder": None})
+    return resolve(run.config.model_copy(update={"method": method}))

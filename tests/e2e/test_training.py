@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,10 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ftk.configs.load import load
 from ftk.configs.schema import TrainConfig
 from ftk.deliver.run_delivery import RunDelivery
 from ftk.errors import TrainingError
+from ftk.run import load_run
 from ftk.train import checkpoint
 from ftk.train.build import build_trainer
 from ftk.train.data import BatchBuilder
@@ -30,7 +31,7 @@ TRAIN = {
 
 
 def fit(run_file: Path, *settings: str):
-    build = build_trainer(load(run_file, settings), RunDelivery)
+    build = build_trainer(load_run(run_file, settings), RunDelivery)
     build.trainer.fit(build.loader.steps(build.trainer.step, build.trainer.config.steps))
     return build
 
@@ -47,7 +48,7 @@ def test_held_out_samples_are_measured_never_trained_on_and_the_best_step_is_kep
     kept = {int(path.name) for path in checkpoint.all_of(run / "checkpoints")}
     assert kept == {best["step"], 40}
     assert (run / "best/pytorch_lora_weights.safetensors").is_file()
-    build = build_trainer(load(run_file, ["run=other"]), RunDelivery)
+    build = build_trainer(load_run(run_file, ["run=other"]), RunDelivery)
     held_out = set(build.inputs.order.held_out.tolist())
     assert len(held_out) == 3
     assert not held_out & {draw.sample for step in range(40) for batch in build.inputs.order.step(step) for draw in batch}
@@ -106,7 +107,7 @@ def test_many_bad_steps_in_a_row_stop_the_training_before_anything_is_saved(cach
     )
     with pytest.raises(TrainingError, match=r"learning_rate"):
         fit(run_file)
-    build = build_trainer(load(run_file), RunDelivery)
+    build = build_trainer(load_run(run_file), RunDelivery)
     assert build.trainer.step == 0
 
 
@@ -136,7 +137,7 @@ def test_each_setting_takes_effect_and_a_run_with_it_resumes_to_the_bit(cached, 
     run_file = cached(train={**TRAIN, "steps": 6, "checkpoint_every": 3, **settings})
     plain = fit(cached_plain(run_file, tmp_path), "run=plain", "train.steps=6")
     whole = fit(run_file, "run=whole")
-    part = build_trainer(load(run_file, ["run=part"]), RunDelivery)
+    part = build_trainer(load_run(run_file, ["run=part"]), RunDelivery)
     part.trainer.ranks.stop_requested = False
     steps = part.loader.steps(0, 6)
     part.trainer.hooks = [*part.trainer.hooks, StopAfter(3)]
@@ -215,18 +216,18 @@ def test_masks_leave_what_they_cover_out_of_the_loss(ftk, workspace, tmp_path):
     source = {"path": str(tmp_path / "pictures"), "masks": str(masks)}
     run_file = workspace(data={"sources": [source], "resolutions": [64], "workers": 1}, train=TRAIN)
     assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
-    build = build_trainer(load(run_file), RunDelivery)
+    build = build_trainer(load_run(run_file), RunDelivery)
     batch = build.loader.builder.build(build.inputs.order.micro_batch(0))
     assert batch.cell_weight_BHW.min() == 0
     assert batch.cell_weight_BHW.max() == 1
     hidden, shown = ((batch.cell_weight_BHW == value)[:, None] for value in (0, 1))
     losses = []
     for error in (torch.zeros_like(batch.noise_BCHW), hidden * 100.0, shown * 100.0):
-        build.trainer.predict = lambda denoiser, noisy, sigma, texts, error=error: noisy * 0 + error
+        build.trainer.method = SimpleNamespace(predict=lambda model, noisy, *_, error=error: noisy * 0 + error)
         losses.append(build.trainer.losses(batch))
     torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=0)
     assert (losses[2] > 1000 * losses[0]).all()
-    ignored = build_trainer(load(run_file, ["train.loss.unmasked_weight=1", "run=ignored"]), RunDelivery)
+    ignored = build_trainer(load_run(run_file, ["train.loss.unmasked_weight=1", "run=ignored"]), RunDelivery)
     assert ignored.loader.builder.build(ignored.inputs.order.micro_batch(0)).cell_weight_BHW is None
 
 
@@ -239,7 +240,7 @@ def test_class_images_weigh_what_the_run_file_says_and_come_as_often(ftk, worksp
     train = {**TRAIN, "class_ratio": 0.5, "loss": {"prior_weight": 0.25}}
     run_file = workspace(data={"sources": sources, "resolutions": [64], "workers": 1}, train=train)
     assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
-    build = build_trainer(load(run_file), RunDelivery)
+    build = build_trainer(load_run(run_file), RunDelivery)
     roles = build.inputs.store.table["role"].to_pylist()
     order = build.inputs.order
     uses = [roles[draw.sample] for index in range(order.micro_batches_an_epoch) for draw in order.micro_batch(index)]

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from world import World
 
-from ftk.configs.load import load
 from ftk.deliver.run_delivery import RunDelivery
+from ftk.run import load_run
 from ftk.train.build import build_trainer
 from ftk.train.hooks.recorder import read_metrics
 
@@ -68,16 +68,17 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_split(cached, tmp_path):
         train(size, tmp_path / f"{size}", run_file, "--set", "train.steps=1", "--set", f"run=r{size}", WORLD_GRADIENTS="1")
     gradients = [load_file(tmp_path / f"{size}/gradient.safetensors") for size in (1, 2, 4)]
 
-    build = build_trainer(load(run_file, ["run=alone"]), RunDelivery)
+    build = build_trainer(load_run(run_file, ["run=alone"]), RunDelivery)
     step = build.loader.step(0)
     assert len({batch.latents_BCHW.shape[-2:] for _, batch in step.batches}) > 1
     for _, batch in step.batches:
         for row in range(len(batch)):
-            texts = dict(batch.texts)
+            texts = dict(batch.conditions.texts)
             if texts["mask"] is not None:
                 length = int(texts["mask"][row].sum())
                 texts = {"embeds": texts["embeds"][:, :length], "mask": None}
-            alone = replace(batch, texts=texts).map(lambda tensor, row=row: tensor[row : row + 1])
+            conditions = replace(batch.conditions, texts=texts)
+            alone = replace(batch, conditions=conditions).map(lambda tensor, row=row: tensor[row : row + 1])
             (build.trainer.losses(alone).sum() / step.num_samples).backward()
     gradients.append({name: master.grad for name, master in build.trainer.optimizer.masters.items()})
 

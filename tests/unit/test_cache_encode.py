@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 from ftk.cache import encode, shards
 from ftk.cache.encode import EncodeJob
 from ftk.cache.plan import ImageItem, TextItem, Unit
-from ftk.configs.schema import CacheConfig
+from ftk.configs.schema import CacheConfig, ModelConfig
 from ftk.contracts import SampleRow
 from ftk.errors import CacheError, DatasetError, EnvironmentFault
 from ftk.models import base as families
-from ftk.models.base import LatentGeometry
+from ftk.models.components.geometry import LatentGeometry
 from ftk.pipeline.dataset import PreparedDataset
 
 GIB = 1 << 30
@@ -123,7 +123,7 @@ class Prepared:
 @pytest.fixture
 def family(monkeypatch: pytest.MonkeyPatch) -> Family:
     stand_in = Family()
-    monkeypatch.setattr(families, "get", lambda name: stand_in)
+    monkeypatch.setattr(families, "parse", lambda config: stand_in)
     return stand_in
 
 
@@ -151,7 +151,7 @@ def make_job(tmp_path: Path) -> Callable[..., EncodeJob]:
     def make(kind: str = "latents", folder: str = "out", workers: int = 2, **settings: Any) -> EncodeJob:
         config = CacheConfig(**{"device": "cpu", "latents_dtype": "float32", "text_stored": "float32", **settings})
         return EncodeJob(
-            kind=kind, family="qwen-image", model=tmp_path / "model", folder=tmp_path / folder,
+            kind=kind, base=ModelConfig(family="qwen-image", path="model"), model=tmp_path / "model", folder=tmp_path / folder,
             prepared=tmp_path / "prepared", config=config, workers=workers,
         )  # fmt: skip
 

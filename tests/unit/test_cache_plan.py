@@ -13,7 +13,7 @@ from ftk.cache.plan import ImageItem, TextItem
 from ftk.configs.schema import SampleConfig
 from ftk.contracts import SampleRow
 from ftk.models import base as families
-from ftk.models.base import LatentGeometry
+from ftk.models.components.geometry import LatentGeometry
 from ftk.pipeline import dataset
 from ftk.pipeline.engine import JobPart
 

@@ -17,6 +17,7 @@ from ftk.deliver.metadata import Subject
 from ftk.errors import ConfigError
 from ftk.methods import base as methods
 from ftk.models import base as families
+from ftk.run import resolve
 from ftk.train import sheet
 from ftk.train.hooks.recorder import ValidationLog
 
@@ -48,9 +49,9 @@ def about(tiny_models: Callable[[str], Path], tmp_path: Path) -> Make:
             "train": {"learning_rate": 3e-5, "global_batch_size": 4, "seed": 7, "steps": 1000},
             **sections,
         }
-        config = validate(RunConfig, tree, "test")
-        found = metadata.subject(config, step, Path(config.model.path))
-        storage.commit_json(found.run / metadata.TRAINED_ON, COUNTS)
+        run = resolve(validate(RunConfig, tree, "test"))
+        found = metadata.subject(run, step, Path(run.config.model.path))
+        storage.commit_json(found.run.paths.run / metadata.TRAINED_ON, COUNTS)
         return found
 
     return make
@@ -59,12 +60,12 @@ def about(tiny_models: Callable[[str], Path], tmp_path: Path) -> Make:
 def write_sheet(subject: Subject, step: int, prompts: list[str], size: int = 64) -> None:
     images = [Image.new("RGB", (size, size), (step % 256, 40 * number, 7)) for number in range(len(prompts))]
     data = sheet.png_bytes(sheet.grid([[image] for image in images], prompts, [f"step {step}"]))
-    storage.commit_bytes(subject.run / f"samples/step-{step:08d}.png", data)
+    storage.commit_bytes(subject.run.paths.run / f"samples/step-{step:08d}.png", data)
 
 
 def written(subject: Subject, directory: Path) -> tuple[ModelCard, list[str]]:
     """(the card, all files beside it)."""
-    form = subject.method.FORMATS[0]
+    form = subject.run.method.FORMATS[0]
     files = card.write(subject, directory, card.loading(subject, form))
     names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     assert sorted(path.relative_to(directory).as_posix() for path in files) == names
@@ -77,9 +78,8 @@ def test_the_card_says_what_the_hub_and_its_reader_want_to_know(about: Make, tmp
         card={"license": "apache-2.0", "description": "A *dog*.", "title": "Dog | one", "author": "Ada"},
     )
     # The base is not here: its folder is what was downloaded.
-    subject = Subject(**{name: getattr(subject, name) for name in ("config", "step", "family", "method", "settings")},
-                      model=tmp_path)  # fmt: skip
-    log = ValidationLog(subject.run)
+    subject = Subject(run=subject.run, step=subject.step, model=tmp_path)
+    log = ValidationLog(subject.run.paths.run)
     for step, loss, is_best in ((100, 0.5, True), (200, 0.25, True), (250, 0.375, False), (300, 0.125, True)):
         log.append({"step": step, "loss": loss, "band_losses": None, "is_best": is_best})
     log.commit()
@@ -160,7 +160,7 @@ def test_a_sheet_of_an_earlier_ftk_is_shown_whole_and_a_damaged_one_not_at_all(
     about: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     subject, place = about(), tmp_path / "adapter"
-    path = subject.run / "samples/step-00000250.png"
+    path = subject.run.paths.run / "samples/step-00000250.png"
     path.parent.mkdir(parents=True)
     Image.new("RGB", (1000, 500)).save(path)
     found, names = written(subject, place)
@@ -246,20 +246,20 @@ def test_other_programs_know_the_families_by_their_names(
 
 
 def test_the_settings_are_those_that_the_checkpoint_was_trained_with(about: Make, caplog: pytest.LogCaptureFixture) -> None:
-    config, model = about().config, about().model
+    run, model = about().run, about().model
     trained = {"learning_rate": 0.5, "optimizer": {"name": "lion", "groups": []}, "schedule": {"name": "cosine"}}
-    subject = metadata.subject(config, 250, model, trained)
+    subject = metadata.subject(run, 250, model, trained)
     assert metadata.of(subject)["ftk_learning_rate"] == "0.5"
     assert "0.5, cosine" in card.text(subject, "", [], 0)
     assert subject.config.train.steps == 1000
-    other = metadata.subject(config, 250, model, {"no_such_setting": 1})
-    assert other.config.train == config.train
+    other = metadata.subject(run, 250, model, {"no_such_setting": 1})
+    assert other.config.train == run.config.train
     assert "of another ftk" in caplog.text
 
 
 def test_a_run_of_an_earlier_ftk_has_no_counts(about: Make) -> None:
     subject = about()
-    (subject.run / metadata.TRAINED_ON).unlink()
+    (subject.run.paths.run / metadata.TRAINED_ON).unlink()
     assert "ftk_num_samples" not in metadata.of(subject)
     assert "held out" not in card.text(subject, "", [], 0)
 
@@ -267,7 +267,7 @@ def test_a_run_of_an_earlier_ftk_has_no_counts(about: Make) -> None:
 @pytest.mark.parametrize("name", ["lora", "oft", "lokr", "full", "loha"])
 def test_from_the_hub_the_repository_is_what_is_loaded(about: Make, name: str) -> None:
     subject = about(method={"name": name})
-    for form in subject.method.FORMATS:
+    for form in subject.run.method.FORMATS:
         here, there = card.loading(subject, form), card.loading(subject, form, "ada/dog")
         assert "ada/dog" not in here
         assert card.HERE not in there

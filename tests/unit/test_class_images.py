@@ -14,6 +14,7 @@ from ftk.errors import ConfigError, SourceError
 from ftk.pipeline import class_images, dataset, stage
 from ftk.pipeline.class_images import ClassImages
 from ftk.pipeline.sources import base as sources
+from ftk.run import Run, resolve
 
 REPOSITORY = Path(__file__).parents[2]
 GENERATE = {"prompt": "a photo of a dog", "count": 6}
@@ -33,6 +34,10 @@ def _config(folder: Path, source: dict[str, Any] | None = None, **generate: Any)
     return load.validate(RunConfig, tree, "run.yaml")
 
 
+def _run(folder: Path, **generate: Any) -> Run:
+    return resolve(_config(folder, **generate))
+
+
 def _put(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +45,7 @@ def _put(folder: Path, *names: str) -> None:
 
 
 def _found(folder: Path, **generate: Any) -> ClassImages:
-    (one,) = class_images.wanted(_config(folder, **generate))
+    (one,) = class_images.wanted(_run(folder, **generate))
     return one
 
 
@@ -122,19 +127,19 @@ def test_missing_images_are_counted_with_the_command_that_draws_them(tmp_path: P
     folder = tmp_path / "dogs"
     _put(folder, "mine.jpg")
     with pytest.raises(SourceError, match="holds 1 of the 6 class images") as caught:
-        stage.run(_config(folder))
+        stage.run(_run(folder))
     assert "`ftk prepare RUN.yaml --make-class-images` draws the other 5" in str(caught.value)
     assert not (tmp_path / "work").exists()
-    assert stage.dry_run(_config(folder))["num_class_images_to_draw"] == {"dogs": 5}
-    assert stage.dry_run(_config(tmp_path / "none"))["num_class_images_to_draw"] == {"none": 6}
+    assert stage.dry_run(_run(folder))["num_class_images_to_draw"] == {"dogs": 5}
+    assert stage.dry_run(_run(tmp_path / "none"))["num_class_images_to_draw"] == {"none": 6}
 
 
 def test_what_else_is_wrong_is_said_before_anything_is_drawn(tmp_path: Path) -> None:
     config = _config(tmp_path / "dogs")
     both = config.data.model_copy(update={"sources": (SourceConfig(path=str(tmp_path / "photos")), *config.data.sources)})
     with pytest.raises(SourceError, match="photos does not exist"):
-        stage.check(config.model_copy(update={"data": both}))
-    assert [one.num_missing for one in stage.check(config)] == [6]
+        stage.check(resolve(config.model_copy(update={"data": both})))
+    assert [one.num_missing for one in stage.check(resolve(config))] == [6]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +160,7 @@ def test_images_drawn_with_other_settings_are_refused_with_a_table(tmp_path: Pat
     _record(folder)
     for prepare in (stage.run, stage.dry_run):
         with pytest.raises(SourceError) as caught:
-            prepare(_config(folder, **generate))
+            prepare(_run(folder, **generate))
         lines = str(caught.value).splitlines()
         assert lines[1:-1] == [f"  {told}"]
         assert f"delete {folder}/generated" in lines[-1]
@@ -166,17 +171,17 @@ def test_what_does_not_shape_the_images_may_change(tmp_path: Path) -> None:
     folder = tmp_path / "dogs"
     _put(folder, *(f"generated/{index:05d}.png" for index in range(6)))
     _record(folder)
-    config = _config(folder, count=5, batch_size=4, device="cpu")
-    class_images.refuse_changes(class_images.wanted(config), config.model)
+    run = _run(folder, count=5, batch_size=4, device="cpu")
+    class_images.refuse_changes(class_images.wanted(run), run.config.model)
 
 
 def test_a_model_of_another_name_is_refused_and_told_how_it_may_be_the_same(tmp_path: Path) -> None:
     folder = tmp_path / "dogs"
     _put(folder, "generated/00000.png")
     _record(folder, model={**MODEL, "revision": None, "path": "elsewhere/base"})
-    config = _config(folder)
+    run = _run(folder)
     with pytest.raises(SourceError, match=r"model\.path: expected 'models/base', found 'elsewhere/base'") as caught:
-        class_images.refuse_changes(class_images.wanted(config), config.model)
+        class_images.refuse_changes(class_images.wanted(run), run.config.model)
     assert "If it is the same model in another place" in str(caught.value)
     with pytest.raises(SourceError, match=r"weights\.unet: expected 'xyz', found 'abc'"):
         _found(folder).refuse_changes({"weights": {"unet": "xyz"}})

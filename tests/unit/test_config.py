@@ -13,6 +13,7 @@ from ftk.configs.schema import MethodConfig, RunConfig, SourceConfig
 from ftk.errors import ConfigError
 from ftk.methods import base as methods
 from ftk.pipeline.sources import base as sources
+from ftk.run import paths
 
 RUN: dict[str, Any] = {
     "run": "test",
@@ -310,10 +311,10 @@ def test_an_unknown_method_names_the_valid_ones() -> None:
 
 
 def test_the_workspace_holds_the_three_stages(tmp_path: Path) -> None:
-    config = load.load(_write(tmp_path, yaml.safe_dump(RUN)), workspace=str(tmp_path))
-    assert load.prepared_path(config) == tmp_path / "prepared"
-    assert load.cache_location(config) == str(tmp_path / "cache")
-    assert load.run_path(config) == tmp_path / "runs" / "test"
+    found = paths(load.load(_write(tmp_path, yaml.safe_dump(RUN)), workspace=str(tmp_path)))
+    assert found.prepared == tmp_path / "prepared"
+    assert found.cache == str(tmp_path / "cache")
+    assert found.run == tmp_path / "runs" / "test"
 
 
 def test_zero_workers_means_one_a_core() -> None:

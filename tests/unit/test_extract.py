@@ -16,6 +16,7 @@ from ftk.deliver.extract import ExtractConfig
 from ftk.errors import ConfigError, ModelError
 from ftk.methods import base as methods
 from ftk.models import base as families
+from ftk.models.base import Conditions, Model
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -28,7 +29,7 @@ Change = Callable[[Tensors], None]
 
 
 def folder(family: Any, model: Path) -> Path:
-    return model / family.denoiser_components[0]
+    return model / family.denoiser_attribute
 
 
 def add_low_rank(tensors: Tensors, ends: tuple[str, ...]) -> None:
@@ -61,13 +62,14 @@ def settings(pair: tuple[Path, Path], out: Path, **others: Any) -> ExtractConfig
     return ExtractConfig(**{"family": "qwen-image", "base": str(base), "tuned": str(path), "out": out, "rank": RANK, **others})
 
 
-def predict(name: str, denoiser: Any, model: Path) -> torch.Tensor:
+def predict(name: str, denoiser: Any, directory: Path) -> torch.Tensor:
     family = families.get(name)
-    encoder = family.load_text_encoder(model, torch.float32, CPU)
+    encoder = family.load_text_encoder(directory, torch.float32, CPU)
+    model = Model(family=family, schedule=family.load_schedule(directory), denoiser=denoiser.eval())
     texts = family.collate_texts(family.encode_texts(encoder, ["a red cat"]))
     noisy = torch.randn(1, family.geometry.channels, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        return family.predict(denoiser.eval(), noisy, torch.tensor([0.7]), texts)
+        return family.predict(model, noisy, torch.tensor([0.7]), Conditions(texts=texts))
 
 
 def pipeline_of(name: str, model: Path) -> Any:
@@ -76,7 +78,7 @@ def pipeline_of(name: str, model: Path) -> Any:
 
 
 def denoiser_of(name: str, pipeline: Any) -> Any:
-    return getattr(pipeline, families.get(name).denoiser_components[0])
+    return getattr(pipeline, families.get(name).denoiser_attribute)
 
 
 def energies(before: torch.Tensor, after: torch.Tensor, rank: int) -> tuple[float, float]:
@@ -124,7 +126,7 @@ def test_the_extract_of_a_merged_lora_is_that_lora(tuned: Callable[..., tuple[Pa
     base, _ = pair = tuned("qwen-image", lambda tensors: add_low_rank(tensors, ("attn.to_v",)))
     extract.run(settings(pair, tmp_path / "lora"))
     pipeline = pipeline_of("qwen-image", base)
-    methods.get("lora").load_into(pipeline, tmp_path / "lora")
+    methods.get("lora").load_into(families.get("qwen-image"), pipeline, tmp_path / "lora")
     before, after = (load_file(one / "transformer" / WEIGHTS) for one in pair)
     layers = {name: module for name, module in pipeline.transformer.named_modules() if hasattr(module, "lora_A")}
     assert sorted(layers) == [f"transformer_blocks.{number}.attn.to_v" for number in (0, 1)]

@@ -7,7 +7,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3, compute_snr
 
 from ftk.models import base as models
-from ftk.models.base import NoiseSchedule, TokenShift
+from ftk.models.components.schedule import NoiseSchedule, TokenShift
 from ftk.train import flow
 from ftk.train.flow import SigmaDistribution
 

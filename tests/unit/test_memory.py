@@ -11,6 +11,8 @@ from diffusers import QwenImageTransformer2DModel
 from ftk.configs.schema import RunConfig, TrainConfig
 from ftk.errors import ConfigError
 from ftk.models import base as models
+from ftk.models.base import Conditions, Model
+from ftk.models.components.schedule import NoiseSchedule
 from ftk.train import memory
 from ftk.train.memory import Device, Workload
 
@@ -33,8 +35,13 @@ def torchao(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _adapted(denoiser: Any, group: str = "attention") -> Any:
     denoiser.requires_grad_(False)
-    denoiser.add_adapter(peft.LoraConfig(r=4, target_modules=list(FAMILY.target_groups[group])))
+    denoiser.add_adapter(peft.LoraConfig(r=4, target_modules=FAMILY.target_groups[group].suffixes))
     return denoiser
+
+
+def _model(denoiser: Any) -> Model:
+    schedule = NoiseSchedule(objective="flow", sigmas=torch.linspace(1, 0.001, 1000))
+    return Model(family=FAMILY, schedule=schedule, denoiser=denoiser)
 
 
 def gpu(gib: float, capability: tuple[int, int] = (9, 0)) -> Device:
@@ -46,7 +53,7 @@ def the_cpu() -> Device:
 
 
 def planned(denoiser: Any, device: Device, workload: Workload = WORKLOAD, **settings: Any) -> memory.MemoryPlan:
-    return memory.plan(FAMILY, denoiser, TrainConfig.model_validate(settings), workload, device)
+    return memory.plan(_model(denoiser), TrainConfig.model_validate(settings), workload, device)
 
 
 def measures(plan: memory.MemoryPlan) -> tuple[int, int, str, str]:
@@ -111,7 +118,7 @@ def test_what_is_trained_is_split_with_the_weights_where_they_are_what_is_traine
     def plan(gib: float, world_size: int, **settings: Any) -> memory.MemoryPlan:
         workload = Workload(height=128, width=128, text_tokens=200, micro_batch_size=1, world_size=world_size)
         config = TrainConfig.model_validate(settings)
-        return memory.plan(FAMILY, denoiser, config, workload, gpu(gib), splits_trained=True)
+        return memory.plan(_model(denoiser), config, workload, gpu(gib), splits_trained=True)
 
     whole, split = plan(1000, 8), plan(80, 8)
     assert (whole.sharding, split.sharding) == ("none", "fsdp")
@@ -300,7 +307,8 @@ def kept_by_the_last_block(denoiser: Any, batch: int, dtype: torch.dtype) -> int
     handles = [last.register_forward_pre_hook(enter), last.register_forward_hook(leave)]
     texts = {"embeds": torch.randn(batch, 32, 32, dtype=dtype), "mask": None}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        FAMILY.predict(denoiser, torch.randn(batch, 16, 32, 32, dtype=dtype), torch.rand(batch), texts)
+        noisy = torch.randn(batch, 16, 32, 32, dtype=dtype)
+        FAMILY.predict(_model(denoiser), noisy, torch.rand(batch), Conditions(texts=texts))
     for handle in handles:
         handle.remove()
     return sum(tensor.untyped_storage().nbytes() for tensor in within.values())

@@ -14,7 +14,10 @@ from ftk.configs.schema import MethodConfig
 from ftk.errors import CheckpointError, ConfigError
 from ftk.methods import base as methods
 from ftk.methods import full
+from ftk.methods.adapters import injection
+from ftk.methods.base import Export
 from ftk.models import base as families
+from ftk.models.base import Conditions, Model
 
 CPU = torch.device("cpu")
 LAYER = "transformer_blocks.0.attn.to_q"
@@ -23,13 +26,14 @@ LAYER = "transformer_blocks.0.attn.to_q"
 class Case:
     """A method on a fresh tiny model, with seeded noise of some size in what it trains."""
 
-    def __init__(self, family_name: str, model: Path, name: str, noise: float = 0.1, **settings: Any) -> None:
+    def __init__(self, family_name: str, directory: Path, name: str, noise: float = 0.1, **settings: Any) -> None:
         self.family = families.get(family_name)
-        self.model = model
+        self.directory = directory
         self.method, self.config = methods.parse(MethodConfig(name=name, **settings))
-        self.denoiser: Any = self.family.load_denoiser(model, torch.float32, CPU).eval()
+        self.model = families.load_model(self.family, directory, (), torch.float32, CPU)
+        self.denoiser = self.model.denoiser.eval()
         self.before = {name: value.clone() for name, value in self.denoiser.state_dict().items()}
-        self.parameters = self.method.attach({"denoiser": self.denoiser}, self.family, self.config, 0)
+        self.parameters = self.method.attach(self.model, self.config, 0)
         draw = torch.Generator().manual_seed(4)
         with torch.no_grad():
             for parameter in self.parameters.values():
@@ -37,10 +41,11 @@ class Case:
         self.denoiser.eval()
 
     def export(self, directory: Path, form: str) -> list[Path]:
-        return self.method.export({"denoiser": self.denoiser}, self.family, self.config, directory, form, {"run": "test"})
+        export = Export(directory=directory, form=form, metadata={"run": "test"})
+        return self.method.export(self.model, self.config, export)
 
     def merged(self, layer: str = LAYER) -> torch.Tensor:
-        self.method.merge({"denoiser": self.denoiser})
+        self.method.merge(self.model)
         weight: torch.Tensor = self.denoiser.get_submodule(layer).weight.detach()
         return weight
 
@@ -96,7 +101,7 @@ def test_the_cut_off_series_is_less_orthogonal_than_the_exact_transform(case: Ca
 
 def test_the_rotation_is_the_cayley_transform_of_a_skew_symmetric_matrix(case: Callable[..., Case]) -> None:
     made = case("oft", noise=0.3, block_size=4, use_cayley_neumann=False)
-    upper = made.method.state({"denoiser": made.denoiser})[f"{LAYER}.oft_R.weight"].detach().double()
+    upper = made.parameters[f"{LAYER}.oft_R.default.weight"].detach().double()
     rows, columns = torch.triu_indices(4, 4, 1)
     blocks = []
     for vector in upper:
@@ -272,7 +277,7 @@ def test_readers_of_lycoris_names_rebuild_what_was_trained(
         stem, _, part = key.rpartition(".")
         by_stem.setdefault(stem, {})[part] = value
     adapted = sorted({key.split(".hada_")[0].split(".lokr_")[0] for key in made.parameters})
-    made.method.merge({"denoiser": made.denoiser})
+    made.method.merge(made.model)
     assert len(by_stem) == len(adapted)
     for module in adapted:
         flat = module.replace(".", "_").replace("add_embedding_linear_1", "label_emb_0_0").replace(
@@ -290,8 +295,8 @@ def test_readers_of_lycoris_names_rebuild_what_was_trained(
 def test_lokr_computes_its_formula(case: Callable[..., Case]) -> None:
     made = case("lokr", rank=2, alpha=3.0, decompose_factor=4, noise=0.5)
     tensors = {
-        key.rpartition(".")[2]: value.detach()
-        for key, value in made.method.state({"denoiser": made.denoiser}).items()
+        key.removeprefix(f"{LAYER}.").partition(".")[0]: value.detach()
+        for key, value in made.parameters.items()
         if key.startswith(LAYER)
     }
     assert tensors["lokr_w1"].shape == (4, 4)
@@ -349,23 +354,24 @@ def test_every_type_that_is_not_refused_trains_reloads_and_merges(
     texts = family.collate_texts([{"embeds": torch.ones(5, made.denoiser.config.joint_attention_dim)}])
 
     def predict(denoiser: Any) -> torch.Tensor:
+        model = Model(family=family, schedule=made.model.schedule, denoiser=denoiser)
         with torch.no_grad():
-            return family.predict(denoiser, noisy, torch.tensor([0.5]), texts)
+            return made.method.predict(model, noisy, torch.tensor([0.5]), Conditions(texts=texts))
 
     trained = predict(made.denoiser)
-    assert (trained - predict(family.load_denoiser(made.model, torch.float32, CPU).eval())).abs().max() > 1e-4
+    assert (trained - predict(family.load_denoiser(made.directory, torch.float32, CPU).eval())).abs().max() > 1e-4
     made.export(tmp_path, "peft")
-    pipeline = family.pipeline(made.model, torch.float32, CPU, text_encoder=None, tokenizer=None, vae=None)
-    made.method.load_into(pipeline, tmp_path)
+    pipeline = family.pipeline(made.directory, torch.float32, CPU, text_encoder=None, tokenizer=None, vae=None)
+    made.method.load_into(made.family, pipeline, tmp_path)
     torch.testing.assert_close(predict(pipeline.transformer), trained, atol=1e-6, rtol=1e-6)
-    made.method.merge({"denoiser": made.denoiser})
+    made.method.merge(made.model)
     torch.testing.assert_close(predict(made.denoiser), trained, atol=1e-5, rtol=1e-5)
 
 
 def test_a_type_without_merging_says_so(case: Callable[..., Case]) -> None:
     made = case("peft", type="LILY")
     with pytest.raises(ConfigError, match="LILY cannot be merged"):
-        made.method.merge({"denoiser": made.denoiser})
+        made.method.merge(made.model)
 
 
 # --- full ---------------------------------------------------------------------------------------------------------------
@@ -407,7 +413,7 @@ def test_the_folder_of_full_is_what_diffusers_loads(case: Callable[..., Case], t
     made = case("full", noise=0.02)
     files = made.export(tmp_path, "diffusers")
     assert [file.name for file in files] == ["config.json", "diffusion_pytorch_model.safetensors"]
-    assert str(made.model) not in files[0].read_text()
+    assert str(made.directory) not in files[0].read_text()
     loaded = type(made.denoiser).from_pretrained(tmp_path, subfolder="transformer")
     assert loaded.config.num_layers == made.denoiser.config.num_layers
     for name, value in made.denoiser.state_dict().items():
@@ -426,14 +432,14 @@ def test_a_large_model_is_written_in_shards_with_an_index(
     index = json.loads((tmp_path / "transformer/diffusion_pytorch_model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == made.denoiser.state_dict().keys()
     loaded = type(made.denoiser).from_pretrained(tmp_path, subfolder="transformer")
-    pipeline = made.family.pipeline(made.model, torch.float32, CPU, text_encoder=None, tokenizer=None, vae=None)
-    made.method.load_into(pipeline, tmp_path)
+    pipeline = made.family.pipeline(made.directory, torch.float32, CPU, text_encoder=None, tokenizer=None, vae=None)
+    made.method.load_into(made.family, pipeline, tmp_path)
     for name, value in made.denoiser.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
         assert torch.equal(pipeline.transformer.state_dict()[name], value)
     shards[0].unlink()
     with pytest.raises(CheckpointError, match="does not exist"):
-        made.method.load_into(pipeline, tmp_path)
+        made.method.load_into(made.family, pipeline, tmp_path)
 
 
 def test_an_export_of_full_replaces_the_one_before_as_a_whole(case: Callable[..., Case], tmp_path: Path) -> None:
@@ -448,14 +454,12 @@ def test_an_export_of_full_replaces_the_one_before_as_a_whole(case: Callable[...
 # --- all ----------------------------------------------------------------------------------------------------------------
 
 
-def test_files_with_an_underscore_are_no_methods() -> None:
+def test_the_folder_of_shared_parts_is_not_a_method() -> None:
     assert methods.available() == ["boft", "full", "loha", "lokr", "lora", "oft", "peft"]
 
 
 @pytest.mark.parametrize("name", ["lora", "oft", "boft", "loha", "lokr"])
 def test_taking_the_adapter_out_restores_the_base(case: Callable[..., Case], name: str) -> None:
-    from ftk.methods.adapters import injection
-
     made = case(name, **({"block_size": 4} if name in ("oft", "boft") else {"rank": 2}))
     injection.unload(made.denoiser)
     after = made.denoiser.state_dict()

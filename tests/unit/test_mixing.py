@@ -11,9 +11,10 @@ from ftk.configs.schema import AddedAdapterConfig, MethodConfig
 from ftk.deliver import mixing
 from ftk.errors import CheckpointError, ConfigError
 from ftk.methods import base as methods
-from ftk.methods.base import DENOISER
+from ftk.methods.base import Export
 from ftk.models import base as families
-from ftk.train.inputs import load_components
+from ftk.models.base import DENOISER, Conditions, Model
+from ftk.models.components.schedule import NoiseSchedule
 
 CPU = torch.device("cpu")
 KINDS: dict[str, dict[str, Any]] = {
@@ -33,24 +34,25 @@ class Adapter:
     """A delivered adapter of a tiny model, its method, and what it changes of the weights, by component."""
 
     def __init__(
-        self, model: Path, family: Any, folder: Path, settings: Mapping[str, Any], seed: int, form: str | None
+        self, directory: Path, family: Any, folder: Path, settings: Mapping[str, Any], seed: int, form: str | None
     ) -> None:
         self.folder = folder
+        self.family = family
         self.method, config = methods.parse(MethodConfig(**settings))
-        components = load_components(self.method.needs(family, config), family, model, torch.float32, CPU)
-        before = {name: weights(module) for name, module in components.items()}
-        parameters = self.method.attach(components, family, config, seed)
+        model = families.load_model(family, directory, self.method.encoders(family, config), torch.float32, CPU)
+        before = {name: weights(module) for name, module in model.components.items()}
+        parameters = self.method.attach(model, config, seed)
         draw = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for _, parameter in sorted(parameters.items()):
                 parameter += NOISE.get(self.method.name, 0.2) * torch.randn(parameter.shape, generator=draw)
-        for module in components.values():
+        for module in model.components.values():
             module.eval()
-        self.method.export(components, family, config, folder, form or self.method.FORMATS[0], {})
-        self.method.merge(components)
+        self.method.export(model, config, Export(directory=folder, form=form or self.method.FORMATS[0], metadata={}))
+        self.method.merge(model)
         self.changes = {
             name: {key: after - before[name][key] for key, after in weights(module).items()}
-            for name, module in components.items()
+            for name, module in model.components.items()
         }
 
 
@@ -85,8 +87,9 @@ def drawn(name: str, pipeline: Any) -> torch.Tensor:
     made = pipeline.encode_prompt("a red cat", device=CPU, num_images_per_prompt=1, **EXTRA[name])
     texts = {"embeds": made[0][0]} if name != "sdxl" else {"embeds": made[0][0], "pooled": made[2][0]}
     with torch.no_grad():
-        denoiser = getattr(pipeline, family.denoiser_components[0])
-        return family.predict(denoiser, noisy, torch.tensor([0.5]), family.collate_texts([texts]))
+        denoiser = getattr(pipeline, family.denoiser_attribute)
+        model = Model(family=family, schedule=NoiseSchedule(objective="flow", sigmas=torch.ones(1)), denoiser=denoiser)
+        return family.predict(model, noisy, torch.tensor([0.5]), Conditions(texts=family.collate_texts([texts])))
 
 
 EXTRA: dict[str, dict[str, Any]] = {"qwen-image": {}, "stable-diffusion": {"do_classifier_free_guidance": False}}
@@ -97,7 +100,7 @@ def summed(name: str, pipeline: Any, parts: list[tuple[Adapter, float]]) -> torc
     with torch.no_grad():
         for one, strength in parts:
             for component, changes in one.changes.items():
-                own = families.get(name).denoiser_components[0] if component == DENOISER else component
+                own = families.get(name).denoiser_attribute if component == DENOISER else component
                 state = getattr(pipeline, own).state_dict()
                 for key, change in changes.items():
                     state[key] += strength * change
@@ -109,11 +112,11 @@ def mixed(pipeline: Any, own: Adapter, strength: float, added: list[tuple[Adapte
         mixing.find(AddedAdapterConfig(path=str(one.folder), strength=each), f"sample.adapters.{number}")
         for number, (one, each) in enumerate(added)
     ]
-    mixing.check_fits(pipeline, found)
-    own.method.load_into(pipeline, own.folder)
+    mixing.check_fits(own.family, pipeline, found)
+    own.method.load_into(own.family, pipeline, own.folder)
     strengths = {} if own.method.name == "full" else {mixing.OWN: strength}
     mixing.set_strengths(pipeline, strengths)
-    mixing.add(pipeline, strengths, found)
+    mixing.add(own.family, pipeline, strengths, found)
     return pipeline
 
 
@@ -169,7 +172,7 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_drawn(
     other = adapter("lora", 1, family="stable-diffusion", targets=("to_q",))
     found = mixing.find(AddedAdapterConfig(path=str(other.folder)), "sample.adapters.0")
     with pytest.raises(CheckpointError, match="trained on another base model"):
-        mixing.check_fits(pipeline(), [found])
+        mixing.check_fits(families.get("qwen-image"), pipeline(), [found])
 
 
 @pytest.mark.parametrize("kind", ["oft", "dora", "hra"])

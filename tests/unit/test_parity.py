@@ -16,6 +16,7 @@ from peft import LoraConfig
 from ftk.configs.schema import OptimizerConfig, SigmaConfig, TrainConfig
 from ftk.methods import base as methods
 from ftk.models import base as models
+from ftk.models.base import Conditions
 from ftk.train import optim
 from ftk.train.data import Batch, Step
 from ftk.train.loop import Trainer
@@ -89,9 +90,9 @@ class Reference:
 
 def make_trainer(model, weighting):
     family, method = models.get("qwen-image"), methods.get("lora")
-    denoiser = family.load_denoiser(model, torch.float32, CPU)
+    loaded = models.load_model(family, model, (), torch.float32, CPU)
     settings = method.Config(rank=4, targets=tuple(TARGETS))
-    parameters = method.attach({"denoiser": denoiser}, family, settings, seed=3)
+    parameters = method.attach(loaded, settings, seed=3)
     config = TrainConfig(
         learning_rate=1e-3,
         precision="fp32",
@@ -99,12 +100,10 @@ def make_trainer(model, weighting):
         optimizer=OptimizerConfig(weight_decay=1e-4),
     )
     trainer = Trainer(
-        family=family,
-        denoiser=denoiser,
-        predict=family.predict,
+        model=loaded,
+        method=method,
         optimizer=MasterOptimizer(parameters, config),
         schedule=optim.schedule(config.schedule, config.steps),
-        noise_schedule=family.load_schedule(model),
         config=config,
         device=CPU,
     )
@@ -114,7 +113,8 @@ def make_trainer(model, weighting):
 def make_batch(family, table, clean, noise, u, texts):
     sigma = table[(u * len(table)).long()]
     weight = torch.ones(len(sigma))
-    return Batch(latents_BCHW=clean, noise_BCHW=noise, sigma_B=sigma, weight_B=weight, texts=family.collate_texts(texts))
+    conditions = Conditions(texts=family.collate_texts(texts))
+    return Batch(latents_BCHW=clean, noise_BCHW=noise, sigma_B=sigma, weight_B=weight, conditions=conditions)
 
 
 def make_step(*batches):
@@ -126,11 +126,11 @@ def make_step(*batches):
 def test_three_optimizer_steps_give_the_reference_losses(tiny_model, weighting, lengths):
     trainer, state = make_trainer(tiny_model, weighting)
     reference = Reference(tiny_model, state, weighting)
-    table = trainer.family.load_schedule(tiny_model).sigmas
+    table = trainer.model.schedule.sigmas
     ours, theirs = [], []
     for step in range(3):
         inputs = make_inputs(step, lengths)
-        ours.append(trainer.update(make_step(make_batch(trainer.family, table, *inputs))).loss.item())
+        ours.append(trainer.update(make_step(make_batch(trainer.model.family, table, *inputs))).loss.item())
         theirs.append(reference.step(*inputs))
     assert ours == pytest.approx(theirs, rel=1e-6)
     assert len({round(loss, 4) for loss in ours}) == 3
@@ -145,20 +145,20 @@ def test_the_schedulers_table_is_plain_although_a_shift_is_asked_for(tiny_model)
 
 def test_a_padded_batch_equals_its_samples_alone(tiny_model):
     trainer, _ = make_trainer(tiny_model, "none")
-    table = trainer.family.load_schedule(tiny_model).sigmas
+    table = trainer.model.schedule.sigmas
     clean, noise, u, texts = make_inputs(0, [4, 11, 7])
-    together = trainer.losses(make_batch(trainer.family, table, clean, noise, u, texts))
+    together = trainer.losses(make_batch(trainer.model.family, table, clean, noise, u, texts))
     for row in range(3):
         one = slice(row, row + 1)
-        alone = trainer.losses(make_batch(trainer.family, table, clean[one], noise[one], u[one], texts[one]))
+        alone = trainer.losses(make_batch(trainer.model.family, table, clean[one], noise[one], u[one], texts[one]))
         assert together[row].item() == pytest.approx(alone.item(), rel=1e-6)
 
 
 def test_padding_without_its_mask_would_be_noticed(tiny_model):
     trainer, _ = make_trainer(tiny_model, "none")
-    table = trainer.family.load_schedule(tiny_model).sigmas
-    batch = make_batch(trainer.family, table, *make_inputs(0, [4, 11]))
-    unmasked = replace(batch, texts={**batch.texts, "mask": None})
+    table = trainer.model.schedule.sigmas
+    batch = make_batch(trainer.model.family, table, *make_inputs(0, [4, 11]))
+    unmasked = replace(batch, conditions=Conditions(texts={**batch.conditions.texts, "mask": None}))
     difference = (trainer.losses(batch) - trainer.losses(unmasked)).abs()
     assert difference[0] > 1e-4
     assert difference[1] < 1e-6
@@ -167,11 +167,12 @@ def test_padding_without_its_mask_would_be_noticed(tiny_model):
 def test_uneven_micro_batches_weigh_each_sample_alike(tiny_model):
     whole, _ = make_trainer(tiny_model, "none")
     parts, _ = make_trainer(tiny_model, "none")
-    table = whole.family.load_schedule(tiny_model).sigmas
+    table = whole.model.schedule.sigmas
     clean, noise, u, texts = make_inputs(0, [6, 6, 6])
-    one = whole.update(make_step(make_batch(whole.family, table, clean, noise, u, texts)))
+    one = whole.update(make_step(make_batch(whole.model.family, table, clean, noise, u, texts)))
     halves = [
-        make_batch(parts.family, table, clean[part], noise[part], u[part], texts[part]) for part in (slice(2), slice(2, 3))
+        make_batch(parts.model.family, table, clean[part], noise[part], u[part], texts[part])
+        for part in (slice(2), slice(2, 3))
     ]
     two = parts.update(make_step(*halves))
     assert one.loss.item() == pytest.approx(two.loss.item(), rel=1e-6)

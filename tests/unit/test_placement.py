@@ -13,6 +13,8 @@ from diffusers import QwenImageTransformer2DModel
 
 from ftk.errors import ConfigError
 from ftk.models import base as models
+from ftk.models.base import Conditions, Model, Texts
+from ftk.models.components.schedule import NoiseSchedule
 from ftk.train import placement
 from ftk.train.memory import MemoryPlan, blocks, has_torchao
 
@@ -41,7 +43,7 @@ def adapted(denoiser: Any, config: peft.PeftConfig | None = None) -> Any:
 
 
 def lora(dropout: float = 0.0) -> peft.LoraConfig:
-    return peft.LoraConfig(r=2, lora_dropout=dropout, target_modules=list(FAMILY.target_groups["attention"]))
+    return peft.LoraConfig(r=2, lora_dropout=dropout, target_modules=FAMILY.target_groups["attention"].suffixes)
 
 
 def a_plan(**changes: Any) -> MemoryPlan:
@@ -51,6 +53,12 @@ def a_plan(**changes: Any) -> MemoryPlan:
         "total_bytes": 0, "host_bytes": 0, "reasons": (), "fits": True,
     }  # fmt: skip
     return MemoryPlan(**{**facts, **changes})
+
+
+def predict(denoiser: Any, noisy_BCHW: torch.Tensor, sigma_B: torch.Tensor, texts: Texts) -> torch.Tensor:
+    schedule = NoiseSchedule(objective="flow", sigmas=torch.linspace(1, 0.001, 1000))
+    model = Model(family=FAMILY, schedule=schedule, denoiser=denoiser)
+    return FAMILY.predict(model, noisy_BCHW, sigma_B, Conditions(texts=texts))
 
 
 @dataclass
@@ -66,7 +74,7 @@ def train_step(denoiser: Any, seed: int = 2, lengths: tuple[int, int] = (6, 6)) 
     noisy = torch.randn(2, 16, 8, 8, generator=generator).to(dtype)
     texts = [{"embeds": torch.randn(length, 16, generator=generator).to(dtype)} for length in lengths]
     torch.manual_seed(3)
-    output = FAMILY.predict(denoiser, noisy, torch.tensor([0.3, 0.8]), FAMILY.collate_texts(texts))
+    output = predict(denoiser, noisy, torch.tensor([0.3, 0.8]), FAMILY.collate_texts(texts))
     loss = (output - torch.randn(output.shape, generator=generator)).square().mean()
     loss.backward()
     gradients = {name: one.grad.clone() for name, one in denoiser.named_parameters() if one.requires_grad}
@@ -97,7 +105,7 @@ def saved_bytes(denoiser: Any) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        FAMILY.predict(denoiser, torch.randn(1, 16, 8, 8), torch.tensor([0.5]), {"embeds": torch.randn(1, 6, 16), "mask": None})
+        predict(denoiser, torch.randn(1, 16, 8, 8), torch.tensor([0.5]), {"embeds": torch.randn(1, 6, 16), "mask": None})
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
 
@@ -139,7 +147,7 @@ def test_offloaded_blocks_give_the_same_bits_step_after_step(offloaded: int, che
     for seed in (1, 2, 3):
         with torch.no_grad():  # as validation does, between two steps
             arguments = torch.ones(1, 16, 8, 8), torch.tensor([0.5]), {"embeds": torch.ones(1, 6, 16), "mask": None}
-            assert torch.equal(FAMILY.predict(denoiser.eval(), *arguments), FAMILY.predict(whole.eval(), *arguments))
+            assert torch.equal(predict(denoiser.eval(), *arguments), predict(whole.eval(), *arguments))
         assert_equal(train_step(denoiser.train(), seed), train_step(whole.train(), seed))
 
 
@@ -300,7 +308,7 @@ def test_blocks_are_compiled_once_for_all_lengths(monkeypatch: pytest.MonkeyPatc
 
     def losses(size: int) -> torch.Tensor:
         texts = {"embeds": torch.ones(2, size - 3, 16), "mask": None}
-        return FAMILY.predict(denoiser, torch.ones(2, 16, size, size), torch.tensor([0.3, 0.8]), texts).mean((1, 2, 3))
+        return predict(denoiser, torch.ones(2, 16, size, size), torch.tensor([0.3, 0.8]), texts).mean((1, 2, 3))
 
     assert placement.warm_up(losses, [12], parameters) > 0
     assert all(one.grad is None for one in parameters)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ftk.models.base import TokenShift
+from ftk.models.components.schedule import TokenShift
 from ftk.train import sigma_plot
 from ftk.train.flow import SigmaDistribution
 

@@ -31,6 +31,7 @@ from ftk.demo.scenes import (
 )
 from ftk.pipeline import stage
 from ftk.pipeline.buckets import bucket_sizes
+from ftk.run import resolve
 
 pytestmark = pytest.mark.benchmarks
 
@@ -199,7 +200,7 @@ def test_the_world_becomes_samples_as_it_is(tmp_path):
         "run": "world", "workspace": str(tmp_path), "model": {"family": "qwen-image", "path": "unused"},
         "data": {"sources": [{"path": str(table)}], "resolutions": [64], "workers": 1},
     }  # fmt: skip
-    report = stage.run(validate(RunConfig, tree, "the test"))
+    report = stage.run(resolve(validate(RunConfig, tree, "the test")))
     assert (report.num_samples, report.num_rejects, report.num_copied) == (6, 0, 6)
 
 

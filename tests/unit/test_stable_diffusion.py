@@ -26,7 +26,10 @@ from ftk.errors import ConfigError, ModelError
 from ftk.methods import base as methods
 from ftk.models import base as models
 from ftk.models import sdxl
-from ftk.models.base import SampleGeometry
+from ftk.models.base import Conditions, Model
+from ftk.models.components import loading
+from ftk.models.components.geometry import SampleGeometry
+from ftk.models.components.schedule import NoiseSchedule
 from ftk.train import memory, optim, placement
 from ftk.train.data import Batch, Step
 from ftk.train.inputs import sigma_distribution
@@ -45,6 +48,21 @@ FLIPPED = SampleGeometry(
     width=1999, height=1333, resize_width=768, resize_height=512, crop_x=70, crop_y=3,
     bucket_width=640, bucket_height=448, flipped=True,
 )  # fmt: skip
+
+
+def conditions(family: Any, texts: list[Any], geometries: list[SampleGeometry]) -> Conditions:
+    """What these samples are conditioned on; without geometries they are whole images."""
+    numbers = torch.tensor([geometry.numbers() for geometry in geometries]) if geometries else None
+    return Conditions(texts=family.collate_texts(texts), geometry_BG=numbers)
+
+
+def model_of(family: Any, denoiser: Any) -> Model:
+    """A denoiser with a noise schedule of three levels."""
+    signals = torch.tensor([0.1, 0.5, 0.9])
+    schedule = NoiseSchedule(
+        objective="epsilon", sigmas=(1 - signals**2).sqrt(), signals=signals, times=torch.tensor([2.0, 1.0, 0.0])
+    )
+    return Model(family=family, schedule=schedule, denoiser=denoiser)
 
 
 @pytest.fixture
@@ -102,18 +120,16 @@ class Reference:
 
 def make_trainer(name: str, model: Path, sigma: SigmaConfig) -> tuple[Trainer, dict[str, torch.Tensor]]:
     family, method = models.get(name), methods.get("lora")
-    denoiser = family.load_denoiser(model, torch.float32, CPU)
-    parameters = method.attach({"denoiser": denoiser}, family, method.Config(rank=4, targets=tuple(TARGETS)), seed=3)
+    loaded = models.load_model(family, model, (), torch.float32, CPU)
+    parameters = method.attach(loaded, method.Config(rank=4, targets=tuple(TARGETS)), seed=3)
     config = TrainConfig(
         learning_rate=1e-3, precision="fp32", sigma=sigma, optimizer=OptimizerConfig(weight_decay=1e-2)
     )  # fmt: skip
     trainer = Trainer(
-        family=family,
-        denoiser=denoiser,
-        predict=family.predict,
+        model=loaded,
+        method=method,
         optimizer=MasterOptimizer(parameters, config),
         schedule=optim.schedule(config.schedule, config.steps),
-        noise_schedule=family.load_schedule(model),
         config=config,
         device=CPU,
     )
@@ -130,18 +146,19 @@ def test_three_optimizer_steps_give_the_classic_losses(
     weighting = {} if gamma is None else {"weighting": "min_snr", "min_snr_gamma": gamma}
     trainer, state = make_trainer(name, model, SigmaConfig(**weighting))
     reference = Reference(model, state, gamma)
-    distribution = sigma_distribution(trainer.config, trainer.noise_schedule, trainer.family)
+    distribution = sigma_distribution(trainer.config, trainer.model.schedule, trainer.model.family)
     ours, theirs = [], []
     for step in range(3):
         draw = torch.Generator().manual_seed(step)
         latents, noise = (torch.randn(3, 4, 8, 8, generator=draw) for _ in range(2))
         u = torch.rand(3, generator=draw)
-        texts = [{"embeds": torch.randn(77, trainer.denoiser.config.cross_attention_dim, generator=draw)} for _ in range(3)]
+        width = trainer.model.denoiser.config.cross_attention_dim
+        texts = [{"embeds": torch.randn(77, width, generator=draw)} for _ in range(3)]
         for text in texts if name == "sdxl" else []:
             text["pooled"] = torch.randn(16, generator=draw)
         batch = Batch(
             latents_BCHW=latents, noise_BCHW=noise, sigma_B=distribution.sigma(u, 64), weight_B=torch.ones(3),
-            texts=trainer.family.collate_texts(texts, [SAMPLE] * 3),
+            conditions=conditions(trainer.model.family, texts, [SAMPLE] * 3),
         )  # fmt: skip
         ours.append(trainer.update(Step(batches=[(0, batch)], num_samples=3)).loss.item())
         theirs.append(reference.step(latents, noise, 999 - (u * 1000).long(), texts))
@@ -219,27 +236,25 @@ def test_every_sampling_draws_entries_of_the_table(tiny_models: Callable[[str], 
 
 
 def test_sizes_and_crops_are_told_as_in_the_paper() -> None:
-    assert sdxl.size_and_crop(SAMPLE) == (1333, 1999, 3, 70, 448, 640)
+    time_ids_B6 = sdxl.time_ids(torch.tensor([SAMPLE.numbers(), FLIPPED.numbers()]))
     # Mirrored, the 58 columns at the right of the crop lie at its left.
-    assert sdxl.size_and_crop(FLIPPED) == (1333, 1999, 3, 768 - 640 - 70, 448, 640)
-    text = {"embeds": torch.zeros(77, 4), "pooled": torch.zeros(2)}
-    time_ids = models.get("sdxl").collate_texts([text, text], [SAMPLE, FLIPPED])["time_ids"]
-    assert time_ids is not None
-    assert time_ids.tolist() == [[1333, 1999, 3, 70, 448, 640], [1333, 1999, 3, 58, 448, 640]]
+    assert time_ids_B6.tolist() == [[1333, 1999, 3, 70, 448, 640], [1333, 1999, 3, 768 - 640 - 70, 448, 640]]
+    assert time_ids_B6.dtype == torch.float32
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_predictions_depend_on_pooled_text_sizes_and_crops(tiny_models: Callable[[str], Path], dtype: torch.dtype) -> None:
     family = models.get("sdxl")
-    denoiser = family.load_denoiser(tiny_models("sdxl"), dtype, CPU)
+    model = models.load_model(family, tiny_models("sdxl"), (), dtype, CPU)
     draw = torch.Generator().manual_seed(0)
     noisy = torch.randn(1, 4, 8, 8, generator=draw).to(dtype)
     texts = [{"embeds": torch.randn(77, 64, generator=draw).to(dtype), "pooled": torch.randn(16, generator=draw).to(dtype)}
              for _ in range(2)]  # fmt: skip
     other = {**texts[0], "pooled": texts[1]["pooled"]}
     inputs = [([texts[0]], [SAMPLE]), ([texts[0]], [FLIPPED]), ([texts[0]], []), ([other], [SAMPLE])]
-    found = [family.predict(denoiser, noisy, torch.tensor([500.0]), family.collate_texts(*each)) for each in inputs]
+    sigma = model.schedule.sigmas[[499]]
+    found = [family.predict(model, noisy, sigma, conditions(family, *each)) for each in inputs]
     assert all(one.dtype == torch.float32 for one in found)
     assert all((one - found[0]).abs().max() > 1e-5 for one in found[1:])
 
@@ -266,7 +281,7 @@ def test_only_full_weights_of_the_named_components_are_downloaded(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     config = ModelConfig(family="sdxl", path="somebody/some-sdxl")
-    assert models.locate(config, ("unet", "tokenizer_2")) == tiny_models("sdxl")
+    assert loading.locate(models.get("sdxl"), config, ("unet", "tokenizer_2")) == tiny_models("sdxl")
     wanted = [
         *("model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer_2/merges.txt"),
         *("unet/diffusion_pytorch_model-00001-of-00009.safetensors", "unet/diffusion_pytorch_model.safetensors.index.json"),
@@ -330,7 +345,7 @@ def small_unet(name: str) -> Any:
 def test_estimated_activations_are_what_autograd_keeps(name: str, group: str, dtype: torch.dtype) -> None:
     family = models.get(name)
     denoiser = small_unet(name).to(dtype).requires_grad_(False)
-    denoiser.add_adapter(LoraConfig(r=4, target_modules=list(family.target_groups[group])))
+    denoiser.add_adapter(LoraConfig(r=4, target_modules=family.target_groups[group].suffixes))
     weights = {one.untyped_storage()._cdata for one in denoiser.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -341,11 +356,12 @@ def test_estimated_activations_are_what_autograd_keeps(name: str, group: str, dt
 
     text = {"embeds": torch.randn(77, 96).to(dtype), "pooled": torch.randn(32).to(dtype)}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        family.predict(denoiser, torch.randn(1, 4, 32, 32).to(dtype), torch.tensor([7.0]), family.collate_texts([text]))
+        noisy = torch.randn(1, 4, 32, 32).to(dtype)
+        family.predict(model_of(family, denoiser), noisy, torch.tensor([0.5]), conditions(family, [text], []))
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
     on_meta = small_unet(name).to("meta").requires_grad_(False)
-    on_meta.add_adapter(LoraConfig(r=4, target_modules=list(family.target_groups[group])))
+    on_meta.add_adapter(LoraConfig(r=4, target_modules=family.target_groups[group].suffixes))
     num_blocks = len(memory.blocks(denoiser, family))
     estimates = [family.activations(one, 16, 77, dtype) for one in (denoiser, on_meta)]
     for estimate in estimates:
@@ -370,17 +386,17 @@ def test_a_unet_that_a_plan_was_carried_out_on_computes_what_it_did(
     losses = []
     for plan in ({}, changes):
         trainer, _ = make_trainer(name, tiny_models(name), SigmaConfig())
-        assert len(memory.blocks(trainer.denoiser, trainer.family)) == 4
-        placement.after_method(trainer.denoiser, memory.MemoryPlan(**{**facts, **plan}), trainer.family, CPU)
+        assert len(memory.blocks(trainer.model.denoiser, trainer.model.family)) == 4
+        placement.after_method(trainer.model.denoiser, memory.MemoryPlan(**{**facts, **plan}), trainer.model.family, CPU)
         draw = torch.Generator().manual_seed(0)
         latents, noise = (torch.randn(2, 4, 8, 8, generator=draw) for _ in range(2))
         text = {
-            "embeds": torch.randn(77, trainer.denoiser.config.cross_attention_dim, generator=draw),
+            "embeds": torch.randn(77, trainer.model.denoiser.config.cross_attention_dim, generator=draw),
             "pooled": torch.ones(16),
         }
         batch = Batch(
-            latents_BCHW=latents, noise_BCHW=noise, sigma_B=trainer.noise_schedule.sigmas[[0, 700]], weight_B=torch.ones(2),
-            texts=trainer.family.collate_texts([text, text]),
+            latents_BCHW=latents, noise_BCHW=noise, sigma_B=trainer.model.schedule.sigmas[[0, 700]], weight_B=torch.ones(2),
+            conditions=conditions(trainer.model.family, [text, text], []),
         )  # fmt: skip
         step = Step(batches=[(0, batch)], num_samples=2)
         losses.append([trainer.update(step).loss.item() for _ in range(3)])
@@ -400,12 +416,13 @@ def test_a_plan_counts_blocks_of_every_size() -> None:
             transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, addition_embed_type="text_time",
             addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
         ).requires_grad_(False)  # fmt: skip
-    denoiser.add_adapter(LoraConfig(r=4, target_modules=list(family.target_groups["attention"])))
+    denoiser.add_adapter(LoraConfig(r=4, target_modules=family.target_groups["attention"].suffixes))
     gpu = Device(kind="cuda", name="a GPU", budget_bytes=80 << 30, capability=(9, 0))
     workload = Workload(height=128, width=128, text_tokens=77, micro_batch_size=1)
     settings = ({"checkpointing": "none"}, {"offload": 70})
     plain, saving = (
-        memory.plan(family, denoiser, TrainConfig.model_validate({"memory": each}), workload, gpu) for each in settings
+        memory.plan(model_of(family, denoiser), TrainConfig.model_validate({"memory": each}), workload, gpu)
+        for each in settings
     )
     assert plain.num_blocks == saving.num_checkpointed == 70
     assert plain.parts["frozen weights"] == pytest.approx(2 * 2.567e9, rel=1e-3)

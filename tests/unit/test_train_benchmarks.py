@@ -100,10 +100,10 @@ def test_the_wait_for_data_leaves_out_the_warmup_and_the_first_step_of_each_bloc
 
 
 def test_a_made_workspace_trains_and_resumes_at_its_checkpoint(tmp_path):
-    config = setup.make_workspace(tmp_path, setup.SIZES["many"], num_samples=12, train=resume.settings_of("by bucket"))
+    run = setup.make_workspace(tmp_path, setup.SIZES["many"], num_samples=12, train=resume.settings_of("by bucket"))
     resume.save(tmp_path, "by bucket", 1000)
-    going_on = config.model_copy(update={"train": config.train.model_copy(update={"steps": 1002})})
-    stage.run(going_on, RunDelivery)
+    going_on = run.config.model_copy(update={"train": run.config.train.model_copy(update={"steps": 1002})})
+    stage.run(run.with_config(going_on), RunDelivery)
     assert [row["step"] for row in read_metrics(tmp_path / "runs" / "benchmark")] == [1001, 1002]
 
 

@@ -17,6 +17,7 @@ from ftk.demo import evaluate, world
 from ftk.demo.scenes import generator
 from ftk.errors import CheckpointError, ModelError
 from ftk.methods import base as methods
+from ftk.models.base import Conditions, load_model
 from ftk.models.qwen_image import FAMILY, PREFIX_TOKENS, TEMPLATE
 from ftk.train import run_summary
 
@@ -224,12 +225,10 @@ def test_the_parts_make_a_model_of_the_family_under_6_mb(model, directory):
 
 
 def test_an_untrained_transformer_predicts_nothing_yet_and_every_block_is_the_identity(model):
-    denoiser = FAMILY.load_denoiser(model, torch.float32, torch.device("cpu"))
-    noisy = torch.randn(1, 16, 8, 6)
-    assert not FAMILY.predict(
-        denoiser, noisy, torch.ones(1), {"embeds": torch.randn(1, 5, parts.TEXT_WIDTH), "mask": None}
-    ).any()
-    assert all(not block.img_mod[1].weight.any() for block in denoiser.transformer_blocks)
+    loaded = load_model(FAMILY, model, (), torch.float32, torch.device("cpu"))
+    texts = {"embeds": torch.randn(1, 5, parts.TEXT_WIDTH), "mask": None}
+    assert not FAMILY.predict(loaded, torch.randn(1, 16, 8, 6), torch.ones(1), Conditions(texts=texts)).any()
+    assert all(not block.img_mod[1].weight.any() for block in loaded.denoiser.transformer_blocks)
 
 
 def test_the_run_file_is_valid_and_names_what_the_scripts_write():
@@ -267,8 +266,8 @@ def trained_run(monkeypatch):
         data_seconds_N=ones, memory_bytes_N=ones, is_good_N=ones.astype(bool), band_losses_NK=losses_NK,
         band_counts_NK=counts_NK,
     )  # fmt: skip
-    monkeypatch.setattr(publish.inspect, "history", lambda _: rows)
-    monkeypatch.setattr(publish.inspect, "settings", lambda _: {"train": {"global_batch_size": 48}})
+    monkeypatch.setattr(publish.run_summary, "history", lambda _: rows)
+    monkeypatch.setattr(publish.run_summary, "settings", lambda _: {"train": {"global_batch_size": 48}})
     return rows
 
 
