@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/ftk demo
 
-# Each process takes a whole group of tests (tests/conftest.py), in the order of the files: the longest come first.
+# Each process takes a whole group of tests (`group_of` in tests/conftest.py); contract/ and e2e/, which take longest, come first.
 PROCESSES ?= 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup --no-loadscope-reorder
 

@@ -51,7 +51,7 @@ from rich.table import Table
 import ftk.pipeline.stage
 from ftk.cache import encode, plan
 from ftk.configs.load import validate
-from ftk.configs.schema import CacheConfig, ModelConfig, RunConfig, SampleConfig
+from ftk.configs.schema import CacheConfig, ModelConfig, RunConfig
 from ftk.models import base as models
 from ftk.models.components.loading import locate
 from ftk.models.qwen_image import TEMPLATE
@@ -404,7 +404,7 @@ def picture_units(setting: Setting, options: argparse.Namespace, folder: Path) -
     }
     run = resolve(validate(RunConfig, tree, "the benchmark's run file"))
     ftk.pipeline.stage.run(run)
-    pictures = list(plan.needed_pictures(PreparedDataset.open(run.paths.prepared).tables()))
+    pictures = list(plan.needed_pictures(PreparedDataset.open(run.paths.prepared).tables(), run.needs))
     assert len(pictures) == count
     assert {(each.width, each.height) for each in pictures} == {(edge, edge)}
     return list(plan.units(pictures, lambda _: 1, -(-count // 2), ()))
@@ -413,7 +413,7 @@ def picture_units(setting: Setting, options: argparse.Namespace, folder: Path) -
 def text_units(setting: Setting, options: argparse.Namespace, _folder: Path) -> list[plan.Unit[plan.TextItem]]:
     """Captions of all lengths, the empty one among them; two shards too."""
     count = options.texts or LOADS[setting.size, setting.device.type].texts
-    texts = list(plan.needed_texts(pa.chunked_array([[captions(count - 1, CAPTION_TOKENS)]]), SampleConfig()))
+    texts = list(plan.needed_texts(pa.chunked_array([[captions(count - 1, CAPTION_TOKENS)]]), ()))
     return list(plan.units(texts, lambda _: 1, -(-count // 2), ()))
 
 

@@ -87,7 +87,7 @@ def make_workspace(root: Path, size: Size, *, num_samples: int, train: dict[str,
         shutil.rmtree(root / "model" / folder)
     random_transformer(size, torch.float32, torch.device("cpu")).save_pretrained(root / "model" / "transformer")
     run = make_run(root, train)
-    make_cache(root / "cache", run.config, size, num_samples, items_a_shard)
+    make_cache(root / "cache", run, size, num_samples, items_a_shard)
     return run
 
 
@@ -104,9 +104,9 @@ def make_run(root: Path, train: dict[str, Any]) -> Run:
     return resolve(validate(RunConfig, tree, "the benchmark's run file"))
 
 
-def make_cache(folder: Path, config: RunConfig, size: Size, num_samples: int, items_a_shard: int) -> None:
-    """A cache of `num_samples` that passes for one that `config` made. Buckets and text lengths take turns."""
-    family = models.get(FAMILY)
+def make_cache(folder: Path, run: Run, size: Size, num_samples: int, items_a_shard: int) -> None:
+    """A cache of `num_samples` that passes for one that the run made. Buckets and text lengths take turns."""
+    family = run.family
     low, high = size.text_tokens
     lengths = np.random.default_rng(0).integers(low, high + 1, num_samples).tolist()
     sides = [size.buckets[number % len(size.buckets)] for number in range(num_samples)]
@@ -128,17 +128,16 @@ def make_cache(folder: Path, config: RunConfig, size: Size, num_samples: int, it
         table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.int32()))
     counts = dict.fromkeys(shards.KINDS, items_a_shard)
     write_cache(folder, {"latents": pictures, "texts": itertools.chain([empty], texts)}, counts, table)
-    _say_that_this_run_made_it(folder, config)
+    _say_that_this_run_made_it(folder, run)
 
 
-def _say_that_this_run_made_it(folder: Path, config: RunConfig) -> None:
+def _say_that_this_run_made_it(folder: Path, run: Run) -> None:
     """Commit the view again, with the facts by which training knows a stale cache."""
     manifest = view.read_manifest(folder)
     assert manifest is not None
-    family = models.get(FAMILY)
     facts = {name: getattr(manifest, name) for name in ("family", "latents_fingerprint", "texts_fingerprint", "empty_text")}
-    facts |= {"normalisation": {}, "prompts": {}, "prepared_fingerprint": "", "prepared_recipe": prepared.recipe(config)}
-    facts["encoders"] = {kind: fingerprint.encoder_parts(kind, family, config.cache, None) for kind in shards.KINDS}
+    facts |= {"normalisation": {}, "prompts": {}, "prepared_fingerprint": "", "prepared_recipe": prepared.recipe(run.config)}
+    facts["encoders"] = {kind: fingerprint.encoder_parts(kind, run, None) for kind in shards.KINDS}
     view.commit(folder, view.read_tables(folder, manifest), facts)
 
 

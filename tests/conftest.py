@@ -25,20 +25,33 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Name what one process takes whole when the suite is spread over several (`--dist loadgroup`): a file, for its fixtures.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadgroup`, processes take groups of tests as `group_of` makes them.
 
-    Tests that are run for each family share nothing between families, and those with a Ray cluster share it between files.
+    Not by xdist's marks for that: xdist 3.8 adds them to the ids of tests, where pytest 9 no longer lets it.
     """
-    for item in items:
-        group = item.location[0]
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if "ray_cluster" in getattr(item, "fixturenames", ()):
-            group = "ray"
-        elif "contract" in item.path.parts and "family_name" in parameters:
-            group = f"{group} {parameters['family_name']}"
-        item.add_marker(pytest.mark.xdist_group(group))
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return Groups(config, log)
+
+
+def group_of(nodeid: str) -> str:
+    """What a test shares fixtures with: its file; in contract/ only the tests of its family; those on Ray with each other."""
+    path, _, name = nodeid.partition("::")
+    if name.startswith("test_ray_") or path.endswith("test_ray_engine.py"):
+        return "ray"
+    if "/contract/" in path:
+        cases = name.partition("[")[2]
+        # Names may be parts of others: the longest is meant.
+        return f"{path} {max((family for family in families.available() if family in cases), key=len, default='')}"
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,11 +93,12 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Items of one unit that go through the encoder together; `pixels` is None for texts."""
+    """Items of one unit that go through the encoder together: images with their pixels, texts with the references they see."""
 
     unit: int
     items: Sequence[Any]
     pixels_BHWC: torch.Tensor | None = None
+    references: Sequence[Sequence[npt.NDArray[np.uint8]]] = ()
 
 
 @dataclass(slots=True)
@@ -109,6 +110,13 @@ class _Encoder:
     component: Any
     device: torch.device
     limits: dict[tuple[int, ...], int] = field(default_factory=dict)
+    _dataset: PreparedDataset | None = None
+
+    @property
+    def dataset(self) -> PreparedDataset:
+        """What the job's pictures are read from; opened once, as it verifies each shard once."""
+        self._dataset = self._dataset or PreparedDataset.open(self.job.prepared)
+        return self._dataset
 
     @classmethod
     def load(cls, job: EncodeJob) -> "_Encoder":
@@ -126,29 +134,25 @@ class _Encoder:
     def encode(self, batch: _Batch) -> list[Tensors]:
         """The tensors of each item on the device, in stored precision."""
         if batch.pixels_BHWC is None:
-            return self._halving((0,), batch.items, self._texts)
+            return self._halving((0,), list(itertools.zip_longest(batch.items, batch.references, fillvalue=())), self._texts)
         key = tuple(batch.pixels_BHWC.shape[1:])
         by_form = {"latents": self._latents, "mask": self._masks, "pixels": self._pixels}
         return self._halving(key, batch.pixels_BHWC, by_form[batch.items[0].form])
 
-    def _texts(self, texts: Sequence[TextItem]) -> list[Tensors]:
+    def _texts(self, texts: Sequence[tuple[TextItem, Sequence[npt.NDArray[np.uint8]]]]) -> list[Tensors]:
         dtype = getattr(torch, self.job.config.stored_text_dtype)
-        captions, references = [text.caption for text in texts], [self._seen(text) for text in texts]
+        captions = [text.caption for text, _ in texts]
+        references = [[self._pixels_of(image_HWC) for image_HWC in images] for _, images in texts]
         # Most families' texts see no references, and those take none.
-        seen = (references,) if any(references) else ()
-        encoded = self.family.encode_texts(self.component, captions, *seen)
+        encoded = self.family.encode_texts(self.component, captions, *((references,) if any(references) else ()))
         return [
             {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in item.items()}
             for item in encoded
         ]
 
-    def _seen(self, text: TextItem) -> list[torch.Tensor]:
-        """The references that the text encoder sees beside a caption: [3,H,W] in [-1, 1]."""
-        if not text.references:
-            return []
-        dataset = PreparedDataset.open(self.job.prepared)
-        images = [torch.from_numpy(_decode((each, pictures.place(dataset, each)))) for each in text.references]
-        return [image_HWC.permute(2, 0, 1).float().to(self.device) / 127.5 - 1.0 for image_HWC in images]
+    def _pixels_of(self, image_HWC: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """[3,H,W] in [-1, 1], of a reference that the text encoder sees."""
+        return torch.tensor(image_HWC, device=self.device).permute(2, 0, 1).float() / 127.5 - 1.0
 
     def _latents(self, pixels_BHWC: torch.Tensor) -> list[Tensors]:
         dtype = getattr(torch, self.job.config.latents_dtype)
@@ -294,13 +298,13 @@ def _refuse_infinite(job: EncodeJob, item: Any, tensors: Tensors) -> None:
 def _batches(encoder: _Encoder, units: Sequence[Unit[Any]]) -> Iterator[_Batch]:
     """Batches in the order of the units, made ready ahead of time."""
     if encoder.job.kind == "texts":
-        with ThreadPoolExecutor(1, "ftk-tokenizer") as pool:
-            for batches in _mapped(pool, lambda unit: _text_batches(encoder, unit), units, 1):
-                yield from batches
+        with ThreadPoolExecutor(1, "ftk-tokenizer") as tokenizing, ThreadPoolExecutor(1, "ftk-reader") as reading:
+            units_of_batches = _mapped(tokenizing, lambda unit: _text_batches(encoder, unit), units, 1)
+            batches = itertools.chain.from_iterable(units_of_batches)
+            yield from _mapped(reading, _with_references, ((encoder, batch) for batch in batches), _BATCHES_READ)
         return
     planned = [(unit.number, items) for unit in units for items in _picture_batches(encoder, unit)]
-    dataset = PreparedDataset.open(encoder.job.prepared)
-    reader = pictures.PictureReader(dataset, [picture for unit in units for picture in unit.items])
+    reader = pictures.PictureReader(encoder.dataset, [picture for unit in units for picture in unit.items])
     workers = default_workers(encoder.job.workers)
     largest = max((len(items) for _, items in planned), default=0)
     with ThreadPoolExecutor(1, "ftk-reader") as reading, ThreadPoolExecutor(workers, "ftk-decoder") as decoding:
@@ -343,6 +347,16 @@ def _text_batches(encoder: _Encoder, unit: Unit[TextItem]) -> list[_Batch]:
             batch = []
         batch.append(text)
     return [*batches, _Batch(unit.number, tuple(batch))]
+
+
+def _with_references(task: tuple[_Encoder, _Batch]) -> _Batch:
+    """The same batch of texts with the references that they see, decoded: [H,W,3], 8 bits."""
+    encoder, batch = task
+    if not any(text.references for text in batch.items):
+        return batch
+    dataset = encoder.dataset
+    references = [[_decode((each, pictures.place(dataset, each))) for each in text.references] for text in batch.items]
+    return replace(batch, references=references)
 
 
 def _mapped(

@@ -8,7 +8,6 @@ import logging
 from typing import Literal
 
 import torch
-from accelerate import cpu_offload
 
 from ftk.models.base import PutOnDevice, move
 from ftk.progress import human_bytes
@@ -42,6 +41,8 @@ def placement(offload: Literal["auto", "none", "layers"], device: torch.device) 
 
 def stream(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """Attach accelerate's offloading hooks: the weights are in host memory but for the layer that computes on `device`."""
+    from accelerate import cpu_offload  # half a second that most caches can do without
+
     cpu_offload(model, execution_device=device)
     # Between two calls the parameters are on the meta device, and a transformers model names that as its own when it is asked
     # where its inputs belong.

@@ -108,7 +108,7 @@ def commit(directory: Path, tables: Mapping[str, pa.Table], facts: Mapping[str, 
         schema_version=CACHE_SCHEMA, num_samples=len(tables["samples"]), tables=dict(sorted(digests.items())), **facts
     )
     manifest = dataclasses.replace(manifest, digest=_digest(manifest))
-    storage.commit_bytes(directory / MANIFEST, _manifest_bytes(manifest))
+    storage.commit_json(directory / MANIFEST, _plain(manifest))
     named = {table_path(directory, name, digest) for name, digest in digests.items()}
     for path in (directory / "view").glob("*.parquet"):
         if path not in named:
@@ -117,15 +117,15 @@ def commit(directory: Path, tables: Mapping[str, pa.Table], facts: Mapping[str, 
 
 
 def _digest(manifest: CacheManifest) -> str:
-    return blake3.blake3(_manifest_bytes(dataclasses.replace(manifest, digest=""))).hexdigest()
+    return blake3.blake3(storage.json_bytes(_plain(dataclasses.replace(manifest, digest="")))).hexdigest()
 
 
-def _manifest_bytes(manifest: CacheManifest) -> bytes:
-    """The file. A cache without prompts' images has the same bytes as one of a version that knew none."""
+def _plain(manifest: CacheManifest) -> dict[str, Any]:
+    """What the file holds. A cache without prompts' images has the same bytes as one of a version that knew none."""
     plain = dataclasses.asdict(manifest)
     if not manifest.prompt_images:
         del plain["prompt_images"]
-    return storage.json_bytes(plain)
+    return plain
 
 
 def read_manifest(directory: Path) -> CacheManifest | None:
@@ -137,7 +137,9 @@ def read_manifest(directory: Path) -> CacheManifest | None:
         plain = json.loads(data)
         version = plain.get("schema_version")
         manifest = CacheManifest(**plain) if version == CACHE_SCHEMA else None
-        is_whole = manifest is not None and manifest.digest == _digest(manifest) and _manifest_bytes(manifest) == data
+        is_whole = (
+            manifest is not None and manifest.digest == _digest(manifest) and storage.json_bytes(_plain(manifest)) == data
+        )
     except FileNotFoundError:
         return None
     except (ValueError, AttributeError, TypeError, RecursionError) as error:

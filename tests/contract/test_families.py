@@ -1,5 +1,6 @@
 """What every family promises, held against the diffusers pipeline of its tiny model."""
 
+import dataclasses
 import hashlib
 import inspect
 import itertools
@@ -14,12 +15,13 @@ import torch
 
 from ftk import devices
 from ftk.cache import fingerprint
-from ftk.configs.schema import CacheConfig, ModelConfig
+from ftk.configs.schema import ModelConfig, RunConfig
 from ftk.errors import ConfigError, EnvironmentFault, ModelError
 from ftk.models import base
 from ftk.models.base import Conditions, Family, Model, TrainsEncoders
 from ftk.models.components import loading
 from ftk.models.components.geometry import SampleGeometry
+from ftk.run import resolve
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a photo of a red cat on a chair", "", "größe 猫", "a dog, " * 20]
@@ -223,7 +225,9 @@ def _with_settings(family: Family, **settings: Any) -> Any:
 
 
 def _text_fingerprint(family: Family) -> str:
-    return fingerprint.of_parts(fingerprint.encoder_parts("texts", family, CacheConfig(), None))
+    model = {"family": family.name, "path": "unused"}
+    run = resolve(RunConfig.model_validate({"run": "test", "model": model, "data": {"sources": [{"path": "unused"}]}}))
+    return fingerprint.of_parts(fingerprint.encoder_parts("texts", dataclasses.replace(run, family=family), None))
 
 
 @pytest.mark.parametrize("name", _DEFAULT_OPTIONS)

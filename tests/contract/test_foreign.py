@@ -188,6 +188,38 @@ def test_a_second_run_encodes_nothing_and_a_new_reference_alone(make_run: Callab
     assert (changed.num_latents_encoded, changed.num_texts_encoded) == (1, 0)
 
 
+def test_texts_that_see_references_are_encoded_beside_each_samples_own(make_run: Callable[..., Run], pictures: Path) -> None:
+    run = make_run(model={"family": "foreign-seen"}, train={"steps": 2})
+    with torch.no_grad(), closing(encode(run)) as store:
+        pipeline, dataset = official(run), PreparedDataset.open(run.paths.prepared)
+        prepared = {row.key: dataset.reference_bytes(row) for row in dataset.rows()}
+
+        def rise(text: dict[str, torch.Tensor], caption: str) -> float:
+            embeds = pipeline.encode_prompt(caption, max_sequence_length=24, device=CPU)[0][0]
+            rises = text["embeds"] - embeds
+            assert rises.std() < 1e-5
+            return float(rises.mean())
+
+        def mean(file: Any) -> float:
+            with Image.open(file) as image:
+                return float(np.asarray(image).mean() / 127.5 - 1)
+
+        for number in range(len(store)):
+            key = store.sample(number).key
+            expected = pytest.approx(mean(io.BytesIO(prepared[key][0])), abs=1e-4)
+            assert rise(store.text(number), f"make it {key[0]}") == expected
+            assert rise(store.empty_text(number), "") == expected
+        # Six captions, an empty one beside each of the five references, the prompt with its empty one, and the empty one alone.
+        assert store.index("texts").num_rows == 6 + 5 + 2 + 1
+        (prompt,) = run.config.sample.entries
+        expected = mean(pictures / "references/1.png")
+        assert rise(store.prompt(prompt.key()), "make it blue") == pytest.approx(expected, abs=0.02)
+    train.run(run, RunDelivery)
+    assert (run.paths.run / "checkpoints").is_dir()
+    again = cache.run(run)
+    assert (again.num_latents_encoded, again.num_texts_encoded) == (0, 0)
+
+
 @torch.no_grad()
 def test_predictions_with_references_equal_the_official_pipelines(make_run: Callable[..., Run]) -> None:
     run = make_run(model={"guidance": 2.5})

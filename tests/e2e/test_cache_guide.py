@@ -452,7 +452,13 @@ TYPES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "schema"), [("samples", view.SAMPLE_SCHEMA), ("items", view.INDEX_SCHEMA), ("shards", view.SHARD_SCHEMA)]
+    ("name", "schema"),
+    [
+        ("samples", view.SAMPLE_SCHEMA),
+        ("references", pa.schema(view.REFERENCE_FIELDS)),
+        ("items", view.INDEX_SCHEMA),
+        ("shards", view.SHARD_SCHEMA),
+    ],
 )
 def test_every_column_is_listed_in_order_with_its_type(name, schema):
     listed = [(_code(column)[0], kind) for column, kind, _ in _table(f"columns: {name}")]

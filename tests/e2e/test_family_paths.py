@@ -73,7 +73,7 @@ def test_sdxl_is_told_of_each_samples_own_size_and_crop(run_file: Callable[..., 
     run = load_run(path)
     inputs = open_inputs(run, torch.device("cpu"))
     store: CacheStore = inputs.store
-    builder = BatchBuilder(store=store, family=run.family, sigmas=inputs.sigmas, config=run.config.train, dtype=torch.float32)
+    builder = BatchBuilder(store=store, run=run, sigmas=inputs.sigmas, dtype=torch.float32)
     assert run.family.name == "sdxl"
     seen = set()
     for number, row in enumerate(store.table.to_pylist()):

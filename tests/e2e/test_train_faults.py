@@ -522,7 +522,7 @@ MISTAKES = [
     (["train.global_batch_size=3"], "global_batch_size 3 is not a multiple of micro_batch_size 2"),
     (["train.class_ratio=1"], "the cache holds no class images"),
     (["train.remainder=drop", "train.micro_batch_size=12", "train.global_batch_size=12"], "drop leaves nothing"),
-    (["train.trackers=[tensorbord]"], "'tensorboard'"),
+    (["train.trackers=[tensorbord]"], "Did you mean `tensorboard`?"),
     (["method.targets=atention"], "no group 'atention'"),
     (["method.rang=4"], "Did you mean `rank`?"),
     (["sample.prompts=[a blue square]"], "sample.prompts: 'a blue square' is not in the cache. Run `ftk cache"),

@@ -117,7 +117,8 @@ class Prepared:
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
         self.files[key, part] = buffer.getvalue()
-        return ImageItem(f"{key}-{part}", "00000", key, part, pixels.shape[1], pixels.shape[0])
+        form = "mask" if part == "mask" else "latents"
+        return ImageItem(f"{key}-{part}", "00000", key, part, pixels.shape[1], pixels.shape[0], form=form)
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from ftk.cache import fingerprint
 from ftk.cache.fingerprint import encoder_parts, of_parts, weights_digest, with_libraries
 from ftk.cache.shards import KINDS
-from ftk.configs.schema import CacheConfig
+from ftk.configs.schema import RunConfig
 from ftk.errors import ModelError
 from ftk.models import base as families
+from ftk.run import Run, resolve
 
 FAMILY = families.get("qwen-image")
 COMPONENTS = ("vae", "text_encoder", "tokenizer")
@@ -37,9 +38,16 @@ def _all_weights_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fingerprint, "_WHOLE_BYTES", -1)
 
 
+def _run(**settings: Any) -> Run:
+    """A run with these settings of the cache."""
+    model = {"family": "qwen-image", "path": "unused"}
+    tree = {"run": "test", "model": model, "data": {"sources": [{"path": "unused"}]}, "cache": settings}
+    return resolve(RunConfig.model_validate(tree))
+
+
 def _fingerprints(model: Path | None, **settings: Any) -> dict[str, str]:
-    config = CacheConfig(**settings)
-    return {kind: of_parts(with_libraries(kind, encoder_parts(kind, FAMILY, config, model))) for kind in KINDS}
+    run = _run(**settings)
+    return {kind: of_parts(with_libraries(kind, encoder_parts(kind, run, model))) for kind in KINDS}
 
 
 def _changed(model: Path, change: Callable[[], Any], **settings: Any) -> set[str]:
@@ -225,15 +233,15 @@ def test_small_weights_are_hashed_whole(tmp_path: Path) -> None:
 def test_whether_weights_were_digested_whole_can_be_told(model: Path) -> None:
     for kind in KINDS:
         for full in (False, True):
-            by_argument = encoder_parts(kind, FAMILY, CacheConfig(), model, full=full)
-            assert encoder_parts(kind, FAMILY, CacheConfig(full_hash=full), model) == by_argument
+            by_argument = encoder_parts(kind, _run(), model, full=full)
+            assert encoder_parts(kind, _run(full_hash=full), model) == by_argument
             assert fingerprint.is_full(by_argument) == full
-    assert not fingerprint.is_full(encoder_parts("latents", FAMILY, CacheConfig(), None))
+    assert not fingerprint.is_full(encoder_parts("latents", _run(), None))
 
 
 def test_without_the_weights_the_other_parts_can_be_compared(model: Path) -> None:
     for kind in KINDS:
-        parts, without = (encoder_parts(kind, FAMILY, CacheConfig(), place) for place in (model, None))
+        parts, without = (encoder_parts(kind, _run(), place) for place in (model, None))
         assert set(parts) - set(without) == {"weights"}
         assert fingerprint.differences(without, parts) == []
 

@@ -66,14 +66,14 @@ def workspace_cache(tiny_models, tmp_path):
     """Encode texts into a folder under a setting of `cache.offload`; the bytes of its files."""
     from ftk.cache import encode
     from ftk.cache.plan import TextItem, Unit
-    from ftk.configs.schema import CacheConfig
+    from ftk.configs.schema import CacheConfig, ModelConfig
 
     def make(offload: str) -> dict[str, bytes]:
         folder = tmp_path / offload
         config = CacheConfig(offload=offload, device="cpu")
         job = encode.EncodeJob(
-            kind="texts", family="qwen-image", model=tiny_models("qwen-image"), folder=folder, prepared=Path(), config=config,
-            workers=1,
+            kind="texts", base=ModelConfig(family="qwen-image", path="unused"), model=tiny_models("qwen-image"),
+            folder=folder, prepared=Path(), config=config, workers=1,
         )  # fmt: skip
         unit = Unit(number=0, items=tuple(TextItem(id=f"{n}", caption=caption) for n, caption in enumerate(CAPTIONS)))
         encode.encode_unit(job, unit)

@@ -8,14 +8,16 @@ import pyarrow as pa
 import pytest
 import torch
 
-from ftk.cache import plan
+from ftk.cache import plan, prompts
 from ftk.cache.plan import ImageItem, TextItem
-from ftk.configs.schema import SampleConfig
+from ftk.configs.schema import RunConfig
 from ftk.contracts import SampleRow
+from ftk.methods.base import CacheNeeds
 from ftk.models import base as families
 from ftk.models.components.geometry import LatentGeometry
 from ftk.pipeline import dataset
 from ftk.pipeline.engine import JobPart
+from ftk.run import resolve
 
 GEOMETRY = LatentGeometry(channels=16, factor=8, patch=2)
 
@@ -33,7 +35,7 @@ def _row(key: str, **changes: object) -> SampleRow:
 
 
 def _pictures(*tables: list[SampleRow]) -> list[ImageItem]:
-    return list(plan.needed_pictures([dataset.sample_table(rows) for rows in tables]))
+    return list(plan.needed_pictures([dataset.sample_table(rows) for rows in tables], CacheNeeds()))
 
 
 def _captions(*samples: list[str]) -> pa.ChunkedArray:
@@ -42,7 +44,9 @@ def _captions(*samples: list[str]) -> pa.ChunkedArray:
 
 
 def _texts(captions: pa.ChunkedArray, **settings: object) -> list[TextItem]:
-    return list(plan.needed_texts(captions, SampleConfig(**settings)))
+    tree = {"run": "test", "model": {"family": "qwen-image", "path": "unused"}, "data": {"sources": [{"path": "unused"}]}}
+    run = resolve(RunConfig.model_validate({**tree, "sample": settings}))
+    return list(plan.needed_texts(captions, prompts.of(run).texts.values()))
 
 
 def _sized(count: int, seed: int = 0) -> tuple[list[TextItem], dict[str, int]]:
@@ -116,7 +120,7 @@ def test_pictures_are_image_controls_and_mask_of_each_sample() -> None:
         ImageItem("a-image", "00001", "a", "image", 64, 32),
         ImageItem("c0", "00001", "a", "control0", 64, 32),
         ImageItem("c1", "00001", "a", "control1", 64, 32),
-        ImageItem("m", "00001", "a", "mask", 64, 32),
+        ImageItem("m", "00001", "a", "mask", 64, 32, form="mask"),
         ImageItem("b-image", "00000", "b", "image", 96, 128),
     ]
     assert [picture.is_mask for picture in _pictures(rows)] == [False, False, False, True, False]
@@ -154,7 +158,6 @@ def test_an_empty_caption_of_a_sample_is_the_empty_caption() -> None:
 def test_prompts_come_last_and_once_with_their_negative() -> None:
     texts = _texts(_captions(["a"], ["b"]), prompts=["fox", "a", "fox"], negative_prompt="blurred")
     assert [text.caption for text in texts] == ["a", "b", "", "fox", "blurred"]
-    assert plan.prompts(SampleConfig(prompts=["fox", "a", "fox"], negative_prompt="blurred")) == ["fox", "a", "blurred"]
 
 
 def test_without_prompts_there_is_nothing_to_be_negative_about() -> None:
@@ -174,7 +177,7 @@ def test_the_bytes_of_a_picture_are_those_that_the_encoder_gives(tiny_model: Pat
     vae = family.load_vae(tiny_model, torch.float32, torch.device("cpu"))
     width, height, kind = 48, 32, getattr(torch, dtype)
     mean, std = family.encode_images(vae, torch.zeros(1, 3, height, width))
-    image, mask = (ImageItem("p", "00000", "k", part, width, height) for part in ("image", "mask"))
+    image, mask = (ImageItem("p", "00000", "k", "image", width, height, form=form) for form in ("latents", "mask"))
     num_bytes = mean[0].to(kind).nbytes + std[0].to(kind).nbytes
     assert plan.picture_bytes(image, family.geometry, kind.itemsize) == num_bytes
     assert plan.picture_bytes(mask, family.geometry, kind.itemsize) == mean[0, 0].to(kind).nbytes

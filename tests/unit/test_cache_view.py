@@ -162,7 +162,7 @@ def test_a_kill_before_the_swap_leaves_the_old_view_whole(cache: Path, monkeypat
     before, manifest = _files(cache), _manifest(cache)
 
     def killed(path: Path, value: Any) -> None:
-        assert not any(view.check(cache, value))
+        assert not any(view.check(cache, CacheManifest(**value)))
         raise Killed
 
     with monkeypatch.context() as patch:

@@ -75,7 +75,9 @@ def test_a_run_is_planned_from_its_cache(run_file: Path, tmp_path: Path, written
     written_cache(tmp_path / "work" / "cache")
     found = json.loads(invoked(str(run_file), "--json").stdout)
     # the widest bucket of that cache is 64x80 px, its longest caption there has 7 tokens
-    assert found["workload"] == {"height": 10, "width": 8, "text_tokens": 7, "micro_batch_size": 1, "world_size": 1}
+    assert found["workload"] == {
+        "height": 10, "width": 8, "text_tokens": 7, "micro_batch_size": 1, "world_size": 1, "reference_tokens": 0,
+    }  # fmt: skip
     assert "work/cache" in found["workload_from"]
 
 

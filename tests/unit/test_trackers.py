@@ -420,7 +420,7 @@ def test_no_service_writes_to_stdout(tmp_path, capsys, swanlab, mlflow, comet_ml
 
 
 def test_a_name_that_accelerate_does_not_know_is_refused_with_the_nearest_one():
-    with pytest.raises(ConfigError, match=r"no tracker 'mlfow'. Did you mean 'mlflow'\? Valid: aim, "):
+    with pytest.raises(ConfigError, match=r"no tracker 'mlfow'. Did you mean `mlflow`\? Valid: aim, "):
         check(["tensorboard", "mlfow"])
 
 
