@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -23,7 +24,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, TypeVar
 
 import blake3
 import psutil
@@ -33,10 +34,32 @@ import xxhash
 
 from ftk.errors import EnvironmentFault
 
+Kept = TypeVar("Kept")
 TEMPORARY_PREFIX = ".tmp-"
 _HASH_CHUNK_BYTES = 4 << 20
+_PLAIN_NAME = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z_.-]{0,199}")
 _LOCK_TRIES = 5
 _LOCK_PAUSE_SECONDS = 0.02
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether a name from a file may become the name of a file in a folder of ours.
+
+    ASCII letters, digits, `_`, `-` and dots, none of them in front: with no separator it leads nowhere else, and `..` and
+    temporary names are none.
+    """
+    return isinstance(name, str) and _PLAIN_NAME.fullmatch(name) is not None
+
+
+def plain_name(name: Any) -> str:
+    """The name, which a file supplied. Every such name goes through here before it becomes a part of a path.
+
+    Raises:
+        ValueError: it is no plain name, see `is_plain_name`.
+    """
+    if not is_plain_name(name):
+        raise ValueError(f"{str(name)[:80]!r} is not the plain name of a file")
+    return str(name)
 
 
 def _temporary(path: Path) -> Path:
@@ -273,8 +296,34 @@ def _holder(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file; `FileNotFoundError` and `json.JSONDecodeError` reach the caller, who knows what it should be."""
-    return json.loads(path.read_bytes())
+    """Parse a JSON file; `FileNotFoundError` and `ValueError` reach the caller, who knows what it should be."""
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+_adapters: dict[type[Any], Any] = {}
+
+
+def checked(kind: type[Kept], plain: Any) -> Kept:
+    """A dataclass of `ftk.contracts` from its JSON tree, every value of its field's type.
+
+    Raises:
+        ValueError: a field is missing or of another type; the message names the first.
+    """
+    # Light modules are imported without pydantic.
+    from pydantic import TypeAdapter, ValidationError
+
+    if kind not in _adapters:
+        _adapters[kind] = TypeAdapter(kind)
+    try:
+        value: Kept = _adapters[kind].validate_python(plain)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ValueError(f"`{where}`: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
+    return value
 
 
 def read_table(path: Path | pa.NativeFile, columns: list[str] | None = None, dictionary: Sequence[str] = ()) -> pa.Table:

@@ -11,7 +11,6 @@ import io
 import logging
 import math
 import os
-import re
 import shutil
 import threading
 import time
@@ -40,8 +39,6 @@ _ROOM_SECONDS = 0.05
 # How fine the times are by which processes tell each other what they use.
 _TOUCH_NS = 1_000_000_000
 _OPEN_LOCK, _ROOM_LOCK = ".open.lock", ".room.lock"
-_TABLES = {"samples", "shards", *shards.KINDS}
-_NAME = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z_.-]*")
 _COPY_AGAIN = "Run `ftk verify` on the cache's directory, and copy it there again."
 
 
@@ -333,9 +330,8 @@ def _fetch_manifest(url: str, folder: Path) -> CacheManifest:
         except CacheError as error:
             damage = str(error)
             continue
-        if manifest and set(manifest.tables) == _TABLES and all(map(_NAME.fullmatch, manifest.tables.values())):
+        if manifest:
             return manifest
-        damage = f"It does not name the tables of a cache. {_COPY_AGAIN}"
     raise CacheError(f"{locations.redacted(_below(url, view.MANIFEST))} cannot be used. {damage}")
 
 
@@ -362,10 +358,10 @@ def _fetch_table(url: str, folder: Path, name: str, digest: str) -> Path:
 
 def _shard_files(url: str, folder: Path, table: pa.Table) -> list[_File]:
     files = []
+    # A table from elsewhere must not name a file outside of the folder.
+    if problem := view.shards_problem(table):
+        raise CacheError(f"{locations.redacted(url)}: {problem}. {_COPY_AGAIN}")
     for row in table.select(["kind", "fingerprint", "name", "bytes", "blake3"]).to_pylist():
-        # A table from elsewhere must not name a file outside of the folder.
-        if row["kind"] not in shards.KINDS or not all(_NAME.fullmatch(row[part]) for part in ("fingerprint", "name")):
-            raise CacheError(f"{locations.redacted(url)}: {row} is no shard of a cache. {_COPY_AGAIN}")
         relative = f"{row['kind']}/{row['fingerprint']}/{row['name']}{shards.SHARD}"
         files.append(_File(url=_below(url, relative), path=folder / relative, blake3=row["blake3"], bytes=row["bytes"]))
     return files

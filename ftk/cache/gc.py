@@ -94,7 +94,9 @@ def _plan(directory: Path) -> _Plan:
     plan = _Plan(store)
     used = _folders(directory, store)
     for kind in KINDS:
-        plan.folders += [path for path in sorted((directory / kind).glob("*")) if path.is_dir() and path != used[kind]]
+        # What a link points to is not the cache's.
+        folders = (path for path in sorted((directory / kind).glob("*")) if path.is_dir() and not path.is_symlink())
+        plan.folders += [path for path in folders if path != used[kind]]
         plan.kinds[kind] = _find_items(store, kind)
         plan.files += _unlisted(store, kind, used[kind])
     tables = {view.table_path(directory, name, digest) for name, digest in store.manifest.tables.items()}

@@ -12,9 +12,10 @@ from typing import Any
 
 import blake3
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ftk import storage
-from ftk.cache.shards import ITEM_SCHEMA, Damage, Receipt
+from ftk.cache.shards import ITEM_SCHEMA, KINDS, Damage, Receipt
 from ftk.contracts import CACHE_SCHEMA, CacheManifest
 from ftk.errors import CacheError
 
@@ -136,7 +137,7 @@ def read_manifest(directory: Path) -> CacheManifest | None:
         data = path.read_bytes()
         plain = json.loads(data)
         version = plain.get("schema_version")
-        manifest = CacheManifest(**plain) if version == CACHE_SCHEMA else None
+        manifest = storage.checked(CacheManifest, plain) if version == CACHE_SCHEMA else None
         is_whole = (
             manifest is not None and manifest.digest == _digest(manifest) and storage.json_bytes(_plain(manifest)) == data
         )
@@ -148,9 +149,21 @@ def read_manifest(directory: Path) -> CacheManifest | None:
         raise NewerCacheError(f"{path} has schema version {version}; this ftk reads {CACHE_SCHEMA}. Install a newer ftk.")
     if isinstance(version, int) and version < CACHE_SCHEMA:
         raise CacheError(f"{path} has schema version {version}; this ftk reads {CACHE_SCHEMA}. Run `ftk cache RUN.yaml`.")
-    if not is_whole:
+    if not is_whole or manifest is None:
         raise CacheError(f"{path} is damaged: it does not have its digest. {advice}")
+    _check_names(path, manifest)
     return manifest
+
+
+def _check_names(path: Path, manifest: CacheManifest) -> None:
+    """Refuse a manifest whose names would lead elsewhere: a digest says that a file is whole, not who wrote it."""
+    try:
+        if set(manifest.tables) != set(_SCHEMAS):
+            raise ValueError(f"its tables are {sorted(manifest.tables)}, not {sorted(_SCHEMAS)}")
+        for name in (manifest.latents_fingerprint, manifest.texts_fingerprint, *manifest.tables.values()):
+            storage.plain_name(name)
+    except (ValueError, TypeError) as error:
+        raise CacheError(f"{path} is forged: {error}. Run `ftk cache RUN.yaml`: it writes the file anew.") from None
 
 
 def read_tables(directory: Path, manifest: CacheManifest) -> dict[str, pa.Table]:
@@ -173,15 +186,37 @@ def read_tables(directory: Path, manifest: CacheManifest) -> dict[str, pa.Table]
         with_references = [*_SCHEMAS[name].names, *(column.name for column in REFERENCE_FIELDS)]
         if tables[name].column_names not in (_SCHEMAS[name].names, with_references):
             raise CacheError(f"{path} has other columns than this ftk reads. Run `ftk cache RUN.yaml`: it is written anew.")
+    _check_shards(directory, tables)
     return tables
 
 
+def _check_shards(directory: Path, tables: Mapping[str, pa.Table]) -> None:
+    """Refuse tables that name files outside of the cache, or shards that are not listed."""
+    table = tables["shards"]
+    problem = shards_problem(table)
+    for kind in KINDS:
+        rows = tables[kind]["shard"]
+        if not problem and len(rows) and (rows.null_count or pc.min(rows).as_py() < 0 or pc.max(rows).as_py() >= len(table)):
+            problem = f"an item of {kind} is in a shard that the table of shards does not list"
+    if problem:
+        raise CacheError(f"{directory} is forged: {problem}. Run `ftk cache RUN.yaml`: it writes the tables anew.")
+
+
+def shards_problem(table: pa.Table) -> str | None:
+    """What keeps a table of shards from naming files of a cache; None when nothing does."""
+    for row in table.select(["kind", "fingerprint", "name"]).to_pylist():
+        if row["kind"] not in KINDS or not (storage.is_plain_name(row["fingerprint"]) and storage.is_plain_name(row["name"])):
+            return f"{row['kind']}/{row['fingerprint']}/{row['name']} is no shard of a cache"
+    return None
+
+
 def receipt_digests(directory: Path, manifest: CacheManifest) -> dict[str, str]:
-    """The BLAKE3 of every receipt by `kind/fingerprint/name`; empty when the shards' table is damaged or missing."""
+    """The BLAKE3 of every receipt by `kind/fingerprint/name`; empty when the shards' table is damaged, missing or forged."""
     path = table_path(directory, "shards", manifest.tables["shards"])
     if not path.is_file() or storage.blake3_file(path) != manifest.tables["shards"]:
         return {}
-    rows = storage.read_table(path, ["kind", "fingerprint", "name", "receipt_blake3"]).to_pylist()
+    table = storage.read_table(path, ["kind", "fingerprint", "name", "receipt_blake3"])
+    rows = [] if shards_problem(table) else table.to_pylist()
     return {f"{row['kind']}/{row['fingerprint']}/{row['name']}": row["receipt_blake3"] for row in rows}
 
 
@@ -193,4 +228,6 @@ def check(directory: Path, manifest: CacheManifest) -> list[Damage]:
         found = storage.blake3_file(path) if path.is_file() else "no file"
         if found != digest:
             damages.append(Damage(path=str(path), problem="not as committed", expected=digest, found=found))
+        elif name == "shards" and (problem := shards_problem(storage.read_table(path))):
+            damages.append(Damage(path=str(path), problem="forged", expected="shards of this cache", found=problem))
     return damages

@@ -193,7 +193,7 @@ class _Weights:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Any] = {}
         try:
-            for path in _files(folder):
+            for path in loading.weight_files(folder, _FILE):
                 opened: Any = safe_open(path, "pt")
                 for name in opened.keys():  # noqa: SIM118 - it is no mapping
                     self.shapes[name] = tuple(opened.get_slice(name).get_shape())
@@ -205,13 +205,6 @@ class _Weights:
         """In fp32 on the device."""
         tensor: torch.Tensor = self._files[name].get_tensor(name)
         return tensor.to(device).float()
-
-
-def _files(folder: Path) -> list[Path]:
-    index = folder / f"{_FILE}.index.json"
-    if not index.exists():
-        return [folder / _FILE]
-    return [folder / name for name in sorted(set(storage.read_json(index)["weight_map"].values()))]
 
 
 def _check(config: ExtractConfig) -> None:

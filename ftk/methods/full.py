@@ -29,6 +29,7 @@ from ftk.methods.adapters.targets import (
 )
 from ftk.methods.base import CacheNeeds, Export, check_format
 from ftk.models.base import DENOISER, Conditions, Family, Model, TargetGroup, TrainsEncoders
+from ftk.models.components import loading
 
 if TYPE_CHECKING:
     import torch
@@ -240,18 +241,10 @@ def _index(pattern: str) -> str:
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:
-    """The weights' files, by the index if there is one.
-
-    Raises:
-        CheckpointError: there are none, or the index cannot be read.
-    """
-    index = folder / _index(pattern)
-    if not index.exists():
-        return [folder / pattern.format(suffix="")]
     try:
-        return [folder / name for name in sorted(set(storage.read_json(index)["weight_map"].values()))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged: {error}. Export it again.") from error
+        return loading.weight_files(folder, pattern.format(suffix=""))
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}. Export it again.") from error
 
 
 METHOD = Full()

@@ -4,12 +4,13 @@ import tarfile
 import threading
 from collections import OrderedDict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ftk import storage
 from ftk.configs.schema import RunConfig
@@ -190,6 +191,11 @@ class PreparedDataset:
                 f"{path} is damaged: it does not have its checksum. Run `ftk prepare RUN.yaml` again: it makes this shard anew."
             )
         table = storage.read_table(path)
+        schemas = [SAMPLE_SCHEMA, pa.schema([*SAMPLE_SCHEMA, *REFERENCE_FIELDS])]
+        if not any(table.schema.equals(schema) for schema in schemas):
+            raise DatasetError(f"{path} has other columns than this ftk reads. Delete it and run `ftk prepare RUN.yaml` again.")
+        if any(name != shard.name for name in pc.unique(table["shard"]).to_pylist()):
+            raise DatasetError(f"{path} has samples of another shard. Delete it and run `ftk prepare RUN.yaml` again.")
         if not self.has_references or REFERENCE_FIELDS[0].name in table.column_names:
             return table
         for column in REFERENCE_FIELDS:
@@ -235,8 +241,11 @@ class PreparedDataset:
         """Where a sample's `image`, `mask`, `controlN` or `referenceN` lies; the shard is verified before its first use."""
         index = self._index(shard)
         suffixes = IMAGE_SUFFIXES if part == "image" else (f"{part}.png",)
-        name = next(name for suffix in suffixes if (name := f"{key}.{suffix}") in index)
-        return Span(self.directory / "shards" / f"{shard}.tar", *index[name])
+        path = self.directory / "shards" / f"{shard}.tar"
+        for suffix in suffixes:
+            if (name := f"{key}.{suffix}") in index:
+                return Span(path, *index[name])
+        raise DatasetError(f"{path} holds no {part} of {key}. Delete it and run `ftk prepare RUN.yaml` again.")
 
     def num_samples(self, shard: str) -> int:
         """How many samples a shard holds."""
@@ -269,6 +278,8 @@ class PreparedDataset:
 
     def _verified(self, shard: str) -> Path:
         """The path of a shard; its checksum is verified once."""
+        if shard not in self._shards:
+            raise DatasetError(f"{self.directory} lists no shard {shard!r}. Run `ftk prepare RUN.yaml` again.")
         path = self.directory / "shards" / f"{shard}.tar"
         with self._lock:
             if shard not in self._verified_shards and storage.sha256_file(path) != self._shards[shard].sha256:
@@ -319,7 +330,10 @@ def read_manifest(directory: Path) -> PreparedManifest | None:
         plain = storage.read_json(path)
         version = plain.get("schema_version")
         if version == PREPARED_SCHEMA:
-            return PreparedManifest(**{**plain, "shards": [shard_record(shard) for shard in plain["shards"]]})
+            manifest = storage.checked(PreparedManifest, plain)
+            for shard in manifest.shards:
+                storage.plain_name(shard.name)
+            return manifest
     except FileNotFoundError:
         return None
     except (ValueError, AttributeError, TypeError, KeyError) as error:
@@ -331,6 +345,6 @@ def read_manifest(directory: Path) -> PreparedManifest | None:
 
 def shard_record(plain: dict[str, Any]) -> ShardRecord:
     """A shard's record from its JSON."""
-    rejects = [Reject(**{**reject, "reason": RejectReason(reject["reason"])}) for reject in plain["rejects"]]
-    known = {field.name for field in fields(ShardRecord)}
-    return ShardRecord(**{name: value for name, value in plain.items() if name in known and name != "rejects"}, rejects=rejects)
+    record = storage.checked(ShardRecord, plain)
+    storage.plain_name(record.name)
+    return record

@@ -133,7 +133,7 @@ def _receipt(job: PrepareJob, unit: SourceUnit, name: str, deep: bool) -> Receip
         record, signature, listing = dataset.shard_record(plain), plain["signature"], plain["listing"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    if record.recipe_fingerprint != unit.recipe_fingerprint(job.recipe, job.data):
+    if record.name != name or record.recipe_fingerprint != unit.recipe_fingerprint(job.recipe, job.data):
         return None
     if plain.get("conditions") != _conditions(job, record.rejects):
         return None

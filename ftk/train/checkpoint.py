@@ -338,7 +338,7 @@ def _damage(path: Path, ranks: Ranks) -> str | None:
     """What is wrong with this process's share of the files."""
     try:
         receipt = storage.read_json(path / RECEIPT)
-        names = sorted({_TRAINER, *receipt})
+        names = sorted(map(storage.plain_name, {_TRAINER, *receipt}))
         lacking = [kind for kind in (_WEIGHTS, _OPTIMIZER) if not _files_of(kind, names)]
         if lacking:
             return f"its {RECEIPT} names no file of the {' and the '.join(lacking)}"

@@ -87,6 +87,22 @@ def check_pipeline(directory: Path, family: str, pipeline_class: str) -> None:
         raise ModelError(f"{directory} holds a {found}, not the {pipeline_class} that family {family} needs.")
 
 
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The safetensors files of a component's weights: those that `NAME.index.json` lists, else the one file.
+
+    Raises:
+        ValueError: the index is damaged, or names a file outside of the folder.
+    """
+    index = folder / f"{name}.index.json"
+    if not index.exists():
+        return [folder / name]
+    try:
+        names = set(storage.read_json(index)["weight_map"].values())
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index.name} cannot be read ({type(error).__name__}: {error})") from None
+    return [folder / storage.plain_name(file) for file in sorted(names)]
+
+
 def load_component(component: Any, directory: Path, name: str, dtype: "torch.dtype") -> Any:
     """The component called `name`, by its class's `from_pretrained`, from safetensors alone: the rest are pickles."""
     num_bytes = sum(path.stat().st_size for path in (directory / name).glob("*.safetensors"))
@@ -94,6 +110,8 @@ def load_component(component: Any, directory: Path, name: str, dtype: "torch.dty
         LOGGER.info("loading %s, %s", directory / name, human_bytes(num_bytes))
     hide_progress_bars()
     try:
+        for index in (directory / name).glob("*.safetensors.index.json"):
+            weight_files(index.parent, index.name.removesuffix(".index.json"))
         return component.from_pretrained(directory / name, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{directory / name} cannot be loaded as {component.__name__}: {first_line(error)}") from error
