@@ -130,6 +130,16 @@ def redacted(text: str) -> str:
     return re.sub(r"(://[^\s?'\"]+)\?[^\s'\"]*", r"\1?***", re.sub(r"(?<=://)[^/@\s]+@", "***@", text))
 
 
+def without_secrets(location: str) -> str:
+    """A location without what may be a secret in a URL: what names of sources and samples are made from."""
+    if not is_url(location):
+        return location
+    scheme, _, rest = location.partition("://")
+    authority, slash, path = rest.partition("/")
+    path = path.partition("?")[0] if scheme in _HTTP else path
+    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
+
+
 def file_name(location: str) -> str:
     """The last part of a location, printable: no folder, and of a URL no query, which may hold a secret."""
     path = location.partition("?")[0] if is_url(location) else location

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ftk import locations
 from ftk.configs.schema import RunConfig
 from ftk.errors import ConfigError, did_you_mean
 
@@ -103,7 +104,7 @@ def resolved_yaml(config: RunConfig) -> str:
 
 
 def redact(value: Any) -> Any:
-    """Replace values of secret-looking keys, and secret-looking parts of any string, by `***`."""
+    """Replace values of secret-looking keys, and secret-looking parts of any string, by `***`: also a URL's user and query."""
     if isinstance(value, dict):
         return {
             key: "***" if _SECRET_KEY.search(str(key)) and isinstance(item, str) else redact(item)
@@ -111,7 +112,7 @@ def redact(value: Any) -> Any:
         }
     if isinstance(value, (list, tuple)):
         return [redact(item) for item in value]
-    return _SECRET_VALUE.sub("***", value) if isinstance(value, str) else value
+    return _SECRET_VALUE.sub("***", locations.redacted(value)) if isinstance(value, str) else value
 
 
 def default_workers(configured: int) -> int:

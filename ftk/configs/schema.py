@@ -144,7 +144,7 @@ class SourceConfig(BaseModel):
     @property
     def source_name(self) -> str:
         """The name under which this source's samples and rejects are listed."""
-        path = PurePath(self.path)
+        path = PurePath(locations.without_secrets(self.path))
         # A file is called after the folder that it lies in: all tables are called metadata.
         names = [path.parent.name, path.stem] if path.suffix.lower() in _FILE_SUFFIXES else [path.name]
         return self.name or next((name for name in names if name and not set("*?[{") & set(name)), "images")

@@ -617,6 +617,25 @@ def test_the_secrets_of_links_are_neither_said_nor_written(ftk, workspace, tmp_p
         assert "5ec2e7" not in str(found), path
 
 
+@pytest.mark.parametrize("kind", ["tar", "table"])
+@pytest.mark.parametrize("place", ["http://5ec2e7@{host}/{file}", "http://{host}/{file}?X-Amz-Signature=5ec2e7&sig=5ec2e7"])
+def test_the_secrets_of_a_source_are_in_no_name_file_or_message(ftk, workspace, tmp_path, web, kind, place):
+    web.files["/all.tar"] = in_tar(tmp_path / "all", captioned(6)).read_bytes()
+    web.files["/rows.jsonl"] = linked(tmp_path / "rows.jsonl", web).read_bytes()
+    host = web.url.removeprefix("http://")
+    path = place.format(host=host, file="all.tar" if kind == "tar" else "rows.jsonl")
+    run_file = workspace(data={"sources": [{"path": path}], "max_reject_fraction": 1.0}, train={"steps": 1})
+    said = [ftk(stage, run_file) for stage in ("prepare", "cache", "train")]
+    assert [result.code for result in said] == [0, 0, 0]
+    assert "5ec2e7" not in "".join(result.out + result.err for result in said)
+    files = [path for path in (tmp_path / "work").rglob("*") if path.is_file()]
+    assert {"config.yaml", "dataset.json", "cache.json"} < {path.name for path in files}
+    for path in files:
+        rows = str(pq.read_table(path).to_pylist()) if path.suffix == ".parquet" else ""
+        assert "5ec2e7" not in path.name + rows, path
+        assert b"5ec2e7" not in path.read_bytes(), path
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [

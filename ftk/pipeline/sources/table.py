@@ -98,10 +98,11 @@ def _tables(config: SourceConfig) -> dict[str, str]:
     found = locations.expand(config.path)
     if not found:
         raise SourceError(f"data.sources: no table matches {tables.shown(config.path)}.{tables.nearest(config.path)} Name one.")
-    stems = [posixpath.splitext(location)[0].rpartition("/")[2] for location in found]
+    names = [locations.without_secrets(location) for location in found]
+    stems = [posixpath.splitext(name)[0].rpartition("/")[2] for name in names]
     if len(set(stems)) == len(stems):
         return dict(zip(stems, found, strict=True))
-    parts = [location.split("/") for location in found]
+    parts = [name.split("/") for name in names]
     common = next(index for index, each in enumerate(zip(*parts, strict=False)) if len(set(each)) > 1)
     return {"/".join(each[common:]): location for each, location in zip(parts, found, strict=True)}
 
@@ -118,7 +119,7 @@ class _Seen:
     def identity(self, name: str) -> str:
         """The name, and from the second time on the number of the time."""
         # What follows the ? of a URL is often a signature that expires, or a secret.
-        name = name.partition("?")[0] if locations.is_url(name) else name
+        name = locations.without_secrets(name)
         # 8 bytes of hash for a name: a table can have more rows than there is room for their names.
         short = int(storage.digest(name, 16), 16)
         times = self._times[short] = self._times.get(short, 0) + 1

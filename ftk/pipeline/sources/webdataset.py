@@ -106,7 +106,7 @@ class WebDataset:
 
     def accepts(self, path: str) -> bool:
         """Tars by their suffix, packed with gzip or not, also those that a pattern stands for."""
-        return _TAR_NAME.search(posixpath.basename(_without_query(path))) is not None
+        return _TAR_NAME.search(posixpath.basename(locations.without_secrets(path))) is not None
 
     def partitions(self, config: SourceConfig, settings: TarSettings, shard_samples: int) -> Iterator[Partition]:
         """One a tar, in the order of the pattern; a tar is never cut, for it is read from its front."""
@@ -338,7 +338,7 @@ def _kind(member: tarfile.TarInfo) -> str:
 
 def _names(tars: list[str]) -> list[str]:
     """What the tars are called: their file names, or where those are not unique their paths below the common folder."""
-    paths = [_without_query(location) for location in tars]
+    paths = [locations.without_secrets(location) for location in tars]
     names = [posixpath.basename(path) for path in paths]
     if len(set(names)) == len(names):
         return names
@@ -347,10 +347,6 @@ def _names(tars: list[str]) -> list[str]:
     while len({tuple(part[: common + 1]) for part in parts}) == 1:
         common += 1
     return ["/".join(part[common:]) for part in parts]
-
-
-def _without_query(location: str) -> str:
-    return location.split("?", 1)[0] if location.startswith(("http://", "https://")) else location
 
 
 def _around(pattern: str) -> str:
