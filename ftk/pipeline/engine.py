@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -96,8 +97,14 @@ class WorkerPool:
         atexit.unregister(self._close)
         self._close()
 
-    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result | Lost]:
+    def map(
+        self, function: Callable[[Task], Result], tasks: Iterable[Task], size: Callable[[Task], int] = lambda _: 0
+    ) -> Iterator[Result | Lost]:
         """Results in task order; at most a few tasks a worker are in flight, so memory stays constant.
+
+        Args:
+            size: how many bytes this process holds for a task. Those in flight hold no more than half of what a worker may,
+                or there is one alone.
 
         An exception of the function is raised here as it is, in its task's turn, with the worker's traceback as a note; so
         is one that keeps the function, a task or a result from being pickled. One `map` at a time; one that is left before
@@ -112,16 +119,23 @@ class WorkerPool:
         following = next(numbered, None)
         outcomes: dict[int, tuple[bool, Any]] = {}
         position = 0
+        sizes: deque[int] = deque()
         try:
             while following is not None or outcomes or self._busy():
                 at_work = any(worker.task != _IDLE for worker in self._workers)
                 self._collect(outcomes, wait=at_work and position not in outcomes)
                 # Before a result is yielded, so that workers have work while the caller is at it.
-                while following is not None and self._give(function, following, position):
+                while following is not None:
+                    following_size = size(following[1])
+                    is_room = not sizes or sum(sizes) + following_size <= self._memory_bytes // 2
+                    if not is_room or not self._give(function, following, position):
+                        break
+                    sizes.append(following_size)
                     following = next(numbered, None)
                 if position in outcomes:
                     succeeded, value = outcomes.pop(position)
                     position += 1
+                    sizes.popleft()
                     if not succeeded:
                         raise value
                     yield value

@@ -63,6 +63,12 @@ class ImageTask:
     recipe: ImageRecipe
     references: tuple[Blob, ...] = ()
 
+    @property
+    def held_bytes(self) -> int:
+        """What its files take in memory, as far as the source has read them."""
+        blobs = (self.image, self.mask, *self.controls, *self.references)
+        return sum(len(blob.data) for blob in blobs if blob is not None and blob.data is not None)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:

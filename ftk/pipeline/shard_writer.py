@@ -285,7 +285,7 @@ def worked(
                     recipe=recipe,
                 )
 
-    for result in pool.map(function, tasks()):
+    for result in pool.map(function, tasks(), lambda task: task.held_bytes):
         while isinstance(waiting[0], Reject):
             yield waiting.popleft(), None
         yield waiting.popleft(), result

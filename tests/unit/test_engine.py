@@ -564,3 +564,23 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
     while not condition():
         assert time.monotonic() < end, f"not so after {seconds:g} s"
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("size", "most"), [(0, 9), (400 * MIB, 3), (600 * MIB, 2), (5000 * MIB, 2)])
+def test_what_tasks_hold_bounds_how_many_are_in_flight(size, most):
+    drawn = yielded = largest = 0
+
+    def tasks() -> Iterator[int]:
+        nonlocal drawn, largest
+        for number in range(20):
+            drawn += 1
+            # Those in flight, and the one that is being drawn.
+            largest = max(largest, drawn - yielded)
+            yield number
+
+    with a_pool(memory_bytes=2000 * MIB) as pool:
+        for result in pool.map(square, tasks(), lambda _: size):
+            assert result == yielded**2
+            yielded += 1
+    assert yielded == 20
+    assert largest <= most

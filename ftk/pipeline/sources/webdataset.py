@@ -31,7 +31,8 @@ from ftk.pipeline.tar_stream import Tar
 
 IMAGE_SUFFIXES = frozenset(suffix.removeprefix(".") for suffix in folder.IMAGE_SUFFIXES)
 CAPTION_ORIGINS = ("txt", "caption", *(f"json:{key}" for key in captions.JSON_KEYS))
-MAX_MEMBER_BYTES = 1 << 30
+MAX_MEMBER_BYTES = 512 << 20
+"""No encoded photograph is larger, and this process holds a few members at once."""
 MAX_TEXT_BYTES = captions.MAX_JSON_BYTES
 
 _TAR_NAME = re.compile(r"(^|[.,{])(tar|tar\.gz|tgz)[}\]]*$", re.IGNORECASE)
