@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, Literal, TypeVar
 import braceexpand
 import tenacity
 
+from ftk import redirects
 from ftk.errors import ConfigError, EnvironmentFault, FtkError
 
 LOGGER = logging.getLogger("ftk")
@@ -451,7 +452,10 @@ def _filesystem(location: str) -> tuple[Any, str]:
 
             # A size only tells something of a body that is not compressed on its way. Proxies and ~/.netrc count.
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
-            options["client_kwargs"] = {"headers": {"Accept-Encoding": "identity"}, "timeout": timeout, "trust_env": True}
+            options["client_kwargs"] = {
+                "headers": {"Accept-Encoding": "identity"}, "timeout": timeout, "trust_env": True,
+                "trace_configs": [redirects.trace()],
+            }  # fmt: skip
         filesystem, path = fsspec.url_to_fs(location, **options)
     except ImportError as error:
         package = f'pip install "ftk[{_EXTRAS[scheme]}]"' if scheme in _EXTRAS else str(error)
@@ -505,6 +509,7 @@ def _explained(location: str, error: Exception) -> Exception:
 
 def _what(error: BaseException) -> str:
     status = _http_status(error)
+    error = _cause(error)
     first_line = f"{type(error).__name__}: {error}".partition("\n")[0]
     return f"HTTP {status}" if status else redacted(first_line).rstrip(": ")
 
@@ -524,10 +529,15 @@ def _http_status(error: BaseException | None) -> int | None:
     return None
 
 
-def _kind(error: BaseException) -> Literal["missing", "denied", "refused", "transient", "unknown"]:
-    # fsspec says FileNotFoundError of whatever made its HEAD fail: the cause tells.
+def _cause(error: BaseException) -> BaseException:
+    """fsspec says FileNotFoundError of whatever made its HEAD fail: the cause tells."""
     while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def _kind(error: BaseException) -> Literal["missing", "denied", "refused", "transient", "unknown"]:
+    error = _cause(error)
     if isinstance(error, (FtkError, NotAFileError, IsADirectoryError)):
         return "unknown"
     status = _http_status(error)

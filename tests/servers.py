@@ -27,6 +27,7 @@ class FaultServer(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.faults: defaultdict[tuple[str, str], list[Fault]] = defaultdict(list)
         self.always: dict[str, Fault] = {}
+        self.redirects: dict[str, str] = {}
         self.ranges = self.sizes = True
         self.secret: str | None = None
         self.requests: list[tuple[str, str, str | None]] = []
@@ -65,6 +66,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(fault, b"", {})
         elif self.server.secret and self.headers.get("Authorization") != self.server.secret:
             self._send(401, b"", {})
+        elif path in self.server.redirects:
+            self._send(302, b"", {"Location": self.server.redirects[path]})
         elif path not in self.server.files:
             self._send(404, b"", {})
         else:
