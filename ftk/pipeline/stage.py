@@ -310,6 +310,8 @@ def check_rejects(report: PrepareReport, data: DataConfig) -> None:
     )
     more = f"\n  and {report.num_rejects - 10:,} more" if report.num_rejects > 10 else ""
     table = f"{report.directory}/rejects.parquet"
+    if not report.num_inputs:
+        raise SourceError("The sources hold no image: no file, row or tar member that could become one. Check data.sources.")
     if not report.num_samples:
         raise SourceError(f"No image could be used; {table} says why for each:{listed}{more}")
     if report.num_rejects > data.max_reject_fraction * report.num_inputs:

@@ -126,6 +126,8 @@ class Tar:
             position = self._forward.tell() if self._forward is not None else 0
             broken_off = isinstance(error, EOFError) or (self._forward is not None and self._forward.ended)
             what = "it breaks off there, without the mark of a tar's end" if broken_off else str(error)
+            if isinstance(error, RecursionError):
+                what = "too many extended headers follow each other"
             where = f"in or after its member {self._member}" if self._member else "before its first member"
             raise SourceError(
                 f"data.sources: {locations.printable(locations.redacted(self._location))} is damaged "
