@@ -1,6 +1,11 @@
-"""Captions: read, checked, finished with trigger, prefix and shuffled tags. Never mojibake: what is no UTF-8 is rejected."""
+"""Captions: read, checked, finished with trigger, prefix and shuffled tags.
 
+Never mojibake: what is neither UTF-8 nor marked as UTF-16 or UTF-32 is rejected.
+"""
+
+import codecs
 import json
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -12,7 +17,21 @@ from ftk.errors import ConfigError
 MAX_CAPTION_BYTES = 64 << 10
 MAX_JSON_BYTES = 1 << 20
 JSON_KEYS = ("caption", "captions", "text", "prompt")
+CAPTIONS_VERSION = 1
+"""Raised when equal inputs give other captions than before: shards are then made again. Their images are not encoded again."""
+
 _CLOSES_UP = tuple(",.;:!?")
+_PLACEHOLDER = "[trigger]"
+# Of UTF-32 first: the mark of UTF-16 begins it.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
+# What `str.isspace` says, and what is white space to the eye alone: zero-width space, word joiner, byte-order mark.
+_BLANKS = "".join(
+    map(chr, (*range(0x09, 0x0E), *range(0x1C, 0x21), 0x85, 0xA0, 0x1680, *range(0x2000, 0x200C), 0x2028, 0x2029, 0x202F,
+              0x205F, 0x2060, 0x3000, 0xFEFF))
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,15 +43,18 @@ class Problem:
 
 
 def check(text: str | bytes, name: str) -> str | Problem:
-    """One caption without its byte-order mark and surrounding white space; `name` says in a problem where it stands."""
+    """One caption without surrounding white space; `name` says in a problem where it stands.
+
+    Its lines end in LF, whatever they ended in. Bytes are UTF-8, or what their byte-order mark says.
+    """
     if isinstance(text, bytes):
         if len(text) > MAX_CAPTION_BYTES:
             return _not_text(f"{name} is longer than {MAX_CAPTION_BYTES >> 10} KiB")
         try:
-            text = text.decode("utf-8")
+            text = _decoded(text)
         except UnicodeDecodeError as error:
-            return _not_text(f"{name} is not UTF-8 at byte {error.start}: save it as UTF-8")
-    text = text.removeprefix("\ufeff").strip()
+            return _not_text(f"{name} is not {error.encoding.upper()} at byte {error.start}: save it as UTF-8")
+    text = _trimmed(text.replace("\r\n", "\n").replace("\r", "\n"))
     if not text.isascii():
         try:
             num_bytes = len(text.encode("utf-8"))
@@ -47,6 +69,17 @@ def check(text: str | bytes, name: str) -> str | Problem:
     if not text:
         return Problem(reason=RejectReason.CAPTION_EMPTY, detail=f"{name} is empty")
     return text
+
+
+def _decoded(data: bytes) -> str:
+    encoding = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8")
+    return data.decode(encoding)
+
+
+def _trimmed(text: str) -> str:
+    """Without blanks at either end; nothing where all of it is joiners and marks of direction, which show nothing."""
+    text = text.strip(_BLANKS)
+    return "" if all(unicodedata.category(character) == "Cf" for character in text) else text
 
 
 def gather(values: Iterable[object], name: str) -> tuple[str, ...] | Problem:
@@ -67,8 +100,11 @@ def gather(values: Iterable[object], name: str) -> tuple[str, ...] | Problem:
     return tuple(captions) or nothing
 
 
-def read(location: str, lines: bool = False) -> tuple[str, ...] | Problem:
+def read(location: str, lines: bool = False, fallback: str | None = None) -> tuple[str, ...] | Problem:
     """The captions in a sidecar file: a `.json`, or a text that is one caption or, with `lines`, one a line.
+
+    Args:
+        fallback: for a JSON file that says other things of its image, but has no caption.
 
     Raises:
         EnvironmentFault: the network or the disk failed.
@@ -80,11 +116,13 @@ def read(location: str, lines: bool = False) -> tuple[str, ...] | Problem:
     except OSError as error:
         return Problem(reason=RejectReason.CAPTION_MISSING, detail=f"{name} cannot be read: {error.strerror or error}")
     if is_json:
-        return _from_json(data, name)
+        found = _from_json(data, name)
+        is_absent = isinstance(found, Problem) and found.reason == RejectReason.CAPTION_MISSING
+        return (fallback,) if is_absent and fallback is not None else found
     text = check(data, name)
     if isinstance(text, Problem):
         return text
-    return gather(text.replace("\r", "\n").split("\n"), name) if lines else (text,)
+    return gather(text.split("\n"), name) if lines else (text,)
 
 
 def fallback(source: SourceConfig) -> str | None:
@@ -102,10 +140,28 @@ def fallback(source: SourceConfig) -> str | None:
 
 
 def with_trigger(caption: str, trigger: str | None) -> str:
-    """Put the trigger before a caption that does not contain it."""
-    if not trigger or trigger in caption:
+    """Put the trigger where the caption says `[trigger]`, or before a caption that does not contain it as words."""
+    if not trigger:
         return caption
-    return f"{trigger}, {caption}"
+    caption = caption.replace(_PLACEHOLDER, trigger)
+    return caption if _has_words(caption, trigger) else f"{trigger}, {caption}"
+
+
+def _has_words(caption: str, words: str) -> bool:
+    """Whether the words stand in the caption by themselves: `man` is not in `a woman`."""
+    start = caption.find(words)
+    while start >= 0:
+        end = start + len(words)
+        if not (_joins(caption[start - 1 : start], words[0]) or _joins(words[-1], caption[end : end + 1])):
+            return True
+        start = caption.find(words, start + 1)
+    return False
+
+
+def _joins(before: str, after: str) -> bool:
+    """Whether two neighbouring characters are of one word. Chinese and Japanese have no spaces between words."""
+    both = before + after
+    return len(both) == 2 and all((c.isalnum() or c == "_") and unicodedata.east_asian_width(c) not in "WF" for c in both)
 
 
 def finish(captions: tuple[str, ...], source: SourceConfig, config: CaptionsConfig, key: str) -> list[str]:
@@ -122,7 +178,8 @@ def finish(captions: tuple[str, ...], source: SourceConfig, config: CaptionsConf
 
 
 def _shuffles(caption: str, trigger: str | None, config: CaptionsConfig, key: str) -> Iterator[str]:
-    added = [trigger] if trigger and trigger not in caption else []
+    caption = caption.replace(_PLACEHOLDER, trigger) if trigger else caption
+    added = [trigger] if trigger and not _has_words(caption, trigger) else []
     tags = added + [tag.strip() for tag in caption.split(config.tag_separator) if tag.strip()]
     num_kept = max(config.keep_tags, len(added))
     separator = config.tag_separator if config.tag_separator[-1].isspace() else f"{config.tag_separator} "
@@ -146,9 +203,9 @@ def _from_json(data: bytes, name: str) -> tuple[str, ...] | Problem:
     if len(data) > MAX_JSON_BYTES:
         return _not_text(f"{name} is longer than {MAX_JSON_BYTES >> 20} MiB")
     try:
-        value = json.loads(data.decode("utf-8-sig")) if data.strip() else None
+        value = json.loads(_decoded(data).removeprefix("\ufeff")) if data.strip() else None
     except UnicodeDecodeError as error:
-        return _not_text(f"{name} is not UTF-8 at byte {error.start}: save it as UTF-8")
+        return _not_text(f"{name} is not {error.encoding.upper()} at byte {error.start}: save it as UTF-8")
     except (ValueError, RecursionError) as error:
         return _not_text(f"{name} is not JSON: {error}")
     if value is None:
@@ -158,7 +215,8 @@ def _from_json(data: bytes, name: str) -> tuple[str, ...] | Problem:
     found = next((key for key in JSON_KEYS if value.get(key) is not None), None)
     if found is None:
         keys = ", ".join(locations.printable(key) for key in list(value)[:5]) or "nothing"
-        detail = f"{name} has none of the keys {', '.join(JSON_KEYS)}; found: {keys}"
+        null = next((key for key in JSON_KEYS if key in value), None)
+        detail = f"{name}: {null} is null" if null else f"{name} has none of the keys {', '.join(JSON_KEYS)}; found: {keys}"
         return Problem(reason=RejectReason.CAPTION_MISSING, detail=detail)
     return gather([value[found]], f"{name} ({found})")
 

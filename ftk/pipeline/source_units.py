@@ -10,6 +10,7 @@ from ftk import locations, storage
 from ftk.configs.schema import DataConfig, SourceConfig
 from ftk.contracts import PREPARED_SCHEMA, Reject, RejectReason
 from ftk.errors import SourceError
+from ftk.pipeline.captions import CAPTIONS_VERSION
 from ftk.pipeline.images import IMAGES_VERSION, ImageRecipe
 from ftk.pipeline.sources import base as sources
 from ftk.pipeline.sources.base import Partition, Record
@@ -57,7 +58,7 @@ class SourceUnit:
         if self.source.references:
             assert recipe.references is not None
             parts.append([len(self.source.references), asdict(recipe.references)])
-        return storage.digest([PREPARED_SCHEMA, IMAGES_VERSION, *parts])
+        return storage.digest([PREPARED_SCHEMA, IMAGES_VERSION, CAPTIONS_VERSION, *parts])
 
 
 def units(data: DataConfig, duplicates: dict[int, Duplicates]) -> Iterator[SourceUnit]:

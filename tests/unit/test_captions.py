@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ BROKEN = {
     "blank": (b" \n\t", RejectReason.CAPTION_EMPTY, "is empty"),
     "only-mark": (b"\xef\xbb\xbf", RejectReason.CAPTION_EMPTY, "is empty"),
     "latin-1": ("größe".encode("latin-1"), RejectReason.CAPTION_NOT_TEXT, "not UTF-8 at byte 2"),
-    "utf-16": ("a cat".encode("utf-16"), RejectReason.CAPTION_NOT_TEXT, "not UTF-8"),
+    "half a utf-16": ("a cat".encode("utf-16")[:-1], RejectReason.CAPTION_NOT_TEXT, "not UTF-16"),
     "utf-16-le": ("a cat".encode("utf-16-le"), RejectReason.CAPTION_NOT_TEXT, "NUL"),
     "nul": (b"a\0cat", RejectReason.CAPTION_NOT_TEXT, "NUL"),
     "long": (b"x" * (captions.MAX_CAPTION_BYTES + 1), RejectReason.CAPTION_NOT_TEXT, "longer than 64 KiB"),
@@ -71,6 +72,55 @@ def test_a_caption_that_is_no_file_is_a_problem(tmp_path: Path, make: Any) -> No
     assert "a.txt" in problem.detail
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_the_same_lines_are_the_same_caption_however_they_end(tmp_path: Path, end: str) -> None:
+    data = f"a cat{end}on a mat{end}".encode()
+    assert _read(tmp_path / "a.txt", data) == ("a cat\non a mat",)
+    assert captions.check(data.decode(), "row 1") == "a cat\non a mat"
+
+
+@pytest.mark.parametrize(
+    "text", ["\u200b", " \u200b\n\ufeff", "\u2060", "\u200d", "\u200e\u202c", "\u00a0", "\u3000", "\u00ad"]
+)
+def test_a_caption_that_shows_nothing_is_empty(tmp_path: Path, text: str) -> None:
+    assert _problem(captions.check(text, "row 1")).reason == RejectReason.CAPTION_EMPTY
+    assert _problem(_read(tmp_path / "a.txt", text.encode())).reason == RejectReason.CAPTION_EMPTY
+
+
+def test_all_white_space_of_unicode_is_cut_at_the_ends() -> None:
+    blanks = [chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()]
+    assert len(blanks) > 20
+    assert captions.check("".join(blanks) + "a cat" + "".join(blanks), "row 1") == "a cat"
+
+
+def test_what_shows_nothing_is_kept_inside_and_cut_at_the_ends() -> None:
+    family = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
+    assert captions.check(f"\ufeff\u200b a {family} \u200b\n", "row 1") == f"a {family}"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("order", ["", "-le", "-be"])
+def test_a_byte_order_mark_says_what_a_caption_is_written_in(tmp_path: Path, encoding: str, order: str) -> None:
+    text = "größe 猫 \U0001f408"
+    data = text.encode(encoding)
+    if order and encoding != "utf-8-sig":
+        data = ("\ufeff" + text).encode(encoding + order)
+    assert _read(tmp_path / "a.txt", data) == (text,)
+    quoted = json.dumps({"caption": text}, ensure_ascii=False)
+    data = quoted.encode(encoding) if not order or encoding == "utf-8-sig" else ("\ufeff" + quoted).encode(encoding + order)
+    assert _read(tmp_path / "a.json", data) == (text,)
+
+
+def test_a_json_file_without_a_caption_leaves_it_to_the_fallback(tmp_path: Path) -> None:
+    for data in (b'{"caption": null}', b'{"width": 5}', b"[]"):
+        (tmp_path / "a.json").write_bytes(data)
+        assert captions.read(str(tmp_path / "a.json"), fallback="a photo") == ("a photo",)
+    for data in (b'{"caption": " "}', b'{"caption": 5}', b"{"):
+        (tmp_path / "a.json").write_bytes(data)
+        _problem(captions.read(str(tmp_path / "a.json"), fallback="a photo"))
+    _problem(captions.read(str(tmp_path / "nothing.json"), fallback="a photo"))
+
+
 def test_lines_are_captions_when_asked_for(tmp_path: Path) -> None:
     assert _read(tmp_path / "a.txt", b"\xef\xbb\xbfa cat\r\n\n  a dog \ra bird\n", lines=True) == ("a cat", "a dog", "a bird")
     assert _problem(_read(tmp_path / "a.txt", b"\n", lines=True)).reason == RejectReason.CAPTION_EMPTY
@@ -99,6 +149,7 @@ def test_json_holds_captions(tmp_path: Path, value: object, expected: tuple[str,
         (b"null", RejectReason.CAPTION_EMPTY, "is empty"),
         (b'{"caption": " "}', RejectReason.CAPTION_EMPTY, "is empty"),
         (b"[]", RejectReason.CAPTION_MISSING, "holds no caption"),
+        (b'{"caption": null}', RejectReason.CAPTION_MISSING, "caption is null"),
         (b'{"tags": "a cat", "score": 5}', RejectReason.CAPTION_MISSING, "none of the keys .*found: tags, score"),
         (b"{", RejectReason.CAPTION_NOT_TEXT, "is not JSON"),
         (b"[" * 100_000, RejectReason.CAPTION_NOT_TEXT, "is not JSON"),
@@ -138,6 +189,19 @@ def test_a_blank_fallback_is_refused() -> None:
         ("a photo of ohwx cat", "ohwx", "a photo of ohwx cat"),
         ("a cat", None, "a cat"),
         ("a cat", "", "a cat"),
+        ("a woman in a park", "man", "man, a woman in a park"),
+        ("a woman and a man", "man", "a woman and a man"),
+        ("he asks for help", "sks", "sks, he asks for help"),
+        ("sks_old, a cat", "sks", "sks, sks_old, a cat"),
+        ("the sks's hat", "sks", "the sks's hat"),
+        ("(sks:1.2), a cat", "sks", "(sks:1.2), a cat"),
+        ("sks dog on grass", "sks dog", "sks dog on grass"),
+        ("sks dogs on grass", "sks dog", "sks dog, sks dogs on grass"),
+        ("été", "t", "t, été"),
+        ("一只猫在草地上", "猫", "一只猫在草地上"),
+        ("<sks> on grass", "<sks>", "<sks> on grass"),
+        ("a photo of [trigger] on grass", "sks", "a photo of sks on grass"),
+        ("a photo of [trigger]", None, "a photo of [trigger]"),
     ],
 )
 def test_the_trigger_stands_once(caption: str, trigger: str | None, expected: str) -> None:

@@ -306,7 +306,7 @@ def test_a_header_that_claims_a_gigabyte_is_not_read(tmp_path: Path, kind: bytes
 def test_a_chain_of_headers_ends_in_an_error(tmp_path: Path) -> None:
     header = _info("a", 0, tarfile.XHDTYPE).tobuf(tarfile.USTAR_FORMAT)
     (tmp_path / "0.tar").write_bytes(header * 5000)
-    with pytest.raises(SourceError, match="damaged .*: too many extended headers follow each other"):
+    with pytest.raises(SourceError, match=r"damaged .*: too many extended headers follow each other"):
         list(_stream(tmp_path / "0.tar"))
 
 

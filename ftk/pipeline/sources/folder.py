@@ -188,7 +188,7 @@ def _captions(
         words = _stem(relative).rpartition("/")[2].replace("_", " ").replace("-", " ").split()
         return captions.gather([" ".join(words)], "the file's name")
     if settings.captions_from == "sidecar" and sidecar:
-        return captions.read(locations.join(config.path, sidecar), settings.caption_lines)
+        return captions.read(locations.join(config.path, sidecar), settings.caption_lines, fallback)
     if fallback is not None:
         return (fallback,)
     name = locations.printable(_stem(relative).rpartition("/")[2])
