@@ -6,9 +6,10 @@ The VAE joins them for the moment in which sample images are drawn.
 import importlib.metadata
 import logging
 import math
+import os
 import platform
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -195,17 +196,30 @@ def _write_environment(build: Build) -> None:
     storage.commit_bytes(build.directory / run_summary.SIGMAS, picture)
 
 
+def _leave(terminals: Sequence[int]) -> None:
+    """What is written to a terminal that has been closed would be an error in the middle of saving."""
+    for descriptor in terminals:
+        with Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), descriptor)
+
+
 @contextmanager
 def _stopping_on_signals(mine: Ranks) -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and Ctrl-C ask the loop to stop at the step's end; a second Ctrl-C stops at once."""
+    """SIGTERM, SIGUSR1, Ctrl-C and a closed terminal ask the loop to stop at the step's end; a second Ctrl-C stops at once."""
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def ask(number: int, _: object) -> None:
         mine.stop_requested = True
+        if number == signal.SIGHUP:
+            _leave(terminals)
         LOGGER.info("signal %s: saving at the end of this step", signal.Signals(number).name)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+    # Under nohup it is ignored, and stays so.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     try:
         before: dict[int, Any] = {number: signal.signal(number, ask) for number in numbers}
     except ValueError:  # not the main thread: nobody's signals to take
@@ -215,7 +229,7 @@ def _stopping_on_signals(mine: Ranks) -> Iterator[None]:
         yield
     except Preempted:
         # The process is about to end with the code that says so, and a signal that is repeated may not change it.
-        before |= dict.fromkeys((signal.SIGTERM, signal.SIGUSR1), signal.SIG_IGN)
+        before |= dict.fromkeys((signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP), signal.SIG_IGN)
         raise
     finally:
         for number, handler in before.items():

@@ -1,13 +1,16 @@
 """Killed, stopped, or changed: what a run does when it is started again."""
 
+import fcntl
 import hashlib
 import json
 import os
+import pty
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -109,7 +112,7 @@ def test_prepare_and_cache_killed_at_any_moment_end_with_the_same_bytes(ftk, wor
         assert hashes(tmp_path / "work" / part) == hashes(tmp_path / "alone" / part)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_saves_at_the_step_and_exits_75(cached, tmp_path, number):
     run_file = cached(train={**TRAIN, "steps": 5000, "checkpoint_every": 1000, "log_every": 1000, "schedule": "constant"})
     running = server().start("train", run_file)
@@ -123,6 +126,23 @@ def test_a_signal_saves_at_the_step_and_exits_75(cached, tmp_path, number):
     (saved,) = (tmp_path / "work/runs/test/checkpoints").glob("0*")
     assert 0 < int(saved.name) < 5000
     assert f"step {int(saved.name)}, which is saved" in err
+
+
+def test_a_run_whose_terminal_is_closed_is_saved(cached, tmp_path):
+    run_file = cached(train={**TRAIN, "steps": 50_000, "checkpoint_every": 10_000, "log_every": 1000, "schedule": "constant"})
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ftk", "train", str(run_file)], stdin=theirs, stdout=theirs, stderr=theirs,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    said = b""
+    while b"step" not in said:
+        said += os.read(ours, 1 << 16)
+    os.close(ours)
+    assert process.wait(timeout=300) == 75
+    (saved,) = (tmp_path / "work/runs/test/checkpoints").glob("0*")
+    assert 0 < int(saved.name) < 50_000
 
 
 def test_a_changed_setting_is_refused_by_name_and_fresh_sets_the_old_run_aside(ftk, workspace, tmp_path):

@@ -223,12 +223,13 @@ def test_one_caption_is_for_all_when_asked_for(tmp_path: Path) -> None:
 def test_a_table_among_the_images_is_not_passed_over(tmp_path: Path, table: str) -> None:
     _put(tmp_path, "a.jpg")
     _put(tmp_path, "sub/b.jpg")
-    (tmp_path / "sub" / table).write_bytes(b"")
     assert len(_records(tmp_path)) == 2
-    (tmp_path / table).write_bytes(b"")
-    with pytest.raises(SourceError, match=rf"`path: .*/{table}`.*`format: folder`"):
-        _records(tmp_path)
-    for settings in ({"format": "folder"}, {"captions_from": "name"}, {"caption": "a photo"}):
+    for place in ("sub", "."):
+        (tmp_path / place / table).write_bytes(b"")
+        for settings in ({}, {"caption": "a photo"}):
+            with pytest.raises(SourceError, match=rf"`path: .*/{table}`.*`format: folder`"):
+                _records(tmp_path, **settings)
+    for settings in ({"format": "folder"}, {"captions_from": "name"}, {"captions_from": "fixed", "caption": "a photo"}):
         assert len(_records(tmp_path, **settings)) == 2
 
 
@@ -325,6 +326,13 @@ def test_a_folder_without_images_says_what_is_there(tmp_path: Path) -> None:
         _records(tmp_path)
     (tmp_path / "notes.md").write_bytes(b"")
     with pytest.raises(SourceError, match=r"\.jpg.*Found: notes\.md"):
+        _records(tmp_path)
+
+
+def test_a_folder_of_img2dataset_names_its_tars(tmp_path: Path) -> None:
+    for name in ("00000.parquet", "00000.tar", "00000_stats.json"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(SourceError, match=r"name them: `path: .*/\*\.tar`"):
         _records(tmp_path)
 
 

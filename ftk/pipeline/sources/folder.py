@@ -105,8 +105,7 @@ def _images(
             continue
         files = list(group)
         sidecars = _sidecars(files) if settings.captions_from == "sidecar" else {}
-        if not directory:
-            _refuse_table(config, settings, files)
+        _refuse_table(config, settings, files)
         for file in files:
             if _suffix(file.relative) not in IMAGE_SUFFIXES:
                 continue
@@ -146,11 +145,14 @@ def _sidecars(files: list[File]) -> dict[str, File]:
 
 
 def _refuse_table(config: SourceConfig, settings: FolderSettings, files: list[File]) -> None:
-    table = next((file.relative for file in files if file.relative in TABLES), None)
-    if table and config.format == "auto" and settings.captions_from == "sidecar" and config.caption is None:
+    """A table of captions beside the images is never ignored silently, whether there is a `caption:` to fall back on or not."""
+    table = next((file.relative for file in files if posixpath.basename(file.relative) in TABLES), None)
+    if table and config.format == "auto" and settings.captions_from == "sidecar":
+        folder = posixpath.dirname(table)
+        others = f" To read those of all subfolders, write `*` in place of {folder}." if folder and "/" not in folder else ""
         raise SourceError(
             f"data.sources: {_shown(config)} holds {table}, which is not read when the folder is named. Write "
-            f"`path: {locations.join(config.path, table)}` to use it, or `format: folder` to ignore it."
+            f"`path: {locations.join(config.path, table)}` to use it, or `format: folder` to ignore it.{others}"
         )
 
 
@@ -283,8 +285,9 @@ def _contents(root: str) -> str:
 def _hint(root: str) -> str:
     """How to name what the folder holds instead of images."""
     suffixes = {_suffix(file.relative) for file in islice(locations.list_files(root), 1000)}
-    kinds = sorted(suffixes & {".tar", ".parquet", ".jsonl", ".csv"})
-    return f" To read its tars or tables, name them: `path: {locations.join(root, '*' + kinds[0])}`." if kinds else ""
+    # Tars first: img2dataset writes a Parquet file of URLs beside each.
+    kind = next((kind for kind in (".tar", ".parquet", ".jsonl", ".csv") if kind in suffixes), None)
+    return f" To read its tars or tables, name them: `path: {locations.join(root, f'*{kind}')}`." if kind else ""
 
 
 def _or_hub(path: str) -> str:
