@@ -82,10 +82,9 @@ def planned(run: "Run", world_size: int = 1) -> "tuple[MemoryPlan, Workload, str
     from ftk import devices
     from ftk.errors import ModelError
     from ftk.models.components import loading
-    from ftk.train import optim
-    from ftk.train.inputs import plan_sizes
+    from ftk.train.inputs import check_optimizer, plan_sizes
 
-    optim.check(run.config.train)
+    check_optimizer(run)
     model = loading.local_components(run.config.model, run.trained_components)
     if model is None:
         raise ModelError(

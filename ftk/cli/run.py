@@ -28,9 +28,9 @@ def run(
 
 def run_all(resolved: "Run") -> dict[str, dict[str, Any]]:
     """One report per stage, by its name. Model folder and optimizer are checked first: a wrong one fails before any work."""
-    from ftk.train import optim
+    from ftk.train.inputs import check_optimizer
 
-    optim.check(resolved.config.train)
+    check_optimizer(resolved)
     resolved.locate(resolved.all_components)
     from ftk.pipeline import stage as prepare
 

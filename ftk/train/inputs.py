@@ -58,7 +58,7 @@ def open_inputs(run: Run, device: torch.device, world_size: int = 1) -> Inputs:
         ConfigError: a setting does not fit the family, the method or the samples.
     """
     config, family = run.config, run.family
-    optim.check(config.train)
+    check_optimizer(run)
     draws = family.latent_components if config.sample.every and config.sample.prompts else ()
     model = run.locate((*run.trained_components, *draws))
     schedule = family.load_schedule(model)
@@ -131,6 +131,23 @@ def _why_whole(run: Run) -> str:
         f"train.sharding: fsdp does not go with a method that changes the base weights and trains something beside them "
         f"({run.method.name} with these settings): what it delivers is computed from both. Leave it out."
     )
+
+
+def check_optimizer(run: Run) -> None:
+    """Check optimizer, schedule and learning rates as far as it can be done without the weights.
+
+    Raises:
+        ConfigError: what `optim.check` refuses; or rates of the method's own where the optimizer has one for all.
+    """
+    optim.check(run.config.train)
+    rates = {factor for _, factor in methods.parameter_groups(run.method, run.settings)} - {0, 1}
+    if rates and optimizers.finds_rate(run.config.train):
+        listed, optimizer = ", ".join(f"{rate:g}" for rate in sorted(rates)), run.config.train.optimizer.name
+        raise ConfigError(
+            f"method: {run.method.name} asks for {listed} times the learning rate for some parameters, and train.optimizer "
+            f"{optimizer} has one rate for all. Leave out settings such as `text_encoder.rate` and `lora_plus`, or use another "
+            "optimizer."
+        )
 
 
 def with_rates(run: Run) -> TrainConfig:

@@ -376,5 +376,6 @@ def _refuse_others(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch
         first = wrong[0]
         raise CheckpointError(
             f"The checkpoint's {what} are not those of this run: {len(wrong)} differ, the first is {first}, with shape "
-            f"{shapes.get(first, 'none')} in the checkpoint and {own.get(first, 'none')} here."
+            f"{shapes.get(first, 'none')} in the checkpoint and {own.get(first, 'none')} here. Other parameters are trained, "
+            "so this run cannot go on from it: give the run another name, or start over with --fresh."
         )

@@ -85,6 +85,8 @@ _ELEMENTWISE = frozenset(
     f"torch.optim.{name}"
     for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "Adagrad", "RMSprop", "Rprop", "ASGD")
 )
+_FAR = 5.0
+"""A factor on the customary rate of an optimizer that finds its own; Prodigy's authors keep to 0.5 to 2."""
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _REFUSED = {
     "lr": "the learning rate is `train.learning_rate`",
@@ -174,14 +176,27 @@ def try_out(choice: Choice, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 def hint(config: TrainConfig) -> str | None:
-    """What a user should know of a learning rate that was left at its default."""
-    rate = _entry(config.optimizer.name).customary_rate
-    if rate is None or not _is_default_rate(config):
+    """What a user should know of a learning rate that was left at its default, or is far from what the optimizer expects."""
+    entry = _entry(config.optimizer.name)
+    rate = entry.customary_rate
+    if rate is None:
+        return None
+    if entry.finds_rate and not rate / _FAR <= config.learning_rate <= rate * _FAR:
+        return (
+            f"train.learning_rate is {config.learning_rate:g}, and {config.optimizer.name}, which finds its step size itself, "
+            f"multiplies it by that: {rate:g} is customary, and far from it little is learned, or too much"
+        )
+    if not _is_default_rate(config):
         return None
     return (
         f"train.learning_rate is left at {config.learning_rate:g}, which suits adamw; "
         f"with {config.optimizer.name} {rate:g} is customary"
     )
+
+
+def finds_rate(config: TrainConfig) -> bool:
+    """Whether the learning rate is a mere factor on what the optimizer finds, one for all parameters."""
+    return _entry(config.optimizer.name).finds_rate
 
 
 def splits(config: TrainConfig) -> bool:

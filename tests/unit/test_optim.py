@@ -8,9 +8,11 @@ import torch
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load, save
 
-from ftk.configs.schema import ScheduleConfig, TrainConfig
+from ftk.configs.schema import RunConfig, ScheduleConfig, TrainConfig
 from ftk.errors import CheckpointError, ConfigError
-from ftk.train import optim
+from ftk.run import resolve
+from ftk.train import optim, optimizers
+from ftk.train.inputs import open_inputs
 from ftk.train.memory import has_torchao
 from ftk.train.optim import MasterOptimizer
 from ftk.train.optimizers import OPTIMIZERS, elementwise, splits
@@ -553,3 +555,20 @@ def test_optimizers_that_may_be_split_treat_a_part_as_they_do_within_the_whole(n
 def test_optimizers_that_look_at_whole_tensors_may_not_be_split(name):
     config = config_of(name, learning_rate=0.01)
     assert not splits(config)
+
+
+@pytest.mark.parametrize(("rate", "is_far"), [(2e-4, True), (0.1, True), (0.2, False), (1.0, False), (5.0, False), (6.0, True)])
+def test_a_rate_far_from_that_of_an_optimizer_which_finds_its_own_is_warned_of(rate, is_far):
+    hint = optimizers.hint(TrainConfig(optimizer="prodigy", learning_rate=rate))
+    assert (hint is not None and f"is {rate:g}, and prodigy, which finds its step size itself" in hint) == is_far
+    assert optimizers.hint(TrainConfig(optimizer="adamw", learning_rate=rate)) is None
+
+
+@pytest.mark.parametrize("method", [{"name": "lora", "lora_plus": 4.0}, {"name": "lora", "text_encoder": {"rate": 0.5}}])
+def test_rates_of_a_method_are_refused_before_weights_are_read(method):
+    pytest.importorskip("prodigyopt")
+    tree = {"run": "test", "model": {"family": "sdxl", "path": "nowhere"}, "data": {"sources": [{"path": "x"}]}}
+    train = {"optimizer": "prodigy", "learning_rate": 1.0}
+    run = resolve(RunConfig.model_validate({**tree, "method": method, "train": train}))
+    with pytest.raises(ConfigError, match=r"prodigy has one rate for all. Leave out .*`text_encoder.rate`"):
+        open_inputs(run, torch.device("cpu"))
