@@ -460,8 +460,10 @@ def _filesystem(location: str) -> tuple[Any, str]:
     except ImportError as error:
         package = f'pip install "ftk[{_EXTRAS[scheme]}]"' if scheme in _EXTRAS else str(error)
         raise ConfigError(f"{redacted(location)}: the package that reads {scheme}:// is not installed: {package}") from None
-    except ValueError as error:
-        raise ConfigError(f"{redacted(location)}: {error}. Use a local path or a URL that fsspec knows.") from None
+    except (ValueError, TypeError, OSError) as error:
+        # TypeError: a file system that a URL alone does not describe, as `reference://`. OSError: an archive that is not there.
+        what = redacted(str(error).partition("\n")[0])
+        raise ConfigError(f"{redacted(location)}: {what}. Use a local path or a URL that fsspec knows.") from None
     return filesystem, path
 
 

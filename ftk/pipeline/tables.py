@@ -61,12 +61,19 @@ def open_table(location: str) -> Iterator[OpenTable]:
 def _parquet(location: str, file: BinaryIO) -> OpenTable:
     # A buffer makes it read a column page by page, and not all of a row group's images at once.
     parquet = pq.ParquetFile(file, buffer_size=_PARQUET_BUFFER_BYTES, pre_buffer=False)
+    columns = parquet.schema_arrow.names
+    if (doubled := _doubled(columns)) is not None:
+        raise SourceError(f"data.sources: {shown(location)} has two columns called {doubled!r}. Rename one.")
 
     def rows(columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
         for number, row in enumerate(parquet_rows(parquet, columns, _BATCH_ROWS)):
             yield f"row {number} of {locations.file_name(location)}", row
 
-    return OpenTable(location=location, columns=parquet.schema_arrow.names, rows=rows, parquet=parquet)
+    return OpenTable(location=location, columns=columns, rows=rows, parquet=parquet)
+
+
+def _doubled(columns: Sequence[str]) -> str | None:
+    return next((name for name in dict.fromkeys(columns) if columns.count(name) > 1), None)
 
 
 def _json_lines(location: str, file: BinaryIO) -> OpenTable:
@@ -96,9 +103,8 @@ def _csv(location: str, file: BinaryIO, suffix: str) -> OpenTable:
     )
     rows = _csv_rows(location, reader)
     columns = [name.strip() for name in next(rows, (0, []))[1]]
-    doubled = [name for name in dict.fromkeys(columns) if columns.count(name) > 1]
-    if doubled:
-        raise _malformed(location, 1, f"names the column {doubled[0]!r} twice: rename one")
+    if (doubled := _doubled(columns)) is not None:
+        raise _malformed(location, 1, f"names the column {doubled!r} twice: rename one")
 
     def checked(_: Sequence[str]) -> Iterator[tuple[str, Row]]:
         for number, cells in rows:

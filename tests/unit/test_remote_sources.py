@@ -609,3 +609,9 @@ def test_what_may_be_secret_is_redacted(text: str, expected: str) -> None:
 def test_printable_names_are_utf_8() -> None:
     for name, expected in [("é\n", "é\n"), (os.fsdecode(b"caf\xe9"), "caf\\xe9"), ("half \ud83d", "half \\ud83d")]:
         assert locations.printable(name) == expected
+
+
+@pytest.mark.parametrize("url", ["reference://x", "github://x", "generic://x", "filecache://x", "nothing://x"])
+def test_a_url_that_alone_describes_no_file_system_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"Use a local path or a URL that fsspec knows"):
+        locations.read_bytes(url)

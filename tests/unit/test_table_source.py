@@ -511,3 +511,11 @@ def test_rows_that_name_one_file_have_identities_of_their_own_in_whatever_partit
         record for partition in SOURCE.partitions(config, settings, 1) for record in SOURCE.read(config, settings, partition)
     ]
     assert [record.identity for record in records if isinstance(record, Record)] == ["a.jpg", "a.jpg#2", "a.jpg#3"]
+
+
+def test_a_parquet_table_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    table = pa.table([["a.jpg"], ["b.jpg"], ["text"]], names=["image", "image", "text"])
+    pq.write_table(table, tmp_path / "t.parquet")
+    config = SourceConfig(path=str(tmp_path / "t.parquet"))
+    with pytest.raises(SourceError, match="has two columns called 'image'"):
+        list(SOURCE.partitions(config, TableSettings(), 10))
