@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -125,12 +125,8 @@ class WorkerPool:
                 at_work = any(worker.task != _IDLE for worker in self._workers)
                 self._collect(outcomes, wait=at_work and position not in outcomes)
                 # Before a result is yielded, so that workers have work while the caller is at it.
-                while following is not None:
-                    following_size = size(following[1])
-                    is_room = not sizes or sum(sizes) + following_size <= self._memory_bytes // 2
-                    if not is_room or not self._give(function, following, position):
-                        break
-                    sizes.append(following_size)
+                while following and self._has_room(sizes, following[1], size) and self._give(function, following, position):
+                    sizes.append(size(following[1]))
                     following = next(numbered, None)
                 if position in outcomes:
                     succeeded, value = outcomes.pop(position)
@@ -145,6 +141,10 @@ class WorkerPool:
 
     def _busy(self) -> list["_Worker"]:
         return [worker for worker in self._workers if worker.task >= 0]
+
+    def _has_room(self, sizes: Collection[int], task: Task, size: Callable[[Task], int]) -> bool:
+        """Whether this process may hold the task's bytes beside those of the tasks in flight."""
+        return not sizes or sum(sizes) + size(task) <= self._memory_bytes // 2
 
     def _give(self, function: Callable[[Task], Result], numbered: tuple[int, Task], position: int) -> bool:
         """Hand a task to an idle worker, if there is one and the task is not too far ahead of the `position` awaited."""
