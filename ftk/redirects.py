@@ -50,7 +50,7 @@ async def _leads_inside(host: str) -> bool:
     except ValueError:
         pass
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        addresses = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
         return False
-    return any(is_private(str(address[0])) for *_, address in found)
+    return any(is_private(str(address[0])) for *_, address in addresses)

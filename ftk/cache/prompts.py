@@ -30,12 +30,12 @@ def of(run: Run) -> Prompts:
     Raises:
         ConfigError: an image cannot be read, or the family or method has no use for it.
     """
-    found, settings = Prompts(), run.config.sample
+    prompts, settings = Prompts(), run.config.sample
     for position, entry in enumerate(settings.entries):
         place, key = f"sample.prompts.{position}", entry.key()
         _refuse_unused(run, bool(entry.references), bool(entry.controls), place)
         if entry.references and run.family.references is not None:
-            found.references[key] = tuple(
+            prompts.references[key] = tuple(
                 _item(prompt_images.find(path, run.family.references, f"{place}.references.{number}"), f"reference{number}")
                 for number, path in enumerate(entry.references)
             )
@@ -45,16 +45,16 @@ def of(run: Run) -> Prompts:
                 for number, path in enumerate(entry.controls)
             )
             is_latents = run.needs.controls == "latents"
-            found.controls[key] = controls if is_latents else tuple(map(plan.as_pixels, controls))
-        seen = _seen_by_texts(run, found, key)
-        found.texts[key] = _text(entry.prompt, seen)
+            prompts.controls[key] = controls if is_latents else tuple(map(plan.as_pixels, controls))
+        references = _seen_by_texts(run, prompts, key)
+        prompts.texts[key] = _text(entry.prompt, references)
     for entry in settings.entries:
-        seen = _seen_by_texts(run, found, entry.key())
+        references = _seen_by_texts(run, prompts, entry.key())
         # Where texts do not depend on references all prompts share one negative prompt.
-        found.texts[entry.key(settings.negative_prompt) if seen else settings.negative_prompt] = _text(
-            settings.negative_prompt, seen
+        prompts.texts[entry.key(settings.negative_prompt) if references else settings.negative_prompt] = _text(
+            settings.negative_prompt, references
         )
-    return found
+    return prompts
 
 
 def _refuse_unused(run: Run, has_references: bool, has_controls: bool, place: str) -> None:
@@ -64,9 +64,9 @@ def _refuse_unused(run: Run, has_references: bool, has_controls: bool, place: st
         raise ConfigError(f"{place}.controls: method {run.method.name} reads no control images. Leave them out.")
 
 
-def _seen_by_texts(run: Run, found: Prompts, key: str) -> tuple[ImageItem, ...]:
+def _seen_by_texts(run: Run, prompts: Prompts, key: str) -> tuple[ImageItem, ...]:
     rule = run.family.references
-    return found.references.get(key, ()) if rule is not None and rule.in_texts else ()
+    return prompts.references.get(key, ()) if rule is not None and rule.in_texts else ()
 
 
 def _text(caption: str, references: tuple[ImageItem, ...]) -> TextItem:

@@ -451,13 +451,12 @@ def _texts_cut(work: _Work, stored: pa.Table) -> list[tuple[str, int]]:
     at_limit = stored.filter(pc.greater_equal(stored["length"], work.run.family.max_text_tokens))
     suspects = set(at_limit["id"].to_pylist())
     captions = [text.caption for text in work.needed_texts() if text.id in suspects]
-    found: list[tuple[str, int]] = []
+    texts_cut: list[tuple[str, int]] = []
     for start in range(0, len(captions), _TOKENISED_AT_ONCE):
-        some = captions[start : start + _TOKENISED_AT_ONCE]
-        found += [
-            (caption, num) for caption, num in zip(some, work.run.family.tokens_cut(work.model, some), strict=True) if num
-        ]
-    return found
+        batch = captions[start : start + _TOKENISED_AT_ONCE]
+        counts = work.run.family.tokens_cut(work.model, batch)
+        texts_cut += [(caption, count) for caption, count in zip(batch, counts, strict=True) if count]
+    return texts_cut
 
 
 def _warn_of_texts_cut(work: _Work, cut: Sequence[tuple[str, int]]) -> None:

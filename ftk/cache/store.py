@@ -228,22 +228,27 @@ class CacheStore:
         named = pa.array(list(dict.fromkeys([self.manifest.empty_text, *self.manifest.prompts.values()])), pa.string())
         masked = table["mask"].filter(has_mask)
         references, empties = (self._optional(name) for name in ("references", "empty_text"))
-        shown = pa.array([item for parts in self.manifest.prompt_images.values() for ids in parts.values() for item in ids])
-        self._latents, masks, self._controls, self._references, shown_rows = latents.rows(
-            table["latents"], masked, pc.list_flatten(table["controls"]), pc.list_flatten(references), shown.cast(pa.string())
+        parts = [ids for each in self.manifest.prompt_images.values() for ids in each.values()]
+        prompt_images = pa.array([item for ids in parts for item in ids], pa.string())
+        self._latents, masks, self._controls, self._references, prompt_image_rows = latents.rows(
+            table["latents"],
+            masked,
+            pc.list_flatten(table["controls"]),
+            pc.list_flatten(references),
+            prompt_images,
         )
         self._texts, named_rows, self._empties = texts.rows(
             pc.list_flatten(table["texts"]), named, empties.filter(pc.not_equal(empties, ""))
         )
         self._first_reference = _starts(references)
-        self._prompt_images = dict(zip(shown.to_pylist(), shown_rows.tolist(), strict=True))
+        self._prompt_images = dict(zip(prompt_images.to_pylist(), prompt_image_rows.tolist(), strict=True))
         self._masks = np.full(len(table), -1, dtype=np.int32)
         self._masks[has_mask.to_numpy()] = masks
         self._first_control, self._first_text = _starts(table["controls"]), _starts(table["texts"])
         self._named = dict(zip(named.to_pylist(), named_rows.tolist(), strict=True))
         missing = {
             "latents": sum(
-                int((rows < 0).sum()) for rows in (self._latents, masks, self._controls, self._references, shown_rows)
+                int((rows < 0).sum()) for rows in (self._latents, masks, self._controls, self._references, prompt_image_rows)
             ),
             "texts": sum(int((rows < 0).sum()) for rows in (self._texts, named_rows, self._empties)),
         }
@@ -337,9 +342,9 @@ class CacheStore:
                        empties.filter(pc.not_equal(empties, ""))]  # fmt: skip
         else:
             masks = self.table["mask"].filter(pc.not_equal(self.table["mask"], ""))
-            shown = pa.chunked_array([pa.array(list(self._prompt_images), pa.string())])
+            prompt_images = pa.chunked_array([pa.array(list(self._prompt_images), pa.string())])
             references = pc.list_flatten(self._optional("references"))
-            columns = [self.table["latents"], pc.list_flatten(self.table["controls"]), masks, references, shown]
+            columns = [self.table["latents"], pc.list_flatten(self.table["controls"]), masks, references, prompt_images]
         return pc.unique(pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string()))
 
     def length(self, kind: str, item: str) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from ftk import locations
 from ftk.contracts import Role
@@ -19,6 +19,17 @@ from ftk.errors import did_you_mean
 Device = Literal["auto", "cpu", "cuda", "mps"]
 HUB_ID = r"^[A-Za-z0-9][\w.-]*/[\w.-]+$"
 _FILE_SUFFIXES = frozenset({".tar", ".gz", ".tgz", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"})
+
+
+def _compiles(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{value!r} is not a regular expression: {error}") from None
+    return value
+
+
+RegularExpression = Annotated[str, Field(min_length=1), AfterValidator(_compiles)]
 
 
 class Section(BaseModel):
@@ -367,18 +378,9 @@ class LossConfig(Section):
 class ParameterGroupConfig(Section):
     """Trained parameters that are treated otherwise than the rest."""
 
-    match: str = Field(min_length=1, description="a regular expression, searched in parameter names; the first match counts")
+    match: RegularExpression = Field(description="a regular expression, searched in parameter names; the first match counts")
     learning_rate: float | None = Field(default=None, ge=0)
     weight_decay: float | None = Field(default=None, ge=0)
-
-    @field_validator("match")
-    @classmethod
-    def _is_a_regular_expression(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"{value!r} is no regular expression: {error}") from None
-        return value
 
 
 class OptimizerConfig(BaseModel):

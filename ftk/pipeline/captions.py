@@ -116,9 +116,9 @@ def read(location: str, lines: bool = False, fallback: str | None = None) -> tup
     except OSError as error:
         return Problem(reason=RejectReason.CAPTION_MISSING, detail=f"{name} cannot be read: {error.strerror or error}")
     if is_json:
-        found = _from_json(data, name)
-        is_absent = isinstance(found, Problem) and found.reason == RejectReason.CAPTION_MISSING
-        return (fallback,) if is_absent and fallback is not None else found
+        captions = _from_json(data, name)
+        is_absent = isinstance(captions, Problem) and captions.reason == RejectReason.CAPTION_MISSING
+        return (fallback,) if is_absent and fallback is not None else captions
     text = check(data, name)
     if isinstance(text, Problem):
         return text

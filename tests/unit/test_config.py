@@ -143,7 +143,7 @@ def test_batch_sizes_that_do_not_divide_are_refused(tmp_path: Path) -> None:
         ({"schedule": {"name": "piecewise_constant", "rules": "1-2"}}, "`rules` is FACTOR:STEP"),
         ({"schedule": "cosin"}, "'cosine'"),
         ({"validation": {"patience": 3}}, "`patience` has no effect without `share`"),
-        ({"optimizer": {"groups": [{"match": "("}]}}, "is no regular expression"),
+        ({"optimizer": {"groups": [{"match": "("}]}}, "is not a regular expression"),
         ({"memory": {"checkpointing": "some"}}, "`train.memory.checkpointing"),
         ({"ema_decay": 1.0}, "`train.ema_decay`"),
     ],

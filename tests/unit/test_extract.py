@@ -276,7 +276,7 @@ def test_models_of_other_architectures_are_refused(
         ({"form": "gguf"}, "no delivery format 'gguf'"),
         ({"targets": "atention"}, "--targets: qwen-image has no group 'atention'. Did you mean `attention`"),
         ({"targets": "[to_x]"}, "--targets: 'to_x' is the name of no linear layer"),
-        ({"targets": "{regex: '('}"}, "no regular expression"),
+        ({"targets": "{regex: '('}"}, "is not a regular expression"),
         ({"targets": "[to_q"}, "not valid YAML"),
     ],
 )

@@ -4,6 +4,7 @@ An adapter is injected into the denoiser itself, which keeps its class: families
 text encoder that is trained too gets one of its own.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,7 +30,7 @@ class PeftMethodConfig(BaseModel):
     text_encoder: TextEncoderConfig | None = Field(default=None, description="train the text encoders too; {} by defaults")
 
 
-class PeftMethod:
+class PeftMethod(ABC):
     """A method whose adapter PEFT makes: what it says of itself, and `peft_config`, are all that it must add."""
 
     name: str
@@ -42,13 +43,13 @@ class PeftMethod:
         """Why the method cannot carry a layer; None if it can. Linear layers and convolutions, if it does not say otherwise."""
         return targets.linear_or_convolution(layer)
 
+    @abstractmethod
     def peft_config(self, component: TrainedComponent, names: Sequence[str], settings: Any) -> Any:
         """PEFT's settings for the layers called `names`.
 
         Raises:
             ConfigError: they do not fit one of the layers.
         """
-        raise NotImplementedError
 
     def inject(
         self, component: TrainedComponent, peft_config: Any, settings: Any, seed: int

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from ftk.configs.schema import RegularExpression
 from ftk.errors import ConfigError, did_you_mean
 from ftk.methods.base import prefix
 from ftk.models.base import DENOISER, Family, TargetGroup, TrainsEncoders
@@ -23,16 +24,7 @@ class TargetPattern(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    regex: str = Field(min_length=1, description="must match the whole name of a module, from the denoiser's root")
-
-    @field_validator("regex")
-    @classmethod
-    def _is_a_regular_expression(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"{value!r} is no regular expression: {error}") from None
-        return value
+    regex: RegularExpression = Field(description="must match the whole name of a module, from the denoiser's root")
 
 
 def _one_of_three(value: Any) -> Any:
@@ -297,7 +289,7 @@ def check_patterns(patterns: Mapping[str, Any], names: Sequence[str], setting: s
         try:
             re.compile(key)
         except re.error as error:
-            raise ConfigError(f"method.{setting}: {key!r} is no regular expression: {error}") from None
+            raise ConfigError(f"method.{setting}: {key!r} is not a regular expression: {error}") from None
         if not matching({key: None}, names):
             near = _near(key, names)
             raise ConfigError(f"method.{setting}: {key!r} is the end of no targeted layer's name.{near}")

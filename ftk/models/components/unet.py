@@ -238,7 +238,7 @@ def _without_scores() -> AbstractContextManager[Any]:
 
         @staticmethod
         def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-            raise NotImplementedError
+            raise NotImplementedError("only what is saved for a backward pass is counted; none runs")
 
     class Mode(TorchFunctionMode):  # type: ignore[misc]
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
