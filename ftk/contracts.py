@@ -32,8 +32,10 @@ class RejectReason(StrEnum):
     TOO_EXTREME_ASPECT = "too_extreme_aspect"
     MASK_MISSING = "mask_missing"
     MASK_UNREADABLE = "mask_unreadable"
+    MASK_MISMATCHED = "mask_mismatched"
     CONTROL_MISSING = "control_missing"
     CONTROL_UNREADABLE = "control_unreadable"
+    CONTROL_MISMATCHED = "control_mismatched"
     WORKER_CRASHED = "worker_crashed"
     WORKER_TIMED_OUT = "worker_timed_out"
     WORKER_OUT_OF_MEMORY = "worker_out_of_memory"
@@ -93,7 +95,8 @@ class ShardRecord:
 
     A unit of work gives one shard, or several when its partition holds more records than a shard takes: `is_last` says
     which one ends it. `recipe_fingerprint` stands for every setting that shaped it, `contents_fingerprint` for every input
-    byte that went into it. `buckets` maps WIDTHxHEIGHT to samples.
+    byte that went into it. `buckets` maps WIDTHxHEIGHT to samples. `empty_masks` has the image's path for each sample whose
+    mask is black all over.
     """
 
     name: str
@@ -110,6 +113,7 @@ class ShardRecord:
     sha256: str
     table_sha256: str
     rejects: list[Reject] = field(default_factory=list)
+    empty_masks: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +134,7 @@ class PreparedManifest:
     rejects_by_reason: dict[str, int]
     buckets: dict[str, int]
     shards: list[ShardRecord]
+    num_empty_masks: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

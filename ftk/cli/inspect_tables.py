@@ -107,6 +107,7 @@ def _totals(summary: "PreparedSummary") -> Any:
         "copied": f"{summary.num_copied:,} as they were",
         "flipped": f"{summary.num_flipped:,}",
         "masks, controls": f"{summary.num_masks:,}, {summary.num_controls:,}",
+        "empty masks": f"{summary.num_empty_masks:,} black all over",
         "long captions": f"{summary.num_long_captions:,}",
         "duplicates": f"{summary.num_duplicates:,} equal, {summary.num_near_duplicates:,} look alike",
     }

@@ -45,6 +45,8 @@ _PROFILED_AS = {
 _MODES = frozenset({*_PROFILED_AS, "HSV", "LAB", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"})
 _WITHOUT_PREMULTIPLICATION = {"RGBa": "RGBA", "La": "LA"}
 _STRIP_PIXELS = 1 << 22
+# Levels of 255 by which a lossy format may change a single colour.
+_FLAT_COLOUR = 8
 # Pillow's decoders raise all of these on damaged files.
 _DECODER_FAULTS: tuple[type[Exception], ...] = (
     *(OSError, ValueError, SyntaxError, EOFError, LookupError, BufferError, struct.error, zlib.error),
@@ -66,7 +68,7 @@ class Opened:
     """An image file whose header was read.
 
     `width` and `height` are those of the upright picture; `orientation` (1 to 8, as in EXIF) is what the decoded pixels
-    still need to become it.
+    still need to become it. `tagged_orientation` is what the file itself says: some decoders turn their pixels.
     """
 
     data: bytes
@@ -74,6 +76,7 @@ class Opened:
     orientation: int
     width: int
     height: int
+    tagged_orientation: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,17 +102,29 @@ def open_image(data: bytes) -> Opened:
             Image.MAX_IMAGE_PIXELS = None
             image = _open(data)
             _mend_transparency(image, data)
-            orientation = _orientation(image, data)
+            tagged_orientation = _tagged_orientation(image, data)
     except Unfit:
         size = 8 + int.from_bytes(data[4:8], "little")
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) < size:
             # The decoder of WebP says of a cut file no more than that it will not have it.
             raise Unfit(RejectReason.TRUNCATED, f"truncated: {len(data)} of {size} bytes") from None
         raise
-    width, height = image.size
-    if orientation in SWAPPING_ORIENTATIONS:
-        width, height = height, width
-    return Opened(data=data, image=image, orientation=orientation, width=width, height=height)
+    # Pillow turns a TIFF while it loads, alone of all, and gives its turned size from the start.
+    orientation = 1 if image.format == "TIFF" else tagged_orientation
+    width, height = swapped(image.size) if orientation in SWAPPING_ORIENTATIONS else image.size
+    return Opened(
+        data=data,
+        image=image,
+        orientation=orientation,
+        width=width,
+        height=height,
+        tagged_orientation=tagged_orientation,
+    )
+
+
+def swapped(size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of a picture turned by a quarter."""
+    return size[1], size[0]
 
 
 def is_animated(opened: Opened) -> bool:
@@ -147,17 +162,48 @@ def decode(opened: Opened, background: tuple[int, int, int], *, max_pixels: int,
     return _in_srgb(pixels) if to_srgb else pixels
 
 
-def decode_mask(opened: Opened, *, max_pixels: int) -> Pixels:
-    """The luma of the first frame, alpha and profile ignored: a mask's values are data, not colours."""
+def decode_mask(opened: Opened, *, max_pixels: int) -> tuple[Pixels, bool]:
+    """The first frame as a mask, and whether that is its alpha channel. Profiles are ignored: a mask's values are data.
+
+    The mask is the alpha channel where that alone has a shape: everything visible has one colour. Otherwise it is the luma,
+    and alpha is ignored.
+    """
     image = _loaded(opened, max_pixels)
-    if image.mode.startswith(("I", "F")):
+    alpha = _drawn_in_alpha(image)
+    if alpha is not None:
+        array = alpha
+    elif image.mode.startswith(("I", "F")):
         array = _deep_gray(image)
     elif image.mode in ("1", "L"):
         array = _by_strips(image, 1, lambda strip: strip.convert("L"))
     else:
         array = _by_strips(image, 1, lambda strip: _plain_rgb(strip).convert("L"))
     image.close()
-    return Pixels(array_HWC=array, profile=None)
+    return Pixels(array_HWC=array, profile=None), alpha is not None
+
+
+def _drawn_in_alpha(image: Image.Image) -> np.ndarray | None:
+    """The alpha channel of a picture whose visible pixels all have one colour; None of any other, or if alpha is constant."""
+    if image.mode.startswith(("I", "F")):
+        opaque = _deep_opacity(image)
+        if opaque is None or opaque.all() or not opaque.any() or np.ptp(_deep_gray(image)[opaque]) > _FLAT_COLOUR:
+            return None
+        return np.where(opaque, 255, 0).astype(np.uint8)[:, :, None]
+    if not _is_transparent(image):
+        return None
+    lowest, highest = np.full(3, 255, np.uint8), np.zeros(3, np.uint8)
+
+    def alpha_of(strip: Image.Image) -> Image.Image:
+        rgba = np.asarray(strip.convert(_WITHOUT_PREMULTIPLICATION.get(strip.mode, strip.mode)).convert("RGBA"))
+        visible = rgba[rgba[..., 3] > 0, :3]
+        if len(visible):
+            np.minimum(lowest, visible.min(axis=0), out=lowest)
+            np.maximum(highest, visible.max(axis=0), out=highest)
+        return Image.fromarray(np.ascontiguousarray(rgba[..., 3]))
+
+    alpha = _by_strips(image, 1, alpha_of)
+    is_flat = (highest.astype(int) - lowest <= _FLAT_COLOUR).all()
+    return alpha if is_flat and alpha.min() < alpha.max() else None
 
 
 def upright(image: Image.Image, orientation: int) -> Image.Image:
@@ -250,9 +296,7 @@ def _mend_transparency(image: Image.Image, data: bytes) -> None:
         image.info["transparency"] = transparent * (255 // ((1 << bits) - 1))
 
 
-def _orientation(image: Image.Image, data: bytes) -> int:
-    if image.format == "TIFF":
-        return 1  # Pillow turns a TIFF while it loads, alone of all, and gives its turned size from the start
+def _tagged_orientation(image: Image.Image, data: bytes) -> int:
     header = _png_without_pixels(data) if image.format == "PNG" else None
     try:
         described = Image.open(io.BytesIO(header)) if header else image

@@ -9,8 +9,9 @@ Never imports torch.
 import contextlib
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from ftk import storage
@@ -27,6 +28,13 @@ from ftk.pipeline.sources.base import Blob
 
 IMAGES_VERSION = 2
 """Raised whenever equal inputs and recipe would give other pixels; part of every fingerprint."""
+CHECKS_VERSION = 1
+"""Raised whenever an input that was a sample would be a reject, or the reverse: part of each shard's fingerprint, but of no
+image's name, so that samples which stay the same need not be encoded again."""
+_FAINT = 8
+"""A mask whose levels, of 255, all lie below this is black: lossy formats and filters leave so much of a shape elsewhere."""
+_SHAPE_TOLERANCE = 0.01
+"""By how much the aspect ratio of a mask or control image may differ from its image's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +83,8 @@ class Variant:
     """One sample of an image, encoded: `data` is a file of the kind that `suffix` (png, jpg, webp) says.
 
     `flipped`: mirrored after the crop. `copied`: the source's own bytes. Mask (8-bit gray) and controls (RGB) have the same
-    size and are PNG files; `mask_id` is empty when there is no mask. References (RGB, PNG) have sizes of their own.
+    size and are PNG files; `mask_id` is empty when there is no mask, and `has_empty_mask` says that it is black all over.
+    References (RGB, PNG) have sizes of their own.
     """
 
     placement: Placement
@@ -86,6 +95,7 @@ class Variant:
     copied: bool
     mask: bytes | None
     mask_id: str
+    has_empty_mask: bool
     controls: tuple[bytes, ...]
     control_ids: tuple[str, ...]
     references: tuple[bytes, ...]
@@ -138,12 +148,16 @@ class _File:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ResizedFile:
-    """A file's image at the size that one placement asks for, before the crop; `width` and `height` as opened."""
+    """A file's image at the size that one placement asks for, before the crop; `width` and `height` as opened.
+
+    `reading` says what of its pixels does not follow from its own bytes and kind alone; empty as a rule.
+    """
 
     file: _File
     width: int
     height: int
     resized: Image.Image
+    reading: tuple[str | int, ...]
 
 
 _MISSING = {
@@ -157,6 +171,7 @@ _UNREADABLE = {
     "control": RejectReason.CONTROL_UNREADABLE,
     "reference": RejectReason.CONTROL_UNREADABLE,
 }
+_MISMATCHED = {"mask": RejectReason.MASK_MISMATCHED, "control": RejectReason.CONTROL_MISMATCHED}
 
 
 def prepare_image(task: ImageTask) -> PreparedImage | ImageProblem:
@@ -228,6 +243,8 @@ def _open_all(files: list[_File], recipe: ImageRecipe) -> list[Opened]:
                 raise file.problem
             opened.append(decode.open_image(file.data))
             _check_header(opened[-1], recipe)
+            if file.kind in _MISMATCHED:
+                opened[-1] = _aligned(opened[0], opened[-1], file.kind)
     shortest = min(opened[0].width, opened[0].height)
     if shortest < recipe.min_size:
         raise Unfit(RejectReason.TOO_SMALL, f"its shorter side, {shortest} px, is below data.min_size {recipe.min_size}")
@@ -242,8 +259,45 @@ def _blaming(file: _File) -> Iterator[None]:
     except Unfit as unfit:
         if file.kind == "image":
             raise
-        reason = unfit.reason if unfit.reason == _MISSING[file.kind] else _UNREADABLE[file.kind]
+        named = (_MISSING[file.kind], _MISMATCHED.get(file.kind))
+        reason = unfit.reason if unfit.reason in named else _UNREADABLE[file.kind]
         raise Unfit(reason, f"{file.kind} {file.name}: {unfit.detail}") from None
+
+
+def _aligned(image: Opened, companion: Opened, kind: str) -> Opened:
+    """A mask or control image as it lies on its image, pixel on pixel.
+
+    It has the upright image's shape, whatever its size. One that has the shape of the image as it is stored was drawn on
+    that, by a program that ignores EXIF: it is turned like the image. Where both fit, as on an almost square image, the
+    nearer one counts, and the upright one if they are equally near.
+    """
+    upright, size = (image.width, image.height), (companion.width, companion.height)
+    stored = decode.swapped(upright)
+    can_turn = image.tagged_orientation in decode.SWAPPING_ORIENTATIONS and companion.tagged_orientation == 1
+    if can_turn and _mismatch(size, stored) < _mismatch(size, upright) and _has_shape(size, stored):
+        width, height = decode.swapped(size)
+        return replace(companion, orientation=image.tagged_orientation, width=width, height=height)
+    if _has_shape(size, upright):
+        return companion
+    as_stored = f" ({stored[0]} x {stored[1]} as stored, turned by its EXIF orientation)" if can_turn else ""
+    references = ". An input image of an edit model may have another shape: name it under `references`"
+    raise Unfit(
+        _MISMATCHED[kind],
+        f"it has {size[0]} x {size[1]} px, and its image {upright[0]} x {upright[1]}{as_stored}: another shape does not lie on "
+        f"the image{references if kind == 'control' else ''}",
+    )
+
+
+def _mismatch(one: tuple[int, int], other: tuple[int, int]) -> int:
+    """0 for two sizes of exactly the same aspect ratio."""
+    return abs(one[0] * other[1] - one[1] * other[0])
+
+
+def _has_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes have one aspect ratio, but for a pixel of rounding in the smaller, or for `_SHAPE_TOLERANCE`."""
+    mismatch = _mismatch(one, other)
+    # Sides of one that were rounded, or both cut off, make the products differ by less than the other's long side.
+    return mismatch <= max(*one, *other) or mismatch <= _SHAPE_TOLERANCE * one[1] * other[0]
 
 
 def _check_header(opened: Opened, recipe: ImageRecipe) -> None:
@@ -316,7 +370,14 @@ def _part(file: _File, picture: Rendering, leader: Placement, recipe: ImageRecip
     own = _placement(file.kind, width, height, leader, recipe)
     with _blaming(file):
         resized = picture.at(own.resize_width, own.resize_height)
-    return _ResizedFile(file=file, width=width, height=height, resized=resized)
+    return _ResizedFile(file=file, width=width, height=height, resized=resized, reading=_reading(picture))
+
+
+def _reading(picture: Rendering) -> tuple[str | int, ...]:
+    opened = picture.opened
+    reading: list[str | int] = ["alpha"] if picture.is_alpha else []
+    is_turned_like_image = opened.orientation != 1 and opened.tagged_orientation == 1
+    return (*reading, "turned", opened.orientation) if is_turned_like_image else tuple(reading)
 
 
 def _variant(parts: list[_ResizedFile], image: Opened, placement: Placement, flipped: bool, recipe: ImageRecipe) -> Variant:
@@ -327,6 +388,7 @@ def _variant(parts: list[_ResizedFile], image: Opened, placement: Placement, fli
     masks, controls, references = (
         [part for part in parts if part.file.kind == kind] for kind in ("mask", "control", "reference")
     )
+    mask = _cut(masks[0], placement, flipped, recipe) if masks else None
     return Variant(
         placement=placement,
         flipped=flipped,
@@ -334,8 +396,9 @@ def _variant(parts: list[_ResizedFile], image: Opened, placement: Placement, fli
         suffix=suffix or encoding.suffix,
         data=data,
         copied=suffix is not None,
-        mask=encode(_cut(masks[0], placement, flipped, recipe), PNG) if masks else None,
+        mask=encode(mask, PNG) if mask else None,
         mask_id=_part_id(masks[0], placement, flipped, "png", recipe) if masks else "",
+        has_empty_mask=mask is not None and bool(np.asarray(mask).max() < _FAINT),
         controls=tuple(encode(_cut(part, placement, flipped, recipe), PNG) for part in controls),
         control_ids=tuple(_part_id(part, placement, flipped, "png", recipe) for part in controls),
         references=tuple(encode(_cut(part, placement, flipped, recipe), PNG) for part in references),
@@ -366,16 +429,13 @@ def _cut(part: _ResizedFile, placement: Placement, flipped: bool, recipe: ImageR
 
 
 def _part_id(part: _ResizedFile, placement: Placement, flipped: bool, stored: str, recipe: ImageRecipe) -> str:
-    own = _placement(part.file.kind, part.width, part.height, placement, recipe)
-    return image_id(part.file.kind, part.file.sha256, own, flipped=flipped, stored=stored, recipe=recipe)
-
-
-def image_id(kind: str, content_sha256: str, placement: Placement, *, flipped: bool, stored: str, recipe: ImageRecipe) -> str:
-    """Names the pixels of a sample's image, mask, control or reference (`kind`): the file's content and all done to it.
+    """Names the pixels of a sample's image, mask, control or reference: the file's content and all done to it.
 
     `stored` says how they are encoded, so that equal names mean equal bytes too.
     """
-    geometry = [getattr(placement, name) for name in Placement.__slots__]
+    own = _placement(part.file.kind, part.width, part.height, placement, recipe)
+    geometry = [getattr(own, name) for name in Placement.__slots__]
     # Nothing is laid under a mask, and it is always averaged as stored.
-    colours = [] if kind == "mask" else [list(recipe.background), recipe.resize]
-    return storage.digest([IMAGES_VERSION, kind, content_sha256, geometry, flipped, stored, colours])
+    colours = [] if part.file.kind == "mask" else [list(recipe.background), recipe.resize]
+    named = [IMAGES_VERSION, part.file.kind, part.file.sha256, geometry, flipped, stored, colours]
+    return storage.digest([*named, *part.reading])

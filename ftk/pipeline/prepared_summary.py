@@ -84,7 +84,8 @@ class PreparedSummary:
 
     `crop_loss`: the share of a resized image's pixels that its crop leaves out. `num_duplicates` counts samples whose file
     equals an earlier one, `num_near_duplicates` those that look like one; `duplicates` are the first of both, where `bits`
-    is -1 for equal files. `num_controls` counts samples that have control images.
+    is -1 for equal files. `num_controls` counts samples that have control images, `num_empty_masks` those whose mask is
+    black all over.
     """
 
     directory: str
@@ -98,6 +99,7 @@ class PreparedSummary:
     num_copied: int
     num_flipped: int
     num_masks: int
+    num_empty_masks: int
     num_controls: int
     num_long_captions: int
     num_duplicates: int
@@ -223,7 +225,7 @@ def summary(dataset: PreparedDataset, scan: Scan, pairs: list[dict[str, Any]]) -
     manifest = dataset.manifest
     losses = 1 - scan.kept_pixels.joined() / scan.resized_pixels.joined()
     megapixels = scan.widths.joined().astype(np.float64) * scan.heights.joined() / 1e6
-    same = ("fingerprint", "num_inputs", "num_samples", "num_rejects", "num_upscaled", "num_copied")
+    same = ("fingerprint", "num_inputs", "num_samples", "num_rejects", "num_upscaled", "num_copied", "num_empty_masks")
     return PreparedSummary(
         directory=str(dataset.directory),
         **{name: getattr(manifest, name) for name in same},

@@ -26,6 +26,8 @@ class Rendering:
         max_pixels: int,
     ) -> None:
         self.opened = opened
+        self.is_alpha = False
+        """Of a mask whose pixels were decoded: whether it is the alpha channel of its file."""
         self._is_mask = is_mask
         self._background = background
         self._linear = linear
@@ -70,7 +72,8 @@ class Rendering:
 
     def _decode(self) -> Pixels:
         if self._is_mask:
-            return decode.decode_mask(self.opened, max_pixels=self._max_pixels)
+            pixels, self.is_alpha = decode.decode_mask(self.opened, max_pixels=self._max_pixels)
+            return pixels
         return decode.decode(self.opened, self._background, max_pixels=self._max_pixels, to_srgb=self._linear)
 
 

@@ -197,6 +197,7 @@ class _Shard:
         self.rows: list[SampleRow] = []
         self.rejects: list[Reject] = []
         self.lines: list[list[Any]] = []
+        self.empty_masks: list[str] = []
         self.num_upscaled = 0
 
     def add(self, tar: dataset.TarWriter, item: Record | Reject, result: Any) -> None:
@@ -212,6 +213,7 @@ class _Shard:
             for row, variant in _rows(self, item, result):
                 _add_to_tar(tar, row, variant)
                 self.rows.append(row)
+                self.empty_masks += [source_units.printable(item)] if variant.has_empty_mask else []
                 self.num_upscaled += variant.placement.upscales(result.width, result.height)
 
     def record(self, is_last: bool) -> ShardRecord:
@@ -232,6 +234,7 @@ class _Shard:
             sha256=storage.sha256_file(tar),
             table_sha256=storage.sha256_file(table),
             rejects=self.rejects,
+            empty_masks=self.empty_masks,
         )
 
 

@@ -11,7 +11,7 @@ from ftk.configs.schema import DataConfig, SourceConfig
 from ftk.contracts import PREPARED_SCHEMA, Reject, RejectReason
 from ftk.errors import SourceError
 from ftk.pipeline.captions import CAPTIONS_VERSION
-from ftk.pipeline.images import IMAGES_VERSION, ImageRecipe
+from ftk.pipeline.images import CHECKS_VERSION, IMAGES_VERSION, ImageRecipe
 from ftk.pipeline.sources import base as sources
 from ftk.pipeline.sources.base import Partition, Record
 from ftk.progress import track
@@ -58,7 +58,7 @@ class SourceUnit:
         if self.source.references:
             assert recipe.references is not None
             parts.append([len(self.source.references), asdict(recipe.references)])
-        return storage.digest([PREPARED_SCHEMA, IMAGES_VERSION, CAPTIONS_VERSION, *parts])
+        return storage.digest([PREPARED_SCHEMA, IMAGES_VERSION, CHECKS_VERSION, CAPTIONS_VERSION, *parts])
 
 
 def units(data: DataConfig, duplicates: dict[int, Duplicates]) -> Iterator[SourceUnit]:
@@ -106,9 +106,13 @@ def records(unit: SourceUnit) -> Iterator[Record | Reject]:
 
 
 def reject(unit: SourceUnit, record: Record, reason: RejectReason, detail: str) -> Reject:
-    """A record that gives no sample. Names may hold bytes that are no UTF-8; tables may not."""
-    path = record.identity.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return Reject(source=unit.source.source_name, path=path, reason=reason, detail=detail)
+    """A record that gives no sample."""
+    return Reject(source=unit.source.source_name, path=printable(record), reason=reason, detail=detail)
+
+
+def printable(record: Record) -> str:
+    """A record's name for tables: it may hold bytes that are no UTF-8, and they may not."""
+    return record.identity.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def find_duplicates(data: DataConfig) -> dict[int, Duplicates]:

@@ -1,5 +1,6 @@
 """`ftk prepare`: sources in, tar shards and tables out. Plan, make the shards that are not there, seal."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from ftk.pipeline.shard_writer import Made, PrepareJob
 from ftk.progress import ProgressBar, track
 from ftk.run import Run
 
+LOGGER = logging.getLogger("ftk")
 _GIB = 1 << 30
 _UNITS_AT_ONCE = 64
 # Measured on photographs of one megapixel; only for the estimate of a dry run.
@@ -50,6 +52,7 @@ class PrepareReport:
     num_long_captions: int
     num_duplicates: int
     num_near_duplicates: int
+    num_empty_masks: int
     buckets: dict[str, int]
     directory: str
     rejects: list[dict[str, str]]
@@ -81,6 +84,7 @@ def run(run: Run, part: JobPart = WHOLE) -> PrepareReport:
             return _report_of_part(job.directory, made, len(planned.made) - len(made))
         manifest = _seal(job, config, [shard for unit in made for shard in unit.shards])
     report = report_of(job.directory, manifest, sum(unit.num_reused for unit in made))
+    _warn_of_empty_masks(manifest, config)
     check_rejects(report, config.data)
     return report
 
@@ -281,6 +285,7 @@ def _seal(job: PrepareJob, config: RunConfig, made: list[ShardRecord]) -> Prepar
         num_long_captions=sum(shard.num_long_captions for shard in made),
         num_duplicates=int(pc.sum(pc.less(equal["bits"], 0)).as_py() or 0),
         num_near_duplicates=int(pc.sum(pc.greater_equal(equal["bits"], 0)).as_py() or 0),
+        num_empty_masks=sum(len(shard.empty_masks) for shard in made),
         rejects_by_reason=dict(sorted(Counter(reject.reason.value for reject in rejects).items())),
         buckets=dict(sorted(buckets.items())),
         shards=made,
@@ -301,6 +306,21 @@ def _columns(directory: Path, made: Sequence[ShardRecord]) -> pa.Table:
     schema = pa.schema([dataset.SAMPLE_SCHEMA.field(name) for name in columns])
     tables = [storage.read_table(shard_writer.shard_files(directory, shard.name)[1], columns) for shard in made]
     return pa.concat_tables([schema.empty_table(), *tables])
+
+
+def _warn_of_empty_masks(manifest: PreparedManifest, config: RunConfig) -> None:
+    """Name the samples of which a run that trains the masked part alone would learn nothing."""
+    if not manifest.num_empty_masks or config.train.loss.unmasked_weight:
+        return
+    names = list(dict.fromkeys(name for shard in manifest.shards for name in shard.empty_masks))
+    more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+    LOGGER.warning(
+        "%d samples have a mask that is black all over where the image is used, so train.loss.unmasked_weight 0 leaves nothing "
+        "to train: %s%s. Correct their masks, or remove the images from the source.",
+        manifest.num_empty_masks,
+        ", ".join(names[:10]),
+        more,
+    )
 
 
 def check_rejects(report: PrepareReport, data: DataConfig) -> None:
@@ -356,6 +376,7 @@ def _report_of_part(directory: Path, made: Sequence[Made], num_missing: int) -> 
         num_long_captions=sum(shard.num_long_captions for shard in there),
         num_duplicates=0,
         num_near_duplicates=0,
+        num_empty_masks=sum(len(shard.empty_masks) for shard in there),
         buckets=dict(sorted(buckets.items())),
         directory=str(directory),
         rejects=[_plain(reject) for reject in rejects],

@@ -1,11 +1,13 @@
 """Wrong things, as a new user would do them: a clear message, the right exit code, and nothing lost."""
 
 import json
+import re
 import shutil
 import struct
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ftk.models import base as models
 
@@ -53,6 +55,27 @@ def test_a_truncated_jpeg_is_rejected_with_its_reason(ftk, workspace, tmp_path):
     assert report["rejects_by_reason"] == {"truncated": 1}
     assert report["rejects"][0]["path"] == jpeg.name
     assert report["num_samples"] == 11
+
+
+def test_masks_that_leave_nothing_to_train_are_named_and_counted(ftk, workspace, tmp_path):
+    sources = [{"path": str(tmp_path / "pictures"), "masks": str(tmp_path / "masks")}]
+    (tmp_path / "masks").mkdir()
+    images = images_in(tmp_path / "pictures")
+    for number, path in enumerate(images):
+        with Image.open(path) as image:
+            Image.new("L", image.size, 0 if number < 2 else 255).save(tmp_path / "masks" / f"{path.stem}.png")
+    run_file = workspace(data={"sources": sources, "resolutions": [64, 96]})
+    prepared = ftk("prepare", run_file, "--json")
+    assert json.loads(prepared.out)["num_empty_masks"] == 4
+    said = " ".join(prepared.err.split())
+    assert "4 samples have a mask that is black all over" in said
+    assert f"leaves nothing to train: {images[0].name}, {images[1].name}. Correct" in said
+    # Also when every shard stands as it is; and not where the rest of the picture is trained.
+    assert "leaves nothing to train" in ftk("prepare", run_file).err
+    assert "leaves nothing to train" not in ftk("prepare", run_file, "--set", "train.loss.unmasked_weight=0.1").err
+    shown = ftk("inspect", tmp_path / "work")
+    assert re.search(r"empty masks +4 black all over", shown.out)
+    assert json.loads(ftk("inspect", tmp_path / "work", "--json").out)["num_empty_masks"] == 4
 
 
 def test_too_many_rejects_exit_3_and_what_was_good_is_kept(ftk, workspace, tmp_path):

@@ -64,9 +64,12 @@ class Drawer:
 
     def __init__(self, pictures: Path) -> None:
         self._pictures = itertools.cycle(sorted(path for path in pictures.iterdir() if path.suffix != ".txt"))
+        self._sizes: dict[str, tuple[int, int]] = {}
 
-    def draw(self, suffix: str, note: str = "") -> bytes:
+    def draw(self, suffix: str, note: str = "", stem: str = "") -> bytes:
+        """A picture; those of one stem have one shape, as an image and its masks and control images have."""
         image = Image.open(next(self._pictures)).convert("RGB")
+        image = image.resize(self._sizes.setdefault(stem, image.size)) if stem else image
         if size := re.match(r"(\d+) x (\d+)", note):
             image = image.resize((int(size[1]), int(size[2])))
         options = {}
@@ -102,7 +105,7 @@ def _files(section: str, drawer: Drawer) -> Files:
         if note.startswith("= "):
             data = files[str(PurePosixPath(path).with_name(note[2:]))]
         elif suffix in IMAGE_SUFFIXES:
-            data = drawer.draw(suffix, note)
+            data = drawer.draw(suffix, note, PurePosixPath(path).name.partition(".")[0])
         elif suffix == ".parquet":
             continue
         else:

@@ -449,6 +449,69 @@ def test_a_masks_values_are_data(encoded: Encoded) -> None:
     assert np.array_equal(_pixels(encoded(hard, "PNG"), is_mask=True), 255 * (values > 99))
 
 
+def _shape() -> Image.Image:
+    return Image.linear_gradient("L").resize((64, 64))
+
+
+@pytest.mark.parametrize("colour", ["white", "black", (200, 30, 30)])
+@pytest.mark.parametrize(
+    ("mode", "image_format", "options"),
+    [
+        ("RGBA", "PNG", {}),
+        ("RGBA", "TIFF", {}),
+        ("RGBA", "WEBP", {"lossless": True, "exact": True}),
+        ("LA", "PNG", {}),
+        ("P", "PNG", {"transparency": bytes(range(256))}),
+    ],
+)
+def test_a_mask_whose_shape_is_in_its_alpha_channel_alone_is_that(
+    encoded: Encoded, colour: Any, mode: str, image_format: str, options: dict[str, Any]
+) -> None:
+    image = Image.new("RGBA", (64, 64), colour)
+    flat = image.getpixel((0, 0))
+    image.putalpha(_shape())
+    image = image if mode == "P" else image.convert(mode)
+    if mode == "P":
+        # A palette of one colour, in 256 opacities.
+        image = _shape().copy()
+        image.putpalette([*flat[:3]] * 256)
+    assert np.array_equal(_pixels(encoded(image, image_format, **options), is_mask=True), np.asarray(_shape()))
+
+
+def test_what_is_invisible_has_no_colour(encoded: Encoded) -> None:
+    # A soft white brush on an empty canvas, as painting programs store it: black where nothing was painted.
+    alpha = np.asarray(_shape())
+    pixels = np.where(alpha[..., None] > 0, [255, 255, 255, 0], [0, 0, 0, 0]).astype(np.uint8)
+    pixels[..., 3] = alpha
+    assert np.array_equal(_pixels(encoded(Image.fromarray(pixels), "PNG"), is_mask=True), alpha)
+    lossy = _pixels(encoded(Image.fromarray(pixels), "WEBP", quality=60), is_mask=True)
+    assert np.abs(lossy - alpha.astype(int)).mean() < 4
+
+
+def test_a_mask_that_is_drawn_in_its_colours_ignores_alpha(encoded: Encoded) -> None:
+    halves = Image.new("L", (64, 64))
+    halves.paste(255, (0, 0, 32, 64))
+    for alpha in (_shape(), Image.new("L", (64, 64), 0), Image.new("L", (64, 64), 90), Image.new("L", (64, 64), 255)):
+        data = encoded(Image.merge("LA", (halves, alpha)), "PNG")
+        assert np.array_equal(_pixels(data, is_mask=True), np.asarray(halves))
+    # Neither has a shape: an opaque colour is what it is.
+    for level in (0, 255):
+        flat = Image.new("LA", (64, 64), (level, 255))
+        assert (_pixels(encoded(flat, "PNG"), is_mask=True) == level).all()
+
+
+def test_a_transparent_colour_can_draw_a_mask_too(encoded: Encoded) -> None:
+    halves = Image.new("L", (64, 64))
+    halves.paste(1, (0, 0, 32, 64))
+    expected = np.asarray(halves) * 255
+    assert np.array_equal(_pixels(encoded(halves, "PNG", transparency=0), is_mask=True), expected)
+    deep = np.asarray(halves).astype(">u2")
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in deep))
+    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 64, 16, 0, 0, 0, 0))
+    data = decode.PNG_SIGNATURE + header + _chunk(b"tRNS", b"\0\0") + _chunk(b"IDAT", rows) + _chunk(b"IEND", b"")
+    assert np.array_equal(_pixels(data, is_mask=True), expected)
+
+
 def test_a_larger_image_inside_a_container_is_a_bomb() -> None:
     inside = _png(3000, 3000, b"\0" * 9000)
     icon = b"icns" + struct.pack(">I", len(inside) + 16) + b"ic07" + struct.pack(">I", len(inside) + 8) + inside

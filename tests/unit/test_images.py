@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageDraw
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 
 from ftk.contracts import RejectReason
 from ftk.errors import EnvironmentFault
@@ -333,6 +333,120 @@ def test_a_mask_of_another_size_covers_the_same_part(encoded: Encoded) -> None:
     image, mask, control = _array(variant.data)[:, :, 0], _array(variant.mask, "L"), _array(variant.controls[0])[:, :, 0]
     assert np.abs((image > 127).sum(1) - (mask > 127).sum(1)).max() <= 2
     assert np.abs((image > 127).sum(1) - (control > 127).sum(1)).max() <= 1
+
+
+@pytest.mark.parametrize("role", ["mask", "control"])
+@pytest.mark.parametrize(
+    ("image_size", "size"),
+    [((256, 256), (512, 128)), ((256, 128), (128, 256)), ((256, 128), (250, 128)), ((300, 200), (300, 206))],
+)
+def test_a_mask_or_control_of_another_shape_is_rejected(
+    noise_image: Noise, encoded: Encoded, role: str, image_size: tuple[int, int], size: tuple[int, int]
+) -> None:
+    part = encoded(noise_image(*size), "PNG")
+    more: dict[str, Any] = {"mask": part} if role == "mask" else {"controls": (part,)}
+    problem = _bad_by_header(encoded(noise_image(*image_size), "PNG"), **more)
+    assert problem.reason == (RejectReason.MASK_MISMATCHED if role == "mask" else RejectReason.CONTROL_MISMATCHED)
+    assert f"{size[0]} x {size[1]}" in problem.detail
+    assert f"{image_size[0]} x {image_size[1]}" in problem.detail
+
+
+@pytest.mark.parametrize(
+    "size",
+    [(1000, 667), (999, 667), (1000, 664), (500, 334), (500, 333), (2000, 1333), (30, 20), (31, 20), (63, 42), (4000, 2668)],
+)
+def test_a_mask_that_was_scaled_and_rounded_fits(noise_image: Noise, encoded: Encoded, size: tuple[int, int]) -> None:
+    recipe = replace(RECIPE, max_pixels=20_000_000)
+    mask = Image.new("L", size)
+    mask.paste(255, (0, 0, size[0] // 2, size[1]))
+    variant = _good(encoded(noise_image(1000, 667), "PNG"), recipe, mask=encoded(mask, "PNG")).variants[0]
+    width = variant.placement.bucket_width
+    assert np.abs((_array(variant.mask, "L") > 127).sum(1) - width / 2).max() <= 1
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+@pytest.mark.parametrize("scale", [1, 0.5])
+def test_a_mask_drawn_on_the_stored_pixels_is_turned_like_them(
+    noise_image: Noise, encoded: Encoded, image_format: str, orientation: int, scale: float
+) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image = encoded(noise_image(256, 128), image_format, exif=exif)
+    stored = Image.new("L", (round(256 * scale), round(128 * scale)))
+    stored.paste(255, (0, 0, stored.width // 4, stored.height // 2))
+    tagged = encoded(stored, "PNG", exif=exif)
+    with Image.open(io.BytesIO(tagged)) as mask:
+        upright = ImageOps.exif_transpose(mask)
+    assert upright.size == (stored.height, stored.width)
+    recipe = replace(RECIPE, sizes=(((64, 128),),))
+    masks = (encoded(stored, "PNG"), encoded(upright, "PNG"), tagged)
+    variants = [_good(image, recipe, mask=mask).variants[0] for mask in masks]
+    expected = np.asarray(upright.resize((64, 128), Image.Resampling.LANCZOS)).astype(int)
+    for variant in variants:
+        assert np.abs(_array(variant.mask, "L") - expected).max() <= 6
+    control = _good(image, recipe, controls=(encoded(stored.convert("RGB"), "PNG"),)).variants[0].controls[0]
+    assert np.abs(_array(control)[..., 0] - expected).max() <= 6
+    # The same mask beside an image that needs no turn has other pixels, and so another name.
+    plain = _good(encoded(noise_image(256, 128), "PNG"), replace(RECIPE, sizes=(((64, 128),),)), mask=encoded(stored, "PNG"))
+    assert plain.variants[0].mask_id != variants[0].mask_id
+
+
+@pytest.mark.parametrize(
+    ("size", "is_turned"), [((101, 100), True), ((100, 101), False), ((100, 100), False), ((202, 200), True)]
+)
+def test_beside_an_almost_square_image_the_exact_numbers_decide(
+    noise_image: Noise, encoded: Encoded, size: tuple[int, int], is_turned: bool
+) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    mask = Image.new("L", size)
+    mask.paste(255, (0, 0, size[0], size[1] // 2))
+    upper = _array(
+        _good(encoded(noise_image(101, 100), "JPEG", exif=exif), SQUARE, mask=encoded(mask, "PNG")).variants[0].mask, "L"
+    )
+    # Turned by 90 degrees, the upper half of the stored pixels is the right one.
+    assert (upper[5, 5] < 10) == is_turned
+    assert (upper[5, 58], upper[58, 5]) == (255, 0)
+
+
+def test_a_mask_with_an_orientation_of_its_own_follows_that_alone(noise_image: Noise, encoded: Encoded) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    turned, sideways = (encoded(noise_image(128, 64), "PNG", exif=tag) for tag in (exif, None))
+    assert _bad_by_header(sideways, mask=turned).reason == RejectReason.MASK_MISMATCHED
+    # Its tag says that it is upright as (128, 64): not what its image is.
+    assert _bad_by_header(turned, mask=encoded(noise_image(64, 128), "PNG", exif=exif)).reason == RejectReason.MASK_MISMATCHED
+
+
+def test_a_mask_that_is_black_where_the_image_is_used_is_known(noise_image: Noise, encoded: Encoded) -> None:
+    def is_empty(mask: Image.Image, size: tuple[int, int] = (64, 64)) -> bool:
+        return _good(encoded(noise_image(*size), "PNG"), SQUARE, mask=encoded(mask, "PNG")).variants[0].has_empty_mask
+
+    # The centre of 192 is used: a white shape beside it does not count, nor what the filter lets in of it.
+    beside = Image.new("L", (384, 128))
+    beside.paste(255, (0, 0, 126, 128))
+    assert is_empty(beside, (192, 64))
+    beside.putpixel((200, 60), 255)
+    assert not is_empty(beside, (192, 64))
+    assert is_empty(Image.new("L", (64, 64)))
+    assert is_empty(Image.new("RGBA", (64, 64)))
+    assert is_empty(Image.new("L", (64, 64), 1)), "labels of 0 and 1 are black"
+    assert not is_empty(Image.new("L", (64, 64), 255))
+    assert not _good(encoded(noise_image(64, 64), "PNG")).variants[0].has_empty_mask
+
+
+def test_a_mask_in_the_alpha_channel_has_a_name_of_its_own(noise_image: Noise, encoded: Encoded) -> None:
+    shape = Image.new("L", (128, 128))
+    shape.paste(255, (0, 0, 64, 128))
+    mask = Image.new("RGBA", shape.size, "black")
+    mask.putalpha(shape)
+    image = encoded(noise_image(64, 64), "PNG")
+    variant = _good(image, SQUARE, mask=encoded(mask, "PNG"), controls=(encoded(mask, "PNG"),)).variants[0]
+    assert np.array_equal(
+        _array(variant.mask, "L"), _array(_good(image, SQUARE, mask=encoded(shape, "PNG")).variants[0].mask, "L")
+    )
+    assert (_array(variant.controls[0])[:, 40:] == 255).all(), "a control image is a picture: transparency shows the background"
 
 
 def test_a_mask_is_antialiased(encoded: Encoded) -> None:

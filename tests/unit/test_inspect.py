@@ -56,12 +56,12 @@ def test_totals_are_those_of_manifest_and_rows(tmp_path, written_dataset):
             [sample("c", num_controls=2, control_ids=["x", "y"]), sample("d", flipped=True, num_controls=1, control_ids=["x"])],
         ],
         [reject("z.png")],
-        num_upscaled=3, num_copied=1, num_long_captions=2,
+        num_upscaled=3, num_copied=1, num_long_captions=2, num_empty_masks=1,
     )  # fmt: skip
     summary = prepared_summary.summarise(prepared)
     assert (summary.num_inputs, summary.num_samples, summary.num_rejects, summary.num_shards) == (5, 4, 1, 2)
     assert (summary.num_upscaled, summary.num_copied, summary.num_long_captions) == (3, 1, 2)
-    assert (summary.num_flipped, summary.num_masks, summary.num_controls) == (2, 1, 2)
+    assert (summary.num_flipped, summary.num_masks, summary.num_empty_masks, summary.num_controls) == (2, 1, 1, 2)
     assert summary.num_bytes == sum(path.stat().st_size for path in (tmp_path / "shards").glob("*.tar"))
     assert (summary.directory, summary.fingerprint) == (str(tmp_path), "abc")
 
