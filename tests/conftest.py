@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -23,6 +24,15 @@ from ftk.pipeline.dataset import PreparedDataset
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tiny tensors: on a busy machine OpenMP threads wait for each other a thousand times longer than they work.
 os.environ["OMP_NUM_THREADS"] = "1"
+# The same examples in every run, and no time limit for one: a red test is red for everybody, and a slow machine is no fault.
+hypothesis.settings.register_profile(
+    "ftk",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("ftk")
 
 
 @pytest.hookimpl(optionalhook=True)

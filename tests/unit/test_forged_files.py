@@ -5,7 +5,7 @@ Each file is whole by its own digest: only whoever wrote it meant harm, or a fau
 
 import copy
 import json
-import random
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import blake3
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ftk import storage
@@ -47,6 +49,11 @@ NAMES: list[Any] = [
     *("~", "file:///etc", "s3://bucket/x", "%2e%2e", 5, None, True, [], {}),
 ]
 FUZZED = 300
+VALUES = st.recursive(
+    st.sampled_from(NAMES) | st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
 
 
 def test_plain_names_are_those_that_lead_nowhere():
@@ -56,6 +63,16 @@ def test_plain_names_are_those_that_lead_nowhere():
             storage.plain_name(name)
     for name in ("0a1b2c", "diffusion_pytorch_model-00001-of-00002.safetensors", "adapter-00000-001.safetensors", "a..b", "-"):
         assert storage.plain_name(name) == name
+
+
+@given(st.text() | st.text(alphabet="./\\:~-_ab"))
+@settings(max_examples=1000)
+def test_a_plain_name_is_a_direct_child_of_its_folder(name: str) -> None:
+    if storage.is_plain_name(name):
+        folder = Path("/some/folder")
+        path = Path(os.path.normpath(folder / name))
+        assert (path.parent, path.name) == (folder, name)
+        assert not name.startswith(storage.TEMPORARY_PREFIX)
 
 
 @pytest.fixture
@@ -157,25 +174,29 @@ def _paths(tree: Any, before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
         yield from _paths(value, (*before, key))
 
 
-def _fuzzed(tree: Any, draw: random.Random) -> Any:
+def _fuzzed(tree: Any, data: st.DataObject) -> Any:
     """The tree with one value in it replaced, or one key taken out."""
     tree = copy.deepcopy(tree)
-    *above, last = draw.choice([path for path in _paths(tree) if path])
+    *above, last = data.draw(st.sampled_from([path for path in _paths(tree) if path]))
     parent = tree
     for key in above:
         parent = parent[key]
-    if draw.random() < 0.2 and isinstance(parent, dict):
+    if isinstance(parent, dict) and data.draw(st.integers(0, 4)) == 0:
         del parent[last]
     else:
-        parent[last] = draw.choice([*NAMES, -1, 10**30, 1.5, float("nan"), ["x"], {"x": "y"}, [[[]]], {"bytes": None}])
+        parent[last] = data.draw(VALUES)
     return tree
 
 
 def test_any_manifest_of_a_cache_is_read_or_refused(forged: Path) -> None:
-    whole, draw = json.loads((forged / view.MANIFEST).read_bytes()), random.Random(0)
+    whole = storage.read_json(forged / view.MANIFEST)
     refused = 0
-    for _ in range(FUZZED):
-        plain = {**_fuzzed(whole, draw), "digest": ""}
+
+    @given(data=st.data())
+    @settings(max_examples=FUZZED)
+    def read_or_refused(data: st.DataObject) -> None:
+        nonlocal refused
+        plain = {**_fuzzed(whole, data), "digest": ""}
         plain["digest"] = blake3.blake3(storage.json_bytes(plain)).hexdigest()
         storage.commit_json(forged / view.MANIFEST, plain)
         for read in (CacheStore.open, lambda path: gc.run(path, remove=False), verify.run):
@@ -183,6 +204,8 @@ def test_any_manifest_of_a_cache_is_read_or_refused(forged: Path) -> None:
                 read(forged)
             except FtkError:
                 refused += 1
+
+    read_or_refused()
     assert refused > FUZZED
 
 
@@ -233,14 +256,20 @@ def test_rows_that_name_what_their_shard_does_not_hold_are_refused(change: dict[
 
 
 def test_any_manifest_of_a_dataset_is_read_or_refused(prepared: Path) -> None:
-    whole, draw = storage.read_json(prepared / dataset.MANIFEST), random.Random(0)
+    whole = storage.read_json(prepared / dataset.MANIFEST)
     refused = 0
-    for _ in range(FUZZED):
-        storage.commit_json(prepared / dataset.MANIFEST, _fuzzed(whole, draw))
+
+    @given(data=st.data())
+    @settings(max_examples=FUZZED)
+    def read_or_refused(data: st.DataObject) -> None:
+        nonlocal refused
+        storage.commit_json(prepared / dataset.MANIFEST, _fuzzed(whole, data))
         try:
             _read_all(prepared)
         except FtkError:
             refused += 1
+
+    read_or_refused()
     assert refused > FUZZED // 4
 
 
