@@ -1,6 +1,8 @@
 """The exceptions that ftk raises on purpose, and the exit code of each.
 
     FtkError                    1   never raised itself
+     ├─ NoProgress              1   a run on several processes ended twice at one step in the same way
+     ├─ ProcessFailed           -   another process of the run failed; the exit code is that of its error
      ├─ ConfigError             2   the YAML file, --set or an option is wrong
      ├─ SourceError             2   the images or captions that were named cannot be used
      │   └─ TooManyRejects      3   more inputs were rejected than the configuration allows
@@ -11,6 +13,7 @@
      ├─ TrainingError           2   the training itself went wrong (a loss that is not finite)
      ├─ EnvironmentFault        4   disk, memory, lock or network
      └─ Preempted              75   stopped by a signal after saving; the same command resumes
+         └─ ProcessLost        75   another process of the run has ended, or does not answer
 
 A message says what is wrong, where, what was found, and what to do. The command line prints it without a traceback
 (`--log-level debug` shows one). A bad image raises nothing: it becomes a counted reject with a reason.
@@ -26,7 +29,10 @@ __all__ = [
     "EnvironmentFault",
     "FtkError",
     "ModelError",
+    "NoProgress",
     "Preempted",
+    "ProcessFailed",
+    "ProcessLost",
     "SourceError",
     "TooManyRejects",
     "TrainingError",
@@ -98,6 +104,28 @@ class Preempted(FtkError):
     """Stopped by a signal after a checkpoint; the same command resumes."""
 
     exit_code = 75
+
+
+class ProcessLost(Preempted):
+    """Another process of the run has ended, or does not answer; the same command resumes from the last checkpoint."""
+
+
+class ProcessFailed(FtkError):
+    """Another process of the run failed, and has said why.
+
+    Args:
+        exit_code: of its error. All processes end with it, so that whoever looks at one of them knows whether to try again.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class NoProgress(FtkError):
+    """A run on several processes ended twice at one step in the same way: trying again would not help."""
+
+    exit_code = 1
 
 
 def did_you_mean(given: str, valid: Iterable[str], folder: str = ".") -> str:

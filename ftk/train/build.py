@@ -90,7 +90,8 @@ def _hooks(
 ) -> tuple[Recorder, list[Hook]]:
     """The recorder, and all hooks in the order in which they must run: what is recorded is saved, then drawn."""
     run, directory = inputs.run, inputs.run.paths.run
-    trackers = open_trackers(run.config, directory) if ranks.is_main else []
+    with ranks.unhurried():  # a service may be slow
+        trackers = open_trackers(run.config, directory) if ranks.is_main else []
     recorder = Recorder(directory, run.config.train, trackers, writes=ranks.is_main)
     checkpoints = Checkpoints(directory / "checkpoints", settings, recorder, delivery.export)
     validation = _validation(inputs, builder, recorder, checkpoints)
@@ -193,15 +194,16 @@ def _restore(trainer: Trainer, directory: Path, settings: dict[str, Any], allow_
     ranks = trainer.ranks
     if trainer.optimizer.is_split:
         return _restore_part(trainer, checkpoint.latest(directory, ranks), settings, allow_change)
-    found = checkpoint.latest(directory) if ranks.is_main else None
     weights: dict[str, torch.Tensor] = {}
     state: dict[str, torch.Tensor] = {}
     facts: dict[str, Any] | None = None
-    if found is not None:
-        checkpoint.refuse_changed_settings(found, settings, allow_change)
-        weights, state = found.tensors()
-        facts = {"step": found.step, "num_samples_seen": found.num_samples_seen, "optimizer": found.optimizer_facts}
-        LOGGER.info("resuming from %s", found.path)
+    with ranks.unhurried():
+        found = checkpoint.latest(directory) if ranks.is_main else None
+        if found is not None:
+            checkpoint.refuse_changed_settings(found, settings, allow_change)
+            weights, state = found.tensors()
+            facts = {"step": found.step, "num_samples_seen": found.num_samples_seen, "optimizer": found.optimizer_facts}
+            LOGGER.info("resuming from %s", found.path)
     weights, facts = ranks.from_main(weights, facts)
     state, _ = ranks.from_main(state)
     if facts is not None:

@@ -112,8 +112,9 @@ def save_checkpoint(
     }
     with _committing_together(path, ranks) as temporary:
         written = {}
-        for kind, contents in ((_WEIGHTS, optimizer.weights()), (_OPTIMIZER, tensors)):
-            written.update(_write(temporary, kind, _own(contents, optimizer.rows, ranks), ranks))
+        with ranks.unhurried():
+            for kind, contents in ((_WEIGHTS, optimizer.weights()), (_OPTIMIZER, tensors)):
+                written.update(_write(temporary, kind, _own(contents, optimizer.rows, ranks), ranks))
         everyones = {name: hashed for one in ranks.gather(written) for name, hashed in one.items()}
         if ranks.is_main:
             storage.commit_json(temporary / _TRAINER, trainer)
@@ -331,7 +332,9 @@ def damage(path: Path, ranks: Ranks | None = None) -> str | None:
         ranks: as in `latest`.
     """
     ranks = ranks or Ranks()
-    return next((problem for problem in ranks.gather(_damage(path, ranks)) if problem is not None), None)
+    with ranks.unhurried():
+        problem = _damage(path, ranks)
+    return next((problem for problem in ranks.gather(problem) if problem is not None), None)
 
 
 def _damage(path: Path, ranks: Ranks) -> str | None:

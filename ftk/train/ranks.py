@@ -1,14 +1,16 @@
 """The processes of a run: a launcher starts them, `launch.py` joins them, and this file is all that knows of more than one.
 
-A process that dies, or waits too long, ends all the others: `Preempted`, and the same command goes on from the last
-checkpoint, on as many processes as there are then.
+A process that dies, or does not answer in time, ends all the others: `ProcessLost`, and the same command goes on from the
+last checkpoint, on as many processes as there are then. Inside `Ranks.unhurried` a process may take as long as it needs.
 """
 
 import json
 import logging
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,12 +18,13 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from ftk import devices
-from ftk.errors import Preempted
+from ftk.errors import Preempted, ProcessFailed, ProcessLost
 from ftk.models.base import Family
 from ftk.train import launch
 from ftk.train.memory import blocks
 
 LOGGER = logging.getLogger("ftk")
+_SECONDS_BETWEEN_PULSES = 1.0
 
 
 @dataclass(slots=True)
@@ -32,6 +35,8 @@ class Ranks:
     size: int = 1
     stop_requested: bool = False
     """Set by a signal's handler."""
+    pulses: "_Pulses | None" = None
+    _is_unhurried: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -104,6 +109,33 @@ class Ranks:
             with _others_may_be_gone():
                 dist.all_reduce(torch.zeros(()))
 
+    @contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """All: inside, a process may take as long as it needs; outside again once every process is done.
+
+        For what one process does for all (checkpoints, pictures, trackers), and for what takes some longer than others. A
+        thread tells the others meanwhile that this process is alive. Inside another such section it does nothing.
+
+        Raises:
+            ProcessLost: another process has ended, or is silent for longer than `train.timeout_seconds`.
+            ProcessFailed: another process failed inside.
+        """
+        if self.pulses is None or self._is_unhurried:
+            yield
+            return
+        self._is_unhurried = True
+        section = self.pulses.begin()
+        try:
+            yield
+        except BaseException as error:
+            section.end(getattr(error, "exit_code", 1))
+            raise
+        else:
+            section.end(0)
+            section.refuse_failure()
+        finally:
+            self._is_unhurried = False
+
     def shard(
         self,
         denoiser: Any,
@@ -147,6 +179,62 @@ class Ranks:
         return {parameter: now[name] for parameter, name in names.items()}
 
 
+@dataclass(slots=True, kw_only=True)
+class _Pulses:
+    """Exchanges by which processes know that all are alive while they wait for one. They are apart from those of training."""
+
+    group: Any
+    interval_seconds: float
+
+    def begin(self) -> "_Section":
+        """Begin to tell the others that this process works."""
+        section = _Section(pulses=self)
+        section.thread = threading.Thread(target=section.run, name="ftk-pulse", daemon=True)
+        section.thread.start()
+        return section
+
+
+@dataclass(slots=True, kw_only=True)
+class _Section:
+    """What `Ranks.unhurried` does beside the work: rounds of exchanges, until no process works or one has failed."""
+
+    pulses: _Pulses
+    thread: threading.Thread = field(init=False)
+    _is_done: threading.Event = field(default_factory=threading.Event)
+    _exit_code: int = 0
+    _others_code: int = 0
+    _error: RuntimeError | None = None
+
+    def run(self) -> None:
+        """In a thread: who is done waits in the exchange for those who are not."""
+        while True:
+            self._is_done.wait(self.pulses.interval_seconds)
+            numbers = torch.tensor([int(not self._is_done.is_set()), self._exit_code])
+            try:
+                dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.pulses.group)
+            except RuntimeError as error:
+                self._error = error
+                return
+            is_working, self._others_code = numbers.tolist()
+            if self._others_code or not is_working:
+                return
+
+    def end(self, exit_code: int) -> None:
+        """This process is done, or has failed with an exit code; returns once all are done."""
+        self._exit_code = exit_code
+        self._is_done.set()
+        self.thread.join()
+
+    def refuse_failure(self) -> None:
+        """Raise what has become of another process, if it did not come to the end of the section."""
+        if self._error is not None:
+            raise _gone(self._error) from self._error
+        if self._others_code == Preempted.exit_code:
+            raise ProcessLost("Another process was stopped. The same command goes on from the last checkpoint.")
+        if self._others_code:
+            raise ProcessFailed("Another process of this run failed; its own message says why.", self._others_code)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
     """This process's part of a tensor that is split along its first dimension: rows `first` to `end` - 1 of `total`."""
@@ -188,7 +276,9 @@ def started(device: torch.device, timeout_seconds: float) -> Iterator[tuple[Rank
         if state.num_processes == 1:
             yield Ranks(), device
             return
-        ranks, level = Ranks(rank=state.process_index, size=state.num_processes), LOGGER.level
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        pulses = _Pulses(group=group, interval_seconds=min(_SECONDS_BETWEEN_PULSES, timeout_seconds / 4))
+        ranks, level = Ranks(rank=state.process_index, size=state.num_processes, pulses=pulses), LOGGER.level
         if not state.is_main_process:
             LOGGER.setLevel(max(level, logging.WARNING))  # the main process says it for all
         try:
@@ -208,14 +298,14 @@ def _others_may_be_gone() -> Iterator[None]:
         raise _gone(error) from error
 
 
-def others_gone(error: RuntimeError) -> Preempted | None:
+def others_gone(error: RuntimeError) -> ProcessLost | None:
     """What to raise in place of an error from an exchange of torch's own, FSDP's; None for any other error."""
     is_of_exchange = isinstance(error, dist.DistError) or "/gloo/" in str(error)
     return _gone(error) if is_of_exchange and not devices.is_out_of_memory(error) else None
 
 
-def _gone(error: RuntimeError) -> Preempted:
-    return Preempted(
+def _gone(error: RuntimeError) -> ProcessLost:
+    return ProcessLost(
         f"Another process has ended or does not answer: {str(error).splitlines()[0][:200]}. "
         f"The same command goes on from the last checkpoint."
     )

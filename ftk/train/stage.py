@@ -10,7 +10,7 @@ import os
 import platform
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ftk.configs.load import resolved_yaml
 from ftk.errors import EnvironmentFault, Preempted
 from ftk.run import Run
 from ftk.train import checkpoint, launch, memory, ranks, run_summary, sigma_plot
+from ftk.train.attempts import Attempt
 from ftk.train.build import Build, build_trainer
 from ftk.train.delivery import MakeDelivery
 from ftk.train.hooks import trackers
@@ -72,24 +73,42 @@ def run(run: Run, make_delivery: MakeDelivery, fresh: bool = False, allow_change
         CheckpointError: the settings no longer match the checkpoint's.
         EnvironmentFault: the device has no memory left; the message says what to change.
         Preempted: a signal stopped the run after saving, or another process ended.
+        NoProgress: another process ended as it did in the attempt before, at the same step.
     """
     run = run.with_config(launch.applied(run.config))
     trackers.check(run.config.train.trackers)
     device, directory = devices.resolve_device(run.config.train.device), run.paths.run
-    with ranks.started(device, run.config.train.timeout_seconds) as (mine, device):
-        if fresh and mine.is_main:
-            _set_aside(directory)
-        with storage.lock(directory) if mine.is_main else nullcontext():
-            for folder in _FOLDERS if mine.is_main else ():
-                storage.sweep(directory / folder)
+    with ranks.started(device, run.config.train.timeout_seconds) as (mine, device), ExitStack() as held:
+        with mine.unhurried():
+            if mine.is_main:
+                _take(directory, fresh, held)
+        attempt = Attempt(directory, mine)
+        with attempt.watched():
             build = build_trainer(run, make_delivery, mine, device, allow_change=allow_change)
+            attempt.trainer = build.trainer
             with closing(build.inputs.store), closing(build.recorder):
-                first = build.trainer.step
-                _fit(build)
-                if not mine.is_main:
-                    return None
-                report = _report(build, build.trainer.step - first)
-                storage.commit_json(directory / "report.json", report)
+                return _trained(build)
+
+
+def _take(directory: Path, fresh: bool, held: ExitStack) -> None:
+    """Lock the run's folder until `held` is closed, and remove what a killed process left half written."""
+    if fresh:
+        _set_aside(directory)
+    held.enter_context(storage.lock(directory))
+    for folder in _FOLDERS:
+        storage.sweep(directory / folder)
+
+
+def _trained(build: Build) -> TrainReport | None:
+    """Train; the report of the process that writes."""
+    first = build.trainer.step
+    _fit(build)
+    report = None
+    with build.trainer.ranks.unhurried():
+        if build.trainer.ranks.is_main:
+            report = _report(build, build.trainer.step - first)
+            storage.commit_json(build.directory / "report.json", report)
+            build.recorder.close()  # services are told the last numbers
     return report
 
 
@@ -98,8 +117,9 @@ def _fit(build: Build) -> None:
     if trainer.step >= steps:
         # The hooks start all the same: a kill may have come between the last checkpoint and what follows it.
         LOGGER.info("%s is at step %d already: nothing to do. Raise train.steps to go on.", directory, trainer.step)
-    elif trainer.ranks.is_main:
-        _write_environment(build)
+    with trainer.ranks.unhurried():
+        if trainer.ranks.is_main and trainer.step < steps:
+            _write_environment(build)
     try:
         with _stopping_on_signals(trainer.ranks):
             trainer.fit(build.loader.steps(trainer.step, steps))

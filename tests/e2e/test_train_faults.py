@@ -26,7 +26,7 @@ from world import World
 from ftk import storage
 from ftk.demo import draw_pictures
 from ftk.models.qwen_image import QwenImage
-from ftk.train import checkpoint, run_summary
+from ftk.train import checkpoint, drawing, run_summary
 from ftk.train.hooks.recorder import METRICS, VALIDATION, metrics_table, validation_table
 
 STEPS, LONG = 6, 24
@@ -559,3 +559,37 @@ def test_a_launcher_that_says_too_little_is_told_what_is_missing(scene, ftk, mon
     result = ftk("train", *scene.arguments("launched"))
     assert result.code == 2
     assert message in result.err
+
+
+def test_the_last_checkpoint_comes_before_the_last_pictures(cached, ftk, tmp_path, monkeypatch):
+    run_file = cached(train={"steps": 2, "checkpoint_every": 100}, sample={"every": 2})
+    saved = []
+    plain = drawing.generate
+
+    def generate(*arguments):
+        saved.extend(path.name for path in (tmp_path / "work/runs/test/checkpoints").iterdir())
+        return plain(*arguments)
+
+    monkeypatch.setattr(drawing, "generate", generate)
+    assert ftk("train", run_file).code == 0
+    assert saved == ["00000002"]
+
+
+def test_a_signal_while_pictures_are_drawn_saves_first_and_the_resumed_run_draws_them(cached, ftk, tmp_path, monkeypatch):
+    run_file = cached(train={"steps": 4, "checkpoint_every": 100}, sample={"every": 2, "prompts": ["a red circle", "stars"]})
+    plain, drawn = drawing.generate, []
+
+    def generate(*arguments):
+        drawn.append(arguments[-1])
+        if len(drawn) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*arguments)
+
+    monkeypatch.setattr(drawing, "generate", generate)
+    run = tmp_path / "work/runs/test"
+    assert ftk("train", run_file).code == 75
+    assert (drawn, [path.name for path in (run / "checkpoints").iterdir()]) == ([0], ["00000002"])
+    assert not list((run / "samples").glob("*"))
+    assert ftk("train", run_file).code == 0
+    assert drawn == [0, 0, 1, 0, 1]
+    assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]

@@ -7,15 +7,18 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from world import World
 
+from ftk import storage
 from ftk.deliver.run_delivery import RunDelivery
 from ftk.run import load_run
 from ftk.train.build import build_trainer
 from ftk.train.hooks.recorder import read_metrics
+from ftk.train.sheet import cells
 
 TRAIN = {
     "steps": 24, "global_batch_size": 12, "micro_batch_size": 2, "learning_rate": 1e-3, "precision": "fp32",
@@ -142,6 +145,47 @@ def test_when_one_process_hangs_the_others_give_up_after_the_timeout(cached, tmp
     assert "does not answer" in world.runs[0].err
     os.kill(world.pids[1], signal.SIGKILL)
     assert world.runs[1].wait(60) == -signal.SIGKILL
+
+
+def test_pictures_may_take_longer_than_the_timeout_and_are_shared(cached, tmp_path):
+    """The others wait for the process that draws most; the pictures are those that one process draws."""
+    run_file = cached(train={**TRAIN, "steps": 2}, sample={"prompts": ["a red circle", "a blue square", "two stars"]})
+    settings = ["--set", "sample.every=1", "--set", "train.timeout_seconds=1.5"]
+    train(2, tmp_path / "two", run_file, *settings, "--set", "run=two", WORLD_PICTURE_SECONDS="1")
+    train(1, tmp_path / "one", run_file, *settings, "--set", "run=one")
+    runs = tmp_path / "work/runs"
+    for step in (1, 2):
+        drawn = [cells(runs / name / f"samples/step-{step:08d}.png") for name in ("one", "two")]
+        assert [prompt for _, prompt in drawn[1]] == ["a red circle", "a blue square", "two stars"]
+        for (alone, _), (shared, _) in zip(*drawn, strict=True):
+            # The weights agree to rounding alone.
+            assert np.abs(np.asarray(alone, np.int16) - np.asarray(shared, np.int16)).max() <= 2
+    assert not (runs / "two/failure.json").exists()
+
+
+def test_the_same_loss_of_a_process_twice_at_one_step_is_not_tried_again(cached, tmp_path):
+    run_file = cached(train={**TRAIN, "steps": 8, "timeout_seconds": 20})
+    failure = tmp_path / "work/runs/test/failure.json"
+    for step, code, times in ((5, 75, 1), (3, 75, 1), (3, 1, 2)):
+        codes, err = World(2, tmp_path / "trace", run_file, WORLD_DIES_AT=str(step)).end()
+        assert codes == [code, -signal.SIGKILL], err
+        noted = json.loads(failure.read_text())
+        assert (noted["step"], noted["times"]) == (step, times)
+    assert "ended 2 times at step 3 in the same way: a process ended or did not answer" in err
+    train(2, tmp_path / "trace", run_file)
+    assert not failure.exists()
+
+
+def test_what_the_main_process_cannot_do_ends_all_with_its_exit_code(cached, tmp_path):
+    run_file = cached(train={**TRAIN, "steps": 2, "timeout_seconds": 20})
+    train(2, tmp_path / "trace", run_file)
+    # The main process alone reads checkpoints, and holds the run's lock.
+    codes, err = World(2, tmp_path / "trace", run_file, "--set", "train.seed=6", "--set", "train.steps=4").end()
+    assert codes == [2, 2], err
+    assert "train.seed: checkpoint 5, now 6" in err
+    with storage.lock(tmp_path / "work/runs/test"):
+        codes, err = World(2, tmp_path / "trace", run_file, "--set", "train.steps=4").end()
+    assert codes == [4, 4], err
 
 
 def test_a_mistake_is_told_by_every_process_and_none_hangs(cached, tmp_path):

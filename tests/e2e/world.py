@@ -1,12 +1,15 @@
 """Runs `ftk train` on several processes of this machine, as a launcher would.
 
 Every process writes FOLDER/SIZE-RANK.jsonl: step by step the draws of its micro-batches, as they were handed to the loop. With
-WORLD_GRADIENTS set, the main one saves the gradient of its first step there.
+WORLD_GRADIENTS set, the main one saves the gradient of its first step there. With WORLD_PICTURE_SECONDS each picture takes so
+long; with WORLD_DIES_AT=STEP process 1 ends in the middle of the update after that step.
 """
 
 import json
 import os
+import signal
 import socket
+import time
 from pathlib import Path
 
 import killing
@@ -54,6 +57,10 @@ def begin() -> None:
     trace(folder / f"{size}-{rank}.jsonl")
     if os.environ.get("WORLD_GRADIENTS") and rank == "0":
         save_first_gradient(folder / "gradient.safetensors")
+    if seconds := os.environ.get("WORLD_PICTURE_SECONDS"):
+        draw_slowly(float(seconds))
+    if (step := os.environ.get("WORLD_DIES_AT")) and rank == "1":
+        die_at(int(step))
 
 
 def trace(path: Path) -> None:
@@ -94,3 +101,28 @@ def save_first_gradient(path: Path) -> None:
         return plain(self, *arguments)
 
     MasterOptimizer.step = step
+
+
+def draw_slowly(seconds: float) -> None:
+    from ftk.train import drawing
+
+    plain = drawing.generate
+
+    def generate(*arguments):
+        time.sleep(seconds)
+        return plain(*arguments)
+
+    drawing.generate = generate
+
+
+def die_at(step: int) -> None:
+    from ftk.train.loop import Trainer
+
+    plain = Trainer.update
+
+    def update(self: Trainer, *arguments):
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self, *arguments)
+
+    Trainer.update = update

@@ -1,5 +1,6 @@
 """Saves a checkpoint every so many steps and at the end, and renews the weights in `adapter/`."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,14 @@ class Checkpoints:
     def on_start(self, trainer: Trainer) -> None:
         """A resumed run has its first checkpoint already; what comes after its commit may have been cut off."""
         self._saved_step = trainer.step
-        if trainer.step and _takes_part(trainer):
-            self._deliver(trainer)
+        with _saving(trainer):
+            if trainer.step and _takes_part(trainer):
+                self._deliver(trainer)
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
-        """Save at every `checkpoint_every`-th step."""
-        if result.step % trainer.config.checkpoint_every == 0 and not self._is_doubtful(trainer):
+        """Save at every `checkpoint_every`-th step, and the last one: before it is drawn."""
+        is_due = result.step % trainer.config.checkpoint_every == 0 or result.step == trainer.config.steps
+        if is_due and not self._is_doubtful(trainer):
             self.save(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
@@ -68,7 +71,7 @@ class Checkpoints:
         if self._saved_step == trainer.step:
             return
         self._saved_step = trainer.step
-        with self._recorder.paused(trainer):
+        with self._recorder.paused(trainer), _saving(trainer):
             if _takes_part(trainer):
                 self._commit(trainer)
 
@@ -94,10 +97,13 @@ class Checkpoints:
 
     def note_best(self, trainer: Trainer, step: int, loss: float) -> None:
         """Note that a saved step is the best so far; the weights in `best/` are renewed if it is the one that is loaded."""
-        if not _takes_part(trainer):
-            return
-        with self._recorder.paused(trainer), trainer.optimizer.averaged():
-            if step == trainer.step:
+        with self._recorder.paused(trainer), _saving(trainer):
+            if _takes_part(trainer):
+                self._note_best(trainer, step, loss)
+
+    def _note_best(self, trainer: Trainer, step: int, loss: float) -> None:
+        if step == trainer.step:
+            with trainer.optimizer.averaged():
                 self._export(step, "best")
         # After the weights: a note that is missing is made again, and they with it.
         if trainer.ranks.is_main:
@@ -111,6 +117,11 @@ class Checkpoints:
 
 def _takes_part(trainer: Trainer) -> bool:
     return trainer.ranks.is_main or trainer.optimizer.is_split
+
+
+def _saving(trainer: Trainer) -> contextlib.AbstractContextManager[None]:
+    """The others wait for the main process as long as it takes; those that save together meet while they write."""
+    return contextlib.nullcontext() if trainer.optimizer.is_split else trainer.ranks.unhurried()
 
 
 def _together(trainer: Trainer) -> Ranks:

@@ -80,6 +80,11 @@ class Recorder:
 
     def on_start(self, trainer: Trainer) -> None:
         """Keep the rows of the steps that this run continues from, and no later ones."""
+        with trainer.ranks.unhurried():
+            self._begin(trainer)
+        self._window_started = self._shown_at = time.perf_counter()
+
+    def _begin(self, trainer: Trainer) -> None:
         if self._writes:
             self._log.load(trainer.step)
             self._num_bad_steps = self._log.num_bad_steps()
@@ -90,7 +95,6 @@ class Recorder:
                 self._end_trackers()
             shown = progress.track("train", trainer.config.steps, "step", done=trainer.step)
             self._progress = self._stack.enter_context(shown)
-        self._window_started = self._shown_at = time.perf_counter()
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         """Queue the row; at a log step fetch all queued ones."""
@@ -98,15 +102,17 @@ class Recorder:
         self._num_unshown += 1
         if result.step % self._config.log_every == 0:
             self._show(self.flush(trainer))
-            if self._log.is_due():
-                self.commit()
+            with trainer.ranks.unhurried():
+                if self._log.is_due():
+                    self.commit()
         elif time.perf_counter() - self._shown_at > _SECONDS_BETWEEN_DISPLAYS:
             self._show("")
 
     def on_end(self, trainer: Trainer) -> None:
         """Write what is left; the trackers stay open for what other hooks still have to say."""
         self._show(self.flush(trainer))
-        self.commit()
+        with trainer.ranks.unhurried():
+            self.commit()
 
     def close(self) -> None:
         """End the progress line and close the trackers, also after an error; may be called twice."""
@@ -135,10 +141,11 @@ class Recorder:
         bad = [row for row in rows if row["is_bad"]]
         self._num_bad_steps += len(bad)
         self._recent.extend(row["loss"] for row in rows if not row["is_bad"])
-        if self._writes:
-            self._log.extend(rows)
-            scalars = {**_scalars(rows), "train/bad_steps": float(self._num_bad_steps)}
-            self._tell(lambda tracker: tracker.scalars(results[-1].step, scalars))
+        with trainer.ranks.unhurried():  # a service may be slow
+            if self._writes:
+                self._log.extend(rows)
+                scalars = {**_scalars(rows), "train/bad_steps": float(self._num_bad_steps)}
+                self._tell(lambda tracker: tracker.scalars(results[-1].step, scalars))
         self._refuse_bad(rows, bad)
         samples_a_second = sum(result.num_samples for result in results) / max(seconds * len(results), 1e-9)
         return self._note(results[-1].learning_rate, samples_a_second, memory)

@@ -2,10 +2,11 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -49,7 +50,7 @@ class Samples:
 
     Args:
         renew_cards: shows the images of a step on the cards of the weights that are of this step.
-        is_sharded: every process holds a part of the weights alone, so all must draw; else the main one does.
+        is_sharded: every process holds a part of the weights alone, so all draw every image; else they share them.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class Samples:
         (is_missing,) = trainer.ranks.agree(is_missing)
         if is_missing:
             self._show(trainer)
-        elif trainer.ranks.is_main and self._is_due(trainer.step):
-            self._renew_cards(trainer.step)
+        elif self._is_due(trainer.step):
+            with trainer.ranks.unhurried():
+                if trainer.ranks.is_main:
+                    self._renew_cards(trainer.step)
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         """Draw at every `sample.every`-th step."""
@@ -96,31 +99,59 @@ class Samples:
         return self._directory / f"step-{step:08d}.png"
 
     def _show(self, trainer: Trainer) -> None:
-        self._recorder.flush(trainer)
-        if not (trainer.ranks.is_main or self._is_sharded):
-            return
         with self._recorder.paused(trainer), trainer.optimizer.averaged():
-            images = self._draw(trainer)
-        if trainer.ranks.is_main:
-            prompts = [entry.prompt for entry in self._config.sample.entries]
-            page = sheet.grid([[image] for image in images], prompts, [f"step {trainer.step}"])
-            storage.commit_bytes(self._sheet(trainer.step), sheet.png_bytes(page))
-            self._recorder.images(trainer.step, images, prompts)
-            self._renew_cards(trainer.step)
+            images = self._drawn_by_all(trainer)
+        with trainer.ranks.unhurried():
+            if images and trainer.ranks.is_main:
+                prompts = [entry.prompt for entry in self._config.sample.entries]
+                page = sheet.grid([[image] for image in images], prompts, [f"step {trainer.step}"])
+                storage.commit_bytes(self._sheet(trainer.step), sheet.png_bytes(page))
+                self._recorder.images(trainer.step, images, prompts)
+                self._renew_cards(trainer.step)
 
-    def _draw(self, trainer: Trainer) -> list[Image.Image]:
-        """One image a prompt from the denoiser as it is now."""
+    def _drawn_by_all(self, trainer: Trainer) -> list[Image.Image]:
+        """All: one image per prompt, on every process; each draws its share, or all of them where weights are split.
+
+        No image where the run is to stop: it saves first, and draws when it goes on.
+        """
+        ranks, count = trainer.ranks, len(self._config.sample.entries)
+        if ranks.agree(self._stops(trainer))[0]:
+            return []
+        if self._is_sharded:
+            return list(self._draw(trainer, range(count)).values())
+        share = range(count)[ranks.rank :: ranks.size]
+        with ranks.unhurried():
+            drawn = self._draw(trainer, share) if share else {}
+        if ranks.agree(len(drawn) < len(share))[0]:
+            return []
+        if ranks.size == 1:
+            return list(drawn.values())
+        width, height = self._run.sample_size
+        pixels = torch.zeros(count, height, width, 3, dtype=torch.uint8)
+        for position, image in drawn.items():
+            pixels[position] = torch.from_numpy(np.array(image.convert("RGB")))
+        ranks.sum([pixels])
+        return [Image.fromarray(each) for each in pixels.numpy()]
+
+    def _stops(self, trainer: Trainer) -> bool:
+        """Whether a signal asks this process to save instead; the last step is saved already."""
+        return trainer.ranks.stop_requested and trainer.step < trainer.config.steps
+
+    def _draw(self, trainer: Trainer, positions: Sequence[int]) -> dict[int, Image.Image]:
+        """The images of the prompts at these positions, from the denoiser as it is now; fewer where the run is to stop."""
         family = trainer.model.family
         components = {family.denoiser_attribute: trainer.model.denoiser, **dict.fromkeys(family.text_components)}
         pipeline = family.pipeline(self._model, trainer.dtype, trainer.device, **components)
         vae = weakref.ref(pipeline.vae)
         if isinstance(trainer.method, HasControls):
             pipeline = trainer.method.sampling_pipeline(trainer.model, pipeline)
+        images: dict[int, Image.Image] = {}
         with torch.no_grad(), trainer.model.evaluating():
-            images = [
-                drawing.generate(pipeline, self._run, self._arguments(trainer, entry), position)
-                for position, entry in enumerate(self._config.sample.entries)
-            ]
+            for position in positions:
+                if self._stops(trainer) and not self._is_sharded:
+                    break
+                entry = self._config.sample.entries[position]
+                images[position] = drawing.generate(pipeline, self._run, self._arguments(trainer, entry), position)
         del pipeline
         gc.collect()
         assert vae() is None, "something keeps the VAE in memory"

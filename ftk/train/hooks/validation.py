@@ -74,9 +74,11 @@ class Validation:
         # Saving may take all processes: the main one's log decides, should theirs differ.
         (is_best,) = trainer.ranks.agree(is_best and trainer.ranks.is_main)
         self._log.append({"step": trainer.step, "loss": loss, "band_losses": bands, "is_best": is_best})
-        self._recorder.scalars(trainer.step, {"validation/loss": loss})
+        with trainer.ranks.unhurried():
+            self._recorder.scalars(trainer.step, {"validation/loss": loss})
+            if trainer.ranks.is_main:
+                self._log.commit()
         if trainer.ranks.is_main:
-            self._log.commit()
             LOGGER.info("step %d: validation loss %.5f%s", trainer.step, loss, ", the best so far" if is_best else "")
         if is_best:
             self._checkpoints.save_best(trainer, loss)
