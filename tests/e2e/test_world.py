@@ -171,7 +171,7 @@ def test_the_same_loss_of_a_process_twice_at_one_step_is_not_tried_again(cached,
         assert codes == [code, -signal.SIGKILL], err
         noted = json.loads(failure.read_text())
         assert (noted["step"], noted["times"]) == (step, times)
-    assert "ended 2 times at step 3 in the same way: a process ended or did not answer" in err
+    assert "ended more than once at step 3 in the same way: a process ended or did not answer" in err
     train(2, tmp_path / "trace", run_file)
     assert not failure.exists()
 

@@ -17,6 +17,7 @@ from ftk.errors import TrainingError
 from ftk.train.hooks import recorder as module
 from ftk.train.hooks.recorder import Recorder, ValidationLog, metrics_table, read_metrics, recent_loss
 from ftk.train.loop import NUM_BANDS, StepResult
+from ftk.train.ranks import Ranks
 
 
 class Watcher:
@@ -55,7 +56,7 @@ def result(step: int, loss: float = 0.5, norm: float = 1.0, bands: Any = None, *
 
 
 def trainer(step: int = 0, steps: int = 100) -> Any:
-    return SimpleNamespace(step=step, device=torch.device("cpu"), config=TrainConfig(steps=steps))
+    return SimpleNamespace(step=step, device=torch.device("cpu"), config=TrainConfig(steps=steps), ranks=Ranks())
 
 
 def started(directory: Any, step: int = 0, trackers: Any = (), writes: bool = True, **settings: Any) -> Recorder:
