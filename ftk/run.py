@@ -14,7 +14,7 @@ from ftk.methods.adapters.targets import check_group
 from ftk.methods.base import CacheNeeds, Method
 from ftk.models import base as models
 from ftk.models.base import Family
-from ftk.models.components import loading
+from ftk.models.components import model_folder
 
 _ANY_SAMPLING = frozenset({"shift", "minimum", "maximum", "continuous", "stratified", "weighting"})
 """Settings of `train.sigma` that go with any `sampling`."""
@@ -22,11 +22,17 @@ _ANY_SAMPLING = frozenset({"shift", "minimum", "maximum", "continuous", "stratif
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paths:
-    """Where the outputs of a run lie. `cache` is a folder, or a URL that training reads."""
+    """Where the outputs of a run lie.
+
+    Attributes:
+        cache: a folder, or a URL that training reads.
+        models: folders in the Diffusers layout, of base models that are stored otherwise.
+    """
 
     prepared: Path
     cache: str
     run: Path
+    models: Path
 
     @property
     def checkpoints(self) -> Path:
@@ -78,8 +84,12 @@ class Run:
         return (*self.family.denoiser_components, *self.encoders)
 
     def locate(self, components: Sequence[str]) -> Path:
-        """The local folder with these components of the base model; see `loading.locate`."""
-        return loading.locate(self.family, self.config.model, components)
+        """The local folder with these components of the base model; see `model_folder.locate`."""
+        return model_folder.locate(self.family, self.config.model, components, self.paths.models)
+
+    def local_components(self, components: Sequence[str]) -> Path | None:
+        """The same if they are on this machine already; see `model_folder.local_components`."""
+        return model_folder.local_components(self.family, self.config.model, components, self.paths.models)
 
     @property
     def sample_size(self) -> tuple[int, int]:
@@ -133,6 +143,7 @@ def paths(config: RunConfig) -> Paths:
         prepared=workspace / "prepared",
         cache=config.cache.path or str(workspace / "cache"),
         run=workspace / "runs" / config.run,
+        models=workspace / "models",
     )
 
 

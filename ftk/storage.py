@@ -140,6 +140,8 @@ def committing_directory(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in sorted(temporary.rglob("*")):
+            if file.is_symlink():
+                continue  # what it leads to is not ours to change
             if file.is_file():
                 descriptor = os.open(file, os.O_RDONLY)
                 os.fchmod(descriptor, _umask_mode())

@@ -81,11 +81,10 @@ def planned(run: "Run", world_size: int = 1) -> "tuple[MemoryPlan, Workload, str
     """
     from ftk import devices
     from ftk.errors import ModelError
-    from ftk.models.components import loading
     from ftk.train.inputs import check_optimizer, plan_sizes
 
     check_optimizer(run)
-    model = loading.local_components(run.config.model, run.trained_components)
+    model = run.local_components(run.trained_components)
     if model is None:
         raise ModelError(
             f"model.path {run.config.model.path}: the denoiser is not on this machine, and its shapes are needed for a plan. "

@@ -59,13 +59,23 @@ def _refuse_misspelt(tree: Any, required: tuple[str, ...]) -> Any:
 
 
 class ModelConfig(BaseModel):
-    """The base model: a local folder in the Diffusers layout, or a Hub id with a revision; and settings of its family."""
+    """The base model: a folder in the Diffusers layout, a checkpoint or a Hub id; and settings of its family."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     family: str = Field(description="the architecture: `qwen-image`, `sdxl`, ...")
-    path: str = Field(min_length=1, description="a folder in the Diffusers layout, or a Hub id")
+    path: str = Field(
+        min_length=1, description="a folder in the Diffusers layout, a checkpoint in one .safetensors file, or a Hub id"
+    )
     revision: str | None = Field(default=None, description="of a Hub id: a branch, a tag or a commit")
+    variant: str | None = Field(
+        default=None, pattern=r"^[A-Za-z0-9_]+$", description="of weights that have several, such as `fp16`"
+    )
+    config: str | None = Field(
+        default=None,
+        min_length=1,
+        description="of a checkpoint in one file: a folder in the Diffusers layout, or a Hub id, with the rest of the model",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -18,7 +18,6 @@ from ftk import devices, storage
 from ftk.cache import fingerprint
 from ftk.configs.schema import ModelConfig
 from ftk.models.base import Family
-from ftk.models.components import loading
 from ftk.pipeline import class_images
 from ftk.pipeline.class_images import RECORD, RECORD_SCHEMA, ClassImages, stem
 from ftk.progress import track
@@ -49,7 +48,7 @@ def _complete(images: ClassImages, run: Run) -> None:
     model, components = run.config.model, run.all_components
     has_moved = images.record is not None and images.record["model"] != model.model_dump(mode="json")
     must_load = images.num_missing or has_moved
-    directory = run.locate(components) if must_load else loading.local_components(model, components)
+    directory = run.locate(components) if must_load else run.local_components(components)
     if directory is None:
         return  # complete, and drawn with a model of the Hub that has the same name
     drawn_with = {

@@ -5,6 +5,7 @@ The difference D of a layer's two weights becomes B A, the nearest there is of a
 """
 
 import re
+import tempfile
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from ftk.methods.adapters.targets import TargetPattern, Targets, denoiser_compon
 from ftk.methods.base import Export
 from ftk.models import base as models
 from ftk.models.base import DENOISER, Family
-from ftk.models.components import loading
+from ftk.models.components import loading, model_folder, single_file, weights
 from ftk.progress import track
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -151,8 +152,15 @@ def run(config: ExtractConfig) -> ExtractReport:
     """
     config = replace(config, out=locations.local_path(str(config.out)))
     _check(config)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".ftk-extract-", dir=config.out.parent) as made:
+        return _run(config, Path(made))
+
+
+def _run(config: ExtractConfig, made: Path) -> ExtractReport:
     family = models.get(config.family)
-    places = [_locate(config.family, path, family) for path in (config.base, config.tuned)]
+    pairs = ((config.base, config.tuned), (config.tuned, config.base))
+    places = [_locate(family, path, other, made) for path, other in pairs]
     before, after = (_Weights(place / family.denoiser_attribute) for place in places)
     _refuse_other_shapes(before, after)
     shapes: Any = family.load_denoiser(places[0], torch.float32, torch.device("meta"))
@@ -193,7 +201,7 @@ class _Weights:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Any] = {}
         try:
-            for path in loading.weight_files(folder, _FILE):
+            for path in weights.weight_files(folder, _FILE):
                 opened: Any = safe_open(path, "pt")
                 for name in opened.keys():  # noqa: SIM118 - it is no mapping
                     self.shapes[name] = tuple(opened.get_slice(name).get_shape())
@@ -217,13 +225,18 @@ def _check(config: ExtractConfig) -> None:
         raise ConfigError(f"--out {config.out} holds something already. Name a new folder.")
 
 
-def _locate(family_name: str, path: str, family: Family) -> Path:
-    """A model's folder; or one with the denoiser alone, as full fine-tuning delivers it."""
+def _locate(family: Family, path: str, other: str, made: Path) -> Path:
+    """A model's folder; or one with the denoiser alone, as full fine-tuning delivers it.
+
+    A checkpoint in one file is converted below `made`, with the configuration of the other model where that is a folder.
+    """
     own = family.denoiser_attribute
     local = locations.local_path(path)
     if (local / own / "config.json").exists() and not (local / "model_index.json").exists():
         return local
-    return loading.locate(family, ModelConfig(family=family_name, path=path), family.denoiser_components)
+    has_config = single_file.is_checkpoint(local) and not single_file.is_checkpoint(locations.local_path(other))
+    model = ModelConfig(family=family.name, path=path, config=other if has_config else None)
+    return model_folder.locate(family, model, family.denoiser_components, made)
 
 
 def _parsed_targets(text: str) -> Targets:

@@ -185,13 +185,14 @@ def hub_id(model: ModelConfig, card: CardConfig) -> str | None:
     """The base's id on the Hub, if it is known."""
     if card.base_model is not None:
         return card.base_model
-    is_local = locations.local_path(model.path).is_dir()
+    is_local = locations.local_path(model.path).exists()
     return model.path if not is_local and re.match(HUB_ID, model.path) else None
 
 
 def base_name(model: ModelConfig, card: CardConfig) -> str:
     """The base's Hub id, or the name of its folder: where on this machine that lies is nobody's business."""
-    return hub_id(model, card) or locations.local_path(model.path).absolute().name
+    path = locations.local_path(model.path).absolute()
+    return hub_id(model, card) or (path.stem if path.is_file() else path.name)
 
 
 def title(subject: Subject) -> str:

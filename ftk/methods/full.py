@@ -29,7 +29,7 @@ from ftk.methods.adapters.targets import (
 )
 from ftk.methods.base import CacheNeeds, Export, check_format
 from ftk.models.base import DENOISER, Conditions, Family, Model, TargetGroup, TrainsEncoders
-from ftk.models.components import loading
+from ftk.models.components import weights
 
 if TYPE_CHECKING:
     import torch
@@ -242,7 +242,7 @@ def _index(pattern: str) -> str:
 
 def _files(folder: Path, pattern: str) -> list[Path]:
     try:
-        return loading.weight_files(folder, pattern.format(suffix=""))
+        return weights.weight_files(folder, pattern.format(suffix=""))
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}. Export it again.") from error
 

@@ -28,6 +28,8 @@ from ftk.models.components.loading import (
     outline,
 )
 from ftk.models.components.schedule import NoiseSchedule
+from ftk.models.components.single_file import Layout
+from ftk.models.components.weights import Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +94,16 @@ class QwenImage:
         ),
     }
 
+    single_file: Mapping[str, Sequence[Layout]] = {
+        "transformer": (
+            Layout(
+                model_class="QwenImageTransformer2DModel",
+                anchor="transformer_blocks.0.attn.add_q_proj.weight",
+                prefixes=("", "model.diffusion_model.", "diffusion_model."),
+            ),
+        )
+    }
+
     def __init__(self, config: QwenImageConfig | None = None) -> None:
         self.config = config or QwenImageConfig()
 
@@ -103,6 +115,10 @@ class QwenImage:
     def check(self, directory: Path) -> None:
         """A Diffusers folder whose `model_index.json` names QwenImagePipeline."""
         check_pipeline(directory, self.name, "QwenImagePipeline")
+
+    def single_file_config(self, tensors: Mapping[str, Tensor]) -> str:
+        """The one model; a file of it holds the transformer alone."""
+        return "Qwen/Qwen-Image"
 
     def text_options(self) -> dict[str, Any]:
         """The prompt template and the cut."""

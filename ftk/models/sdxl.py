@@ -11,11 +11,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftk.errors import ConfigError
+from ftk.errors import ConfigError, ModelError
 from ftk.models.base import Activations, Conditions, Model, PutOnDevice, Texts, move
 from ftk.models.components import clip, kl_vae, latent_diffusion, unet
 from ftk.models.components.geometry import SampleGeometry
 from ftk.models.components.loading import check_pipeline, hide_progress_bars, load_pipeline
+from ftk.models.components.single_file import Layout
+from ftk.models.components.weights import Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -44,10 +46,33 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
     text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     target_groups = unet.target_groups("proj_in", "proj_out")
     trainable_encoders = ("text_encoder", "text_encoder_2")
+    single_file: Mapping[str, Sequence[Layout]] = {
+        **latent_diffusion.SINGLE_FILE,
+        "text_encoder": (
+            Layout(
+                model_class="CLIPTextModel",
+                anchor="embeddings.position_embedding.weight",
+                prefixes=("conditioner.embedders.0.transformer.text_model.",),
+            ),
+        ),
+        "text_encoder_2": (
+            Layout(
+                model_class="CLIPTextModelWithProjection",
+                anchor="positional_embedding",
+                prefixes=("conditioner.embedders.1.model.",),
+            ),
+        ),
+    }
 
     def check(self, directory: Path) -> None:
         """A Diffusers folder whose `model_index.json` names StableDiffusionXLPipeline."""
         check_pipeline(directory, self.name, "StableDiffusionXLPipeline")
+
+    def single_file_config(self, tensors: Mapping[str, Tensor]) -> str:
+        """That of the base model 1.0."""
+        if not unet.is_told_sizes(tensors):
+            raise ModelError("this is not an SDXL checkpoint: its U-Net is not told of sizes. Is it of stable-diffusion?")
+        return "stabilityai/stable-diffusion-xl-base-1.0"
 
     def text_options(self) -> dict[str, Any]:
         """Which layers are read, and how texts are padded."""

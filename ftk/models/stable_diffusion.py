@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftk import storage
+from ftk.errors import ModelError
 from ftk.models.base import Activations, Conditions, Model, PutOnDevice, Texts, move
 from ftk.models.components import clip, kl_vae, latent_diffusion, unet
 from ftk.models.components.loading import check_pipeline, hide_progress_bars, load_pipeline
+from ftk.models.components.single_file import Layout, shaped
+from ftk.models.components.weights import Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -43,10 +46,30 @@ class StableDiffusion(latent_diffusion.LatentDiffusion):
     text_components = ("text_encoder", "tokenizer")
     target_groups = unet.target_groups()
     trainable_encoders = ("text_encoder",)
+    single_file: Mapping[str, Sequence[Layout]] = {
+        **latent_diffusion.SINGLE_FILE,
+        "text_encoder": (
+            Layout(
+                model_class="CLIPTextModel",
+                anchor="embeddings.position_embedding.weight",
+                prefixes=("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."),
+            ),
+            Layout(model_class="CLIPTextModel", anchor="token_embedding.weight", prefixes=("cond_stage_model.model.",)),
+        ),
+    }
 
     def check(self, directory: Path) -> None:
         """A Diffusers folder whose `model_index.json` names StableDiffusionPipeline."""
         check_pipeline(directory, self.name, "StableDiffusionPipeline")
+
+    def single_file_config(self, tensors: Mapping[str, Tensor]) -> str:
+        """That of 1.5 or 2.1, as diffusers tells them apart."""
+        from diffusers.loaders.single_file_utils import fetch_diffusers_config
+
+        if unet.is_told_sizes(tensors):
+            raise ModelError("this is an SDXL checkpoint. Set model.family to sdxl.")
+        config_id: str = fetch_diffusers_config(shaped(tensors))["pretrained_model_name_or_path"]
+        return config_id
 
     def text_options(self) -> dict[str, Any]:
         """Which layer is read, and how texts are padded."""

@@ -24,7 +24,7 @@ RECORD = "generated.json"
 RECORD_SCHEMA = 1
 COMMAND = "`ftk prepare RUN.yaml --make-class-images`"
 _NOT_THE_IMAGES = {"count", "batch_size", "device"}
-_PLACE = ("model.path", "model.revision")
+_PLACE = ("model.path", "model.revision", "model.variant", "model.config")
 
 Parts = Mapping[str, Mapping[str, Any]]
 """What images were drawn with: settings by name, under `generate`, `model` and `weights`."""

@@ -15,7 +15,6 @@ from ftk.configs.schema import ParameterGroupConfig, RunConfig, TrainConfig
 from ftk.errors import CacheError, ConfigError
 from ftk.methods import base as methods
 from ftk.models.base import Family, load_model
-from ftk.models.components import loading
 from ftk.models.components.schedule import NoiseSchedule
 from ftk.pipeline import dataset as prepared
 from ftk.run import Run
@@ -173,7 +172,7 @@ def open_cache(run: Run) -> CacheStore:
     rows: list[tuple[str, str, str]] = []
     for kind in KINDS:
         components = family.latent_components if kind == "latents" else family.text_components
-        local = loading.local_components(config.model, components)
+        local = run.local_components(components)
         found = manifest.encoders[kind]
         expected = fingerprint.encoder_parts(kind, run, local, full=fingerprint.is_full(found))
         rows += [(f"{kind}.{part}", e, f) for part, e, f in fingerprint.differences(expected, found)]

@@ -19,7 +19,7 @@ from ftk.configs.schema import ModelConfig, RunConfig
 from ftk.errors import ConfigError, EnvironmentFault, ModelError
 from ftk.models import base
 from ftk.models.base import Conditions, Family, Model, TrainsEncoders
-from ftk.models.components import loading
+from ftk.models.components import model_folder
 from ftk.models.components.geometry import SampleGeometry
 from ftk.run import resolve
 
@@ -600,18 +600,18 @@ def test_a_model_without_its_weights_is_a_model_error(family: Family, directory:
 
 def test_a_missing_component_is_named(name: str, family: Family, directory: Path, tmp_path: Path) -> None:
     config = ModelConfig(family=name, path=str(directory))
-    assert loading.locate(family, config, family.latent_components) == directory
-    assert loading.local_components(config, family.latent_components) == directory
+    assert model_folder.locate(family, config, family.latent_components, tmp_path) == directory
+    assert model_folder.local_components(family, config, family.latent_components, tmp_path) == directory
     (tmp_path / "model_index.json").write_bytes((directory / "model_index.json").read_bytes())
     partial = ModelConfig(family=name, path=str(tmp_path))
     with pytest.raises(ModelError, match=f"no {family.latent_components[0]} folder in it"):
-        loading.locate(family, partial, family.latent_components)
-    assert loading.local_components(partial, family.latent_components) is None
+        model_folder.locate(family, partial, family.latent_components, tmp_path)
+    assert model_folder.local_components(family, partial, family.latent_components, tmp_path) is None
 
 
 def test_a_path_that_is_neither_folder_nor_hub_id_is_a_model_error(name: str, family: Family, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such folder"):
-        loading.locate(family, ModelConfig(family=name, path=str(tmp_path / "missing")), ("vae",))
+        model_folder.locate(family, ModelConfig(family=name, path=str(tmp_path / "missing")), ("vae",), tmp_path)
 
 
 def test_a_misspelt_family_and_an_absent_device_are_named(name: str) -> None:

@@ -23,7 +23,7 @@ from ftk.cache import gc, verify, view
 from ftk.cache.store import CacheStore
 from ftk.contracts import SampleRow
 from ftk.errors import CheckpointError, DatasetError, FtkError
-from ftk.models.components import loading
+from ftk.models.components import weights
 from ftk.pipeline import dataset
 from ftk.pipeline.dataset import PreparedDataset
 from ftk.train import checkpoint
@@ -304,7 +304,7 @@ def test_an_index_of_weights_names_files_of_its_own_folder_alone(name: Any, tmp_
     save_file({"weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
     (tmp_path / "w.safetensors.index.json").write_text(json.dumps({"weight_map": {"weight": name}}))
     if name == "weights.safetensors":
-        assert loading.weight_files(tmp_path, "w.safetensors") == [tmp_path / name]
+        assert weights.weight_files(tmp_path, "w.safetensors") == [tmp_path / name]
         return
     with pytest.raises(ValueError, match=r"plain name|cannot be read"):
-        loading.weight_files(tmp_path, "w.safetensors")
+        weights.weight_files(tmp_path, "w.safetensors")

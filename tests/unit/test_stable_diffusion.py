@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from diffusers import (
@@ -18,16 +17,14 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.training_utils import compute_snr
-from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig
 
-from ftk.configs.schema import ModelConfig, OptimizerConfig, SigmaConfig, TrainConfig
+from ftk.configs.schema import OptimizerConfig, SigmaConfig, TrainConfig
 from ftk.errors import ConfigError, ModelError
 from ftk.methods import base as methods
 from ftk.models import base as models
 from ftk.models import sdxl
 from ftk.models.base import Conditions, Model
-from ftk.models.components import loading
 from ftk.models.components.geometry import SampleGeometry
 from ftk.models.components.schedule import NoiseSchedule
 from ftk.train import memory, optim, placement
@@ -268,31 +265,6 @@ def test_the_vae_of_sdxl_is_fp32_whatever_the_rest_is(tiny_models: Callable[[str
     assert pipeline.unet.dtype == torch.bfloat16
     (image,) = pipeline(prompt="a cat", height=32, width=32, num_inference_steps=2, guidance_scale=2.0).images
     assert image.size == (32, 32)
-
-
-def test_only_full_weights_of_the_named_components_are_downloaded(
-    tiny_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: dict[str, Any] = {}
-
-    def download(_: str, **arguments: Any) -> str:
-        asked.update(arguments)
-        return str(tiny_models("sdxl"))
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    config = ModelConfig(family="sdxl", path="somebody/some-sdxl")
-    assert loading.locate(models.get("sdxl"), config, ("unet", "tokenizer_2")) == tiny_models("sdxl")
-    wanted = [
-        *("model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "tokenizer_2/merges.txt"),
-        *("unet/diffusion_pytorch_model-00001-of-00009.safetensors", "unet/diffusion_pytorch_model.safetensors.index.json"),
-    ]
-    others = [
-        *("vae/config.json", "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors"),
-        *("unet/diffusion_pytorch_model.non_ema.safetensors", "unet/model.onnx", "unet/model.onnx_data"),
-        *("unet/openvino_model.bin", "unet/openvino_model.xml", "unet/diffusion_flax_model.msgpack", "sd_xl_base.safetensors"),
-    ]
-    patterns = {name: asked[name] for name in ("allow_patterns", "ignore_patterns")}
-    assert list(filter_repo_objects([*wanted, *others], **patterns)) == wanted
 
 
 def test_a_tokenizer_of_another_length_is_refused(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:

@@ -10,9 +10,23 @@ from ftk.models.base import AdapterNames, FamilyConfig
 from ftk.models.components import clip, kl_vae, unet
 from ftk.models.components.geometry import ReferenceRule
 from ftk.models.components.schedule import NoiseSchedule
+from ftk.models.components.single_file import Layout
 
 if TYPE_CHECKING:
     import torch
+
+SINGLE_FILE: Mapping[str, Sequence[Layout]] = {
+    "unet": (
+        Layout(
+            model_class="UNet2DConditionModel",
+            anchor="input_blocks.0.0.weight",
+            prefixes=("model.diffusion_model.", "diffusion_model."),
+        ),
+        Layout(model_class="UNet2DConditionModel", anchor="down_blocks.0.resnets.0.conv1.weight", prefixes=("", "unet.")),
+    ),
+    "vae": (Layout(model_class="AutoencoderKL", anchor="encoder.conv_in.weight", prefixes=("first_stage_model.",)),),
+}
+"""What checkpoints in one file hold beside text encoders."""
 
 
 class LatentDiffusionConfig(FamilyConfig):

@@ -48,6 +48,11 @@ def load(directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
     return unet.requires_grad_(False).train().to(device)
 
 
+def is_told_sizes(tensors: Mapping[str, Any]) -> bool:
+    """Whether the U-Net in a checkpoint of one file is SDXL's, by the names of its tensors."""
+    return any(name.endswith(("label_emb.0.0.weight", "add_embedding.linear_1.weight")) for name in tensors)
+
+
 def load_schedule(directory: Path) -> NoiseSchedule:
     """Of any scheduler of diffusers' that samples such models: with the same betas they have the same noise levels.
 
