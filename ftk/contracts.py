@@ -52,6 +52,16 @@ class Reject:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnmatchedCaption:
+    """A text file of a source that is the caption of no image; `likely_image` is empty where no image has a name like it."""
+
+    source: str
+    path: str
+    likely_image: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRow:
     """One prepared sample; sizes in pixels, `width` and `height` those of the original after its EXIF orientation.
 
@@ -96,7 +106,8 @@ class ShardRecord:
     A unit of work gives one shard, or several when its partition holds more records than a shard takes: `is_last` says
     which one ends it. `recipe_fingerprint` stands for every setting that shaped it, `contents_fingerprint` for every input
     byte that went into it. `buckets` maps WIDTHxHEIGHT to samples. `empty_masks` has the image's path for each sample whose
-    mask is black all over.
+    mask is black all over. `fallback_captions` are the paths of the first images that have no caption of their own and took
+    their source's.
     """
 
     name: str
@@ -114,11 +125,17 @@ class ShardRecord:
     table_sha256: str
     rejects: list[Reject] = field(default_factory=list)
     empty_masks: list[str] = field(default_factory=list)
+    num_fallback_captions: int = 0
+    fallback_captions: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedManifest:
-    """`dataset.json`: committed last, names only committed shards."""
+    """`dataset.json`: committed last, names only committed shards.
+
+    Of the images that took their source's `caption:` and of the text files that belong to no image it has the number, and
+    the first by name. `hints` are sentences about the sources.
+    """
 
     schema_version: int
     fingerprint: str
@@ -135,6 +152,11 @@ class PreparedManifest:
     buckets: dict[str, int]
     shards: list[ShardRecord]
     num_empty_masks: int = 0
+    num_fallback_captions: int = 0
+    fallback_captions: list[str] = field(default_factory=list)
+    num_unmatched_captions: int = 0
+    unmatched_captions: list[UnmatchedCaption] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

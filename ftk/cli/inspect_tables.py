@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _EXAMPLE_CHARS = 120
 _BAR_CHARS = 24
 _MOST_CHANNELS, _MOST_PROMPTS = 32, 10
+_MOST_UNMATCHED = 10
 _MOST_CHECKPOINTS = 10
 
 
@@ -21,7 +22,7 @@ def print_prepared(summary: "PreparedSummary") -> None:
     """Tables of a prepared dataset."""
     tables = (_totals(summary), _buckets(summary.buckets), _captions(summary), _sources(summary), _rejects(summary))
     duplicates = _duplicates(summary) if summary.duplicates else None
-    _print([*tables, duplicates], f"To look at the samples: ftk inspect {summary.directory} --html")
+    _print([*tables, _caption_notes(summary), duplicates], f"To look at the samples: ftk inspect {summary.directory} --html")
 
 
 def print_cache(summary: "CacheSummary") -> None:
@@ -148,6 +149,25 @@ def _captions(summary: "PreparedSummary") -> Any:
     for position, (tag, number) in enumerate(captions.leading_tags.items()):
         table.add_row("" if position else "start with", _text(f"{tag} ({number:,})"))
     return table
+
+
+def _caption_notes(summary: "PreparedSummary") -> Any:
+    """Where captions did not come from the images' own files, and what the sources' names hint at."""
+    table = _table("caption files", "", "", header=False)
+    examples = _first(summary.fallback_captions, summary.num_fallback_captions)
+    table.add_row("images with the source's `caption`", _text(f"{summary.num_fallback_captions:,}{examples}"))
+    table.add_row("text files of no image", f"{summary.num_unmatched_captions:,}")
+    for file in summary.unmatched_captions[:_MOST_UNMATCHED]:
+        likely = f", perhaps of {file.likely_image}" if file.likely_image else ""
+        table.add_row("", _text(f"{file.path}{likely}: {file.detail}", most=2 * _EXAMPLE_CHARS))
+    for hint in summary.hints:
+        table.add_row("hint", _text(hint, most=len(hint)))
+    return table if table.row_count > 2 or summary.num_fallback_captions else None
+
+
+def _first(names: Sequence[str], number: int) -> str:
+    more = f" and {number - 3:,} more" if number > 3 else ""
+    return f": {', '.join(names[:3])}{more}" if names else ""
 
 
 def _sources(summary: "PreparedSummary") -> Any:

@@ -81,7 +81,10 @@ def _lines(name: str, value: Any) -> list[tuple[str, str]]:
         shown = ", ".join(f"{key}: {item}" for key, item in value.items())
         return [(label, shown)] if value else []
     if isinstance(value, list):
-        rows = [", ".join(str(part) for part in item.values()) if isinstance(item, Mapping) else str(item) for item in value]
+        rows = [
+            ", ".join(str(part) for part in item.values() if part != "") if isinstance(item, Mapping) else str(item)
+            for item in value
+        ]
         more = [f"and {len(rows) - 10} more"] if len(rows) > 10 else []
         return [(label if not position else "", row) for position, row in enumerate([*rows[:10], *more])]
     if isinstance(value, bool) or value is None:

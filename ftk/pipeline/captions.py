@@ -17,7 +17,7 @@ from ftk.errors import ConfigError
 MAX_CAPTION_BYTES = 64 << 10
 MAX_JSON_BYTES = 1 << 20
 JSON_KEYS = ("caption", "captions", "text", "prompt")
-CAPTIONS_VERSION = 1
+CAPTIONS_VERSION = 2
 """Raised when equal inputs give other captions than before: shards are then made again. Their images are not encoded again."""
 
 _CLOSES_UP = tuple(",.;:!?")
@@ -100,11 +100,11 @@ def gather(values: Iterable[object], name: str) -> tuple[str, ...] | Problem:
     return tuple(captions) or nothing
 
 
-def read(location: str, lines: bool = False, fallback: str | None = None) -> tuple[str, ...] | Problem:
+def read(location: str, lines: bool = False, has_fallback: bool = False) -> tuple[str, ...] | Problem:
     """The captions in a sidecar file: a `.json`, or a text that is one caption or, with `lines`, one a line.
 
     Args:
-        fallback: for a JSON file that says other things of its image, but has no caption.
+        has_fallback: a JSON file without a caption, which says other things of its image, gives none and is no problem.
 
     Raises:
         EnvironmentFault: the network or the disk failed.
@@ -118,7 +118,7 @@ def read(location: str, lines: bool = False, fallback: str | None = None) -> tup
     if is_json:
         captions = _from_json(data, name)
         is_absent = isinstance(captions, Problem) and captions.reason == RejectReason.CAPTION_MISSING
-        return (fallback,) if is_absent and fallback is not None else captions
+        return () if is_absent and has_fallback else captions
     text = check(data, name)
     if isinstance(text, Problem):
         return text

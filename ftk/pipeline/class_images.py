@@ -16,11 +16,11 @@ from ftk import locations, storage
 from ftk.configs.schema import DataConfig, GenerateConfig, ModelConfig, SourceConfig
 from ftk.errors import ConfigError, SourceError
 from ftk.pipeline import captions
-from ftk.pipeline.sources.folder import IMAGE_SUFFIXES
+from ftk.pipeline.sources.folder import DRAWN_RECORD, IMAGE_SUFFIXES
 from ftk.run import Run
 
 FOLDER = "generated"
-RECORD = "generated.json"
+RECORD = DRAWN_RECORD
 RECORD_SCHEMA = 1
 COMMAND = "`ftk prepare RUN.yaml --make-class-images`"
 _NOT_THE_IMAGES = {"count", "batch_size", "device"}

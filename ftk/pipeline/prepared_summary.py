@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ftk import storage
-from ftk.contracts import PreparedManifest, Reject, ShardRecord
+from ftk.contracts import PreparedManifest, Reject, ShardRecord, UnmatchedCaption
 from ftk.errors import DatasetError
 from ftk.pipeline.dataset import PreparedDataset
 from ftk.progress import track
@@ -85,7 +85,8 @@ class PreparedSummary:
     `crop_loss`: the share of a resized image's pixels that its crop leaves out. `num_duplicates` counts samples whose file
     equals an earlier one, `num_near_duplicates` those that look like one; `duplicates` are the first of both, where `bits`
     is -1 for equal files. `num_controls` counts samples that have control images, `num_empty_masks` those whose mask is
-    black all over.
+    black all over. `fallback_captions` are the first images that took their source's `caption:`, `unmatched_captions` the
+    first text files that are no image's caption.
     """
 
     directory: str
@@ -104,6 +105,8 @@ class PreparedSummary:
     num_long_captions: int
     num_duplicates: int
     num_near_duplicates: int
+    num_fallback_captions: int
+    num_unmatched_captions: int
     crop_loss: Spread | None
     original_megapixels: Spread | None
     buckets: list[BucketSummary]
@@ -111,6 +114,9 @@ class PreparedSummary:
     sources: list[SourceSummary]
     rejects: list[RejectSummary]
     duplicates: list[dict[str, Any]]
+    fallback_captions: list[str]
+    unmatched_captions: list[UnmatchedCaption]
+    hints: list[str]
 
 
 def summarise(dataset: PreparedDataset) -> PreparedSummary:
@@ -225,7 +231,10 @@ def summary(dataset: PreparedDataset, scan: Scan, pairs: list[dict[str, Any]]) -
     manifest = dataset.manifest
     losses = 1 - scan.kept_pixels.joined() / scan.resized_pixels.joined()
     megapixels = scan.widths.joined().astype(np.float64) * scan.heights.joined() / 1e6
-    same = ("fingerprint", "num_inputs", "num_samples", "num_rejects", "num_upscaled", "num_copied", "num_empty_masks")
+    same = (
+        *("fingerprint", "num_inputs", "num_samples", "num_rejects", "num_upscaled", "num_copied", "num_empty_masks"),
+        *("num_fallback_captions", "fallback_captions", "num_unmatched_captions", "unmatched_captions", "hints"),
+    )
     return PreparedSummary(
         directory=str(dataset.directory),
         **{name: getattr(manifest, name) for name in same},

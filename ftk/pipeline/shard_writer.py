@@ -18,6 +18,7 @@ from ftk.pipeline.engine import Lost, WorkerPool
 from ftk.pipeline.source_units import SourceUnit
 from ftk.pipeline.sources.base import Blob, Record
 
+_FALLBACK_EXAMPLES = 10
 _BY_LIMITS = {RejectReason.WORKER_CRASHED, RejectReason.WORKER_TIMED_OUT, RejectReason.WORKER_OUT_OF_MEMORY}
 _BY_DECODERS = {RejectReason.UNREADABLE, RejectReason.MASK_UNREADABLE, RejectReason.CONTROL_UNREADABLE}
 
@@ -172,7 +173,12 @@ def _input_line(item: Record | Reject, contents: Sequence[str]) -> list[Any]:
     """What one input says to `contents_digest`: it decides the sample, or the reject."""
     if isinstance(item, Reject):
         return [item.path, item.reason.value, item.detail]
-    return [item.identity.encode("utf-8", "surrogateescape").hex(), list(item.captions), len(item.controls), list(contents)]
+    # Only where they are set: most records have neither.
+    extra = [[item.is_fallback, item.repeats]] if item.is_fallback or item.repeats != 1 else []
+    return [
+        *(item.identity.encode("utf-8", "surrogateescape").hex(), list(item.captions), len(item.controls), list(contents)),
+        *extra,
+    ]
 
 
 def _hashes(item: Record | Reject) -> list[str]:
@@ -199,6 +205,8 @@ class _Shard:
         self.lines: list[list[Any]] = []
         self.empty_masks: list[str] = []
         self.num_upscaled = 0
+        self.num_fallback = 0
+        self.fallback_names: list[str] = []
 
     def add(self, tar: dataset.TarWriter, item: Record | Reject, result: Any) -> None:
         if isinstance(item, Reject):
@@ -210,6 +218,10 @@ class _Shard:
             self.lines.append(_input_line(item, result.contents if isinstance(result, images.ImageProblem) else ["lost"]))
         else:
             self.lines.append(_input_line(item, result.contents))
+            if item.is_fallback:
+                self.num_fallback += 1
+                if self.num_fallback <= _FALLBACK_EXAMPLES:
+                    self.fallback_names.append(source_units.shown_name(self.unit, item, self.job.data))
             for row, variant in _rows(self, item, result):
                 _add_to_tar(tar, row, variant)
                 self.rows.append(row)
@@ -235,6 +247,8 @@ class _Shard:
             table_sha256=storage.sha256_file(table),
             rejects=self.rejects,
             empty_masks=self.empty_masks,
+            num_fallback_captions=self.num_fallback,
+            fallback_captions=self.fallback_names,
         )
 
 
@@ -314,7 +328,7 @@ def _rows(shard: _Shard, record: Record, prepared: images.PreparedImage) -> Iter
             copied=variant.copied,
             perceptual_hash=prepared.perceptual_hash,
             captions=captions.finish(record.captions, source, shard.job.data.captions, key),
-            repeats=source.repeats,
+            repeats=source.repeats * record.repeats,
             role=source.role,
             num_controls=len(variant.controls),
             control_ids=list(variant.control_ids),

@@ -115,6 +115,12 @@ def printable(record: Record) -> str:
     return record.identity.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def shown_name(unit: SourceUnit, record: Record, data: DataConfig) -> str:
+    """What a message calls a record: its path, and before it the source where there are several."""
+    path = reject(unit, record, RejectReason.DUPLICATE, "").path
+    return path if len(data.sources) == 1 else f"{unit.source.source_name}: {path}"
+
+
 def find_duplicates(data: DataConfig) -> dict[int, Duplicates]:
     """By unit, the records whose image has the same bytes as one before it; reads every image once.
 
@@ -133,8 +139,7 @@ def find_duplicates(data: DataConfig) -> dict[int, Duplicates]:
                 if content is None:
                     continue
                 assert isinstance(item, Record)
-                name = reject(unit, item, RejectReason.DUPLICATE, "").path
-                name = name if len(data.sources) == 1 else f"{unit.source.source_name}: {name}"
+                name = shown_name(unit, item, data)
                 if (first := first_of.setdefault(content, name)) is not name:
                     found[unit.number][position] = first
     if found and data.duplicates == "error":

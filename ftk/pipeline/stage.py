@@ -23,6 +23,7 @@ from ftk.pipeline.buckets import bucket_sizes
 from ftk.pipeline.class_images import ClassImages
 from ftk.pipeline.engine import WHOLE, JobPart, WorkerPool, map_units
 from ftk.pipeline.shard_writer import Made, PrepareJob
+from ftk.pipeline.sources.base import MOST_EXAMPLES, Notes, Record
 from ftk.progress import ProgressBar, track
 from ftk.run import Run
 
@@ -38,6 +39,8 @@ class PrepareReport:
     """What `ftk prepare` did; `buckets` maps WIDTHxHEIGHT to samples.
 
     `num_shards_missing` is of a part of a job array that ended before the others: the dataset is sealed by the last.
+    `fallback_captions` are images that took their source's `caption:`, `unmatched_captions` text files that are no image's
+    caption: of both the first.
     """
 
     num_inputs: int
@@ -53,9 +56,14 @@ class PrepareReport:
     num_duplicates: int
     num_near_duplicates: int
     num_empty_masks: int
+    num_fallback_captions: int
+    num_unmatched_captions: int
     buckets: dict[str, int]
     directory: str
     rejects: list[dict[str, str]]
+    fallback_captions: list[str]
+    unmatched_captions: list[dict[str, str]]
+    hints: list[str]
 
 
 def run(run: Run, part: JobPart = WHOLE) -> PrepareReport:
@@ -81,8 +89,8 @@ def run(run: Run, part: JobPart = WHOLE) -> PrepareReport:
         _look_again(job, equal, planned)
         made = [unit for unit in planned.made if unit is not None]
         if len(made) < len(planned.made):
-            return _report_of_part(job.directory, made, len(planned.made) - len(made))
-        manifest = _seal(job, config, [shard for unit in made for shard in unit.shards])
+            return _report_of_part(job.directory, made, len(planned.made) - len(made), planned.notes)
+        manifest = _seal(job, config, [shard for unit in made for shard in unit.shards], planned.notes)
     report = report_of(job.directory, manifest, sum(unit.num_reused for unit in made))
     _warn_of_empty_masks(manifest, config)
     check_rejects(report, config.data)
@@ -132,8 +140,10 @@ def dry_run(run: Run, part: JobPart = WHOLE) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     buckets: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
+    notes = Notes()
     with _pool(data) as pool, track("plan", None, "image") as progress:
         for unit in source_units.units(data, source_units.find_duplicates(data)):
+            notes = notes.and_also(unit.partition.notes)
             if not part.has(unit.number):
                 continue
             num_inputs = 0
@@ -142,6 +152,7 @@ def dry_run(run: Run, part: JobPart = WHOLE) -> dict[str, Any]:
                 num_inputs += 1
                 progress.advance(1)
                 if isinstance(probe, images.Probe):
+                    counts["num_fallback_captions"] += isinstance(item, Record) and item.is_fallback
                     buckets.update(f"{place.bucket_width}x{place.bucket_height}" for place in probe.placements)
                     counts["num_upscaled"] += sum(place.upscales(probe.width, probe.height) for place in probe.placements)
                     counts["num_pixels"] += sum(place.bucket_width * place.bucket_height for place in probe.placements)
@@ -159,6 +170,10 @@ def dry_run(run: Run, part: JobPart = WHOLE) -> dict[str, Any]:
         "rejects_by_reason": dict(sorted(rejected.items())),
         "num_shards": counts["num_shards"],
         "num_upscaled": counts["num_upscaled"],
+        "num_fallback_captions": counts["num_fallback_captions"],
+        "num_unmatched_captions": notes.num_unmatched_captions,
+        "unmatched_captions": [asdict(one) for one in notes.unmatched_captions],
+        "hints": list(notes.hints),
         "estimated_bytes": round(counts["num_pixels"] * _BYTES_A_PIXEL[data.image_format]),
         "buckets": dict(sorted(buckets.items())),
     }
@@ -171,6 +186,7 @@ class _Planned:
     made: list[Made | None]
     listings: list[str]
     num_records: list[int | None]
+    notes: Notes
 
     def totals(self, part: JobPart) -> tuple[int | None, int]:
         """(all records of the part, or None when only reading can tell; those that are done)."""
@@ -187,7 +203,7 @@ def _planned(job: PrepareJob, equal: dict[int, source_units.Duplicates], part: J
     def there(unit: source_units.SourceUnit) -> Made | None:
         return (shard_writer.committed if part.has(unit.number) else shard_writer.committed_by_others)(job, unit)
 
-    planned = _Planned(made=[], listings=[], num_records=[])
+    planned = _Planned(made=[], listings=[], num_records=[], notes=Notes())
     # Hashing a shard frees the interpreter; some units at a time keep the memory constant.
     with ThreadPoolExecutor(default_workers(job.data.workers)) as pool, track("plan", None, "image") as progress:
         units = source_units.units(job.data, equal)
@@ -195,6 +211,8 @@ def _planned(job: PrepareJob, equal: dict[int, source_units.Duplicates], part: J
             planned.listings.extend(unit.listing for unit in batch)
             planned.num_records.extend(unit.partition.num_records for unit in batch)
             planned.made.extend(pool.map(there, batch))
+            for unit in batch:
+                planned.notes = planned.notes.and_also(unit.partition.notes)
             progress.advance(sum(unit.partition.num_records or 0 for unit in batch))
     return planned
 
@@ -266,7 +284,7 @@ def _pool(data: DataConfig, workers: int = 0) -> WorkerPool:
     return WorkerPool(workers or default_workers(data.workers), data.worker_seconds, round(data.worker_memory_gib * _GIB))
 
 
-def _seal(job: PrepareJob, config: RunConfig, made: list[ShardRecord]) -> PreparedManifest:
+def _seal(job: PrepareJob, config: RunConfig, made: list[ShardRecord], notes: Notes) -> PreparedManifest:
     """Commit the rejects, the duplicates and the manifest, then remove shards that it does not name."""
     rejects = [reject for shard in made for reject in shard.rejects]
     buckets: Counter[str] = Counter()
@@ -289,6 +307,7 @@ def _seal(job: PrepareJob, config: RunConfig, made: list[ShardRecord]) -> Prepar
         rejects_by_reason=dict(sorted(Counter(reject.reason.value for reject in rejects).items())),
         buckets=dict(sorted(buckets.items())),
         shards=made,
+        **_notes_of(made, notes),
     )
     storage.commit_table(job.directory / "rejects.parquet", dataset.reject_table(rejects))
     storage.commit_table(job.directory / "duplicates.parquet", equal)
@@ -298,6 +317,17 @@ def _seal(job: PrepareJob, config: RunConfig, made: list[ShardRecord]) -> Prepar
         if path.stem not in named:
             path.unlink(missing_ok=True)
     return manifest
+
+
+def _notes_of(shards: Sequence[ShardRecord], notes: Notes) -> dict[str, Any]:
+    """The manifest's and the report's fields on where captions came from."""
+    return {
+        "num_fallback_captions": sum(shard.num_fallback_captions for shard in shards),
+        "fallback_captions": [name for shard in shards for name in shard.fallback_captions][:MOST_EXAMPLES],
+        "num_unmatched_captions": notes.num_unmatched_captions,
+        "unmatched_captions": list(notes.unmatched_captions),
+        "hints": list(notes.hints),
+    }
 
 
 def _columns(directory: Path, made: Sequence[ShardRecord]) -> pa.Table:
@@ -329,25 +359,38 @@ def check_rejects(report: PrepareReport, data: DataConfig) -> None:
         "\n  " + " ".join(f"{row['path']}: {row['reason']} ({row['detail']})".splitlines()) for row in report.rejects[:10]
     )
     more = f"\n  and {report.num_rejects - 10:,} more" if report.num_rejects > 10 else ""
-    table = f"{report.directory}/rejects.parquet"
+    table, nearby = f"{report.directory}/rejects.parquet", _captions_nearby(report)
     if not report.num_inputs:
         raise SourceError("The sources hold no image: no file, row or tar member that could become one. Check data.sources.")
     if not report.num_samples:
-        raise SourceError(f"No image could be used; {table} says why for each:{listed}{more}")
+        raise SourceError(f"No image could be used; {table} says why for each:{listed}{more}{nearby}")
     if report.num_rejects > data.max_reject_fraction * report.num_inputs:
         raise TooManyRejects(
             f"{report.num_rejects:,} of {report.num_inputs:,} images were rejected, more than data.max_reject_fraction "
-            f"{data.max_reject_fraction:g} allows:{listed}{more}\nThe {report.num_samples:,} good samples are kept in "
+            f"{data.max_reject_fraction:g} allows:{listed}{more}{nearby}\nThe {report.num_samples:,} good samples are kept in "
             f"{report.directory}. Mend the inputs and run the command again, or raise data.max_reject_fraction."
         )
+
+
+def _captions_nearby(report: PrepareReport) -> str:
+    """Where captions are missing: the text files that may be theirs."""
+    if "caption_missing" not in report.rejects_by_reason or not report.num_unmatched_captions:
+        return ""
+    files = "".join(
+        f"\n  {file['path']}{', perhaps of ' + file['likely_image'] if file['likely_image'] else ''}: {file['detail']}"
+        for file in report.unmatched_captions[:5]
+    )
+    more = f"\n  and {report.num_unmatched_captions - 5:,} more" if report.num_unmatched_captions > 5 else ""
+    return f"\nText files that are no image's caption:{files}{more}"
 
 
 def report_of(directory: Path, manifest: PreparedManifest, num_reused: int) -> PrepareReport:
     """The report on a committed dataset."""
     rejects = [reject for shard in manifest.shards for reject in shard.rejects]
     same = {field.name for field in fields(PrepareReport)} & {field.name for field in fields(PreparedManifest)}
+    plain = {name: getattr(manifest, name) for name in same}
     return PrepareReport(
-        **{name: getattr(manifest, name) for name in same},
+        **{**plain, "unmatched_captions": [asdict(one) for one in manifest.unmatched_captions]},
         num_shards=len(manifest.shards),
         num_shards_reused=num_reused,
         num_shards_missing=0,
@@ -356,13 +399,14 @@ def report_of(directory: Path, manifest: PreparedManifest, num_reused: int) -> P
     )
 
 
-def _report_of_part(directory: Path, made: Sequence[Made], num_missing: int) -> PrepareReport:
+def _report_of_part(directory: Path, made: Sequence[Made], num_missing: int, notes: Notes) -> PrepareReport:
     """The report on the shards that are there while other parts are still at work; duplicates are found at the end."""
     there = [shard for unit in made for shard in unit.shards]
     rejects = [reject for shard in there for reject in shard.rejects]
     buckets: Counter[str] = Counter()
     for shard in there:
         buckets.update(shard.buckets)
+    of_captions = _notes_of(there, notes)
     return PrepareReport(
         num_inputs=sum(shard.num_inputs for shard in there),
         num_samples=sum(shard.num_samples for shard in there),
@@ -380,6 +424,7 @@ def _report_of_part(directory: Path, made: Sequence[Made], num_missing: int) -> 
         buckets=dict(sorted(buckets.items())),
         directory=str(directory),
         rejects=[_plain(reject) for reject in rejects],
+        **{**of_captions, "unmatched_captions": [asdict(one) for one in notes.unmatched_captions]},
     )
 
 

@@ -114,11 +114,11 @@ def test_a_byte_order_mark_says_what_a_caption_is_written_in(tmp_path: Path, enc
 def test_a_json_file_without_a_caption_leaves_it_to_the_fallback(tmp_path: Path) -> None:
     for data in (b'{"caption": null}', b'{"width": 5}', b"[]"):
         (tmp_path / "a.json").write_bytes(data)
-        assert captions.read(str(tmp_path / "a.json"), fallback="a photo") == ("a photo",)
+        assert captions.read(str(tmp_path / "a.json"), has_fallback=True) == ()
     for data in (b'{"caption": " "}', b'{"caption": 5}', b"{"):
         (tmp_path / "a.json").write_bytes(data)
-        _problem(captions.read(str(tmp_path / "a.json"), fallback="a photo"))
-    _problem(captions.read(str(tmp_path / "nothing.json"), fallback="a photo"))
+        _problem(captions.read(str(tmp_path / "a.json"), has_fallback=True))
+    _problem(captions.read(str(tmp_path / "nothing.json"), has_fallback=True))
 
 
 def test_lines_are_captions_when_asked_for(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject, RejectReason
 from ftk.errors import ConfigError, SourceError
-from ftk.pipeline.sources.base import Partition, Record
+from ftk.pipeline.sources.base import Notes, Partition, Record
 from ftk.pipeline.sources.folder import SOURCE, FolderSettings
 
 
@@ -60,6 +60,10 @@ def _bad(root: Path | str, **settings: Any) -> Reject:
     item = _one(root, **settings)
     assert isinstance(item, Reject)
     return item
+
+
+def _notes(root: Path, **settings: Any) -> Notes:
+    return _partitions(root, shard_samples=99, **settings)[-1].notes
 
 
 def _identities(items: list[Record | Reject]) -> list[str]:
@@ -141,7 +145,7 @@ def test_the_signature_changes_with_every_file_of_its_partition(tmp_path: Path) 
     seen.append([partition.signature for partition in _partitions(root, **settings)])
     assert len({first for first, _ in seen}) == 6
     assert len({second for _, second in seen}) == 1
-    (root / "unused.md").write_bytes(b"")
+    (root / "unused.md").write_bytes(b"")  # counted in the notes, which shape no sample
     assert [partition.signature for partition in _partitions(root, **settings)] == seen[-1]
 
 
@@ -189,6 +193,139 @@ def test_the_first_sidecar_counts(tmp_path: Path) -> None:
         (tmp_path / f"a{suffix}").write_text(text)
         expected = tuple(json.loads(text)["text"]) if suffix == ".json" else (text,)
         assert _good(tmp_path).captions == expected
+
+
+def test_case_and_unicode_form_of_a_caption_files_name_do_not_matter(tmp_path: Path) -> None:
+    pairs = [
+        ("IMG_1.JPG", "img_1.txt"),
+        ("IMG_2.JPG", "IMG_2.JPG.txt"),
+        ("\u00e9.jpg", "e\u0301.txt"),
+        ("u\u0308.jpg", "\u00fc.txt"),
+    ]
+    for image, caption in pairs:
+        (tmp_path / image).write_bytes(b"")
+        (tmp_path / caption).write_text(f"of {image}")
+    found = {item.identity: item for item in _records(tmp_path, caption="a photo") if isinstance(item, Record)}
+    assert {name: (record.captions, record.is_fallback) for name, record in found.items()} == {
+        image: ((f"of {image}",), False) for image, _ in pairs
+    }
+    assert _notes(tmp_path).num_unmatched_captions == 0
+
+
+def test_text_files_of_no_image_are_noted_once_for_the_whole_source(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg", "c.jpg", "sub/d.jpg"):
+        _put(tmp_path, name)
+    _put(tmp_path, "e.jpg", caption=None)
+    (tmp_path / "e.tags").write_text("a, b")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/notes.md").write_text("")
+    partitions = _partitions(tmp_path, caption="a photo")
+    assert [partition.notes.num_unmatched_captions for partition in partitions] == [0, 0, 2]
+    assert [(one.source, one.path, one.likely_image) for one in partitions[-1].notes.unmatched_captions] == [
+        (tmp_path.name, "e.tags", "e.jpg"),
+        (tmp_path.name, "empty/notes.md", ""),
+    ]
+    assert _notes(tmp_path, captions_from="fixed", caption="a photo").num_unmatched_captions == 0
+    assert _notes(tmp_path, caption_suffix=".tags", caption="a photo").num_unmatched_captions == 5
+
+
+def test_a_name_that_fits_two_images_is_not_guessed_at(tmp_path: Path) -> None:
+    for name in ("IMG.jpg", "img.jpg", "Img.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert [item.reason for item in _records(tmp_path) if isinstance(item, Reject)] == [RejectReason.CAPTION_MISSING] * 2
+    (example,) = _notes(tmp_path).unmatched_captions
+    assert (example.path, example.detail) == ("Img.txt", "fits IMG.jpg and img.jpg: name it exactly as its image")
+
+
+def test_the_record_of_drawn_class_images_is_no_caption(tmp_path: Path) -> None:
+    _put(tmp_path, "generated/00000.png")
+    (tmp_path / "generated/generated.json").write_text("{}")
+    assert _notes(tmp_path).num_unmatched_captions == 0
+
+
+@pytest.mark.parametrize("suffix", ["tags", ".tags", ".TAGS", [".missing", ".tags"]])
+def test_captions_of_any_suffix(tmp_path: Path, suffix: Any) -> None:
+    _put(tmp_path, "a.jpg", b"not read")
+    (tmp_path / "a.tags").write_text("a, b\nc")
+    assert _good(tmp_path, caption_suffix=suffix).captions == ("a, b\nc",)
+    assert _good(tmp_path, caption_suffix=suffix, caption_lines=True).captions == ("a, b", "c")
+    (tmp_path / "a.tags").unlink()
+    assert ".tags beside the image" in _bad(tmp_path, caption_suffix=suffix).detail
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"caption_suffix": ".jpg"}, "suffix of images"),
+        ({"caption_suffix": ""}, "not how a file's name ends"),
+        ({"caption_suffix": []}, "at least 1 item"),
+        ({"caption_suffix": 5}, "tuple"),
+        ({"caption_suffix": ["a/b"]}, "not how a file's name ends"),
+        ({"caption_suffix": [".txt", "txt"]}, "named twice"),
+        ({"caption_suffix": ".tags", "captions_from": "name"}, "`caption_suffix` has no effect with `captions_from: name`"),
+        ({"layout": "kohya", "captions_from": "fixed", "caption": "a"}, "`layout` has no effect with `captions_from: fixed`"),
+    ],
+)
+def test_settings_of_captions_that_make_no_sense_are_refused(tmp_path: Path, settings: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        _config(tmp_path, **settings)
+
+
+# Folders of sd-scripts.
+
+
+def _kohya(root: Path) -> None:
+    for name, caption in [("10_sks dog/a.jpg", b"sks dog on grass"), ("10_sks dog/b.jpg", None), ("2_a_b/c.jpg", None)]:
+        _put(root, name, caption)
+
+
+def test_folders_of_sd_scripts_say_repeats_and_class_tokens(tmp_path: Path) -> None:
+    _kohya(tmp_path)
+    _put(tmp_path, "3/d.jpg", caption=None)
+    records = [item for item in _records(tmp_path, layout="kohya", caption="a photo") if isinstance(item, Record)]
+    assert [(record.identity, record.repeats, record.captions, record.is_fallback) for record in records] == [
+        ("10_sks dog/a.jpg", 10, ("sks dog on grass",), False),
+        ("10_sks dog/b.jpg", 10, ("sks dog",), True),
+        ("2_a_b/c.jpg", 2, ("a_b",), True),
+        ("3/d.jpg", 3, ("a photo",), True),
+    ]
+    assert [item.reason for item in _records(tmp_path, layout="kohya") if isinstance(item, Reject)] == [
+        RejectReason.CAPTION_MISSING
+    ]
+    assert not _notes(tmp_path, layout="kohya").hints
+
+
+def test_what_sd_scripts_passes_over_is_told(tmp_path: Path) -> None:
+    _kohya(tmp_path)
+    for name in ("top.jpg", "misc/e.jpg", "0_x/f.jpg", "-1_x/g.jpg", "10_sks dog/deep/h.jpg"):
+        _put(tmp_path, name)
+    assert len(_records(tmp_path, layout="kohya")) == 3
+    (hint,) = _notes(tmp_path, layout="kohya").hints
+    assert "5 images do not lie in a folder such as `10_dog`" in hint
+    assert hint.startswith(f"source {tmp_path.name}: ")
+
+
+def test_a_layout_of_sd_scripts_without_such_folders_is_refused(tmp_path: Path) -> None:
+    _kohya(tmp_path)
+    with pytest.raises(SourceError, match=r"no folder of images such as `10_dog`.*Name the folder above"):
+        _records(tmp_path / "10_sks dog", layout="kohya")
+    _put(tmp_path / "photos", "a.jpg")
+    with pytest.raises(SourceError, match=r"Leave out `layout: kohya`"):
+        _records(tmp_path / "photos", layout="kohya")
+
+
+def test_folders_that_look_like_sd_scripts_get_a_hint(tmp_path: Path) -> None:
+    _kohya(tmp_path)
+    (hint,) = _notes(tmp_path, caption="a photo").hints
+    assert "10_sks dog is called as sd-scripts calls its folders" in hint
+    (hint,) = _notes(tmp_path / "10_sks dog", caption="a photo").hints
+    assert "Set `repeats: 10`" in hint
+    assert str(tmp_path) not in hint
+    assert not _notes(tmp_path / "10_sks dog", caption="a photo", repeats=10).hints
+    _put(tmp_path / "plain", "2024_summer/a.jpg")
+    _put(tmp_path / "plain", "12/b.jpg")
+    _put(tmp_path / "plain", "v1_5/c.jpg")
+    assert not _notes(tmp_path / "plain").hints
 
 
 def test_a_dot_in_the_name_does_not_hide_the_caption(tmp_path: Path) -> None:
@@ -288,6 +425,40 @@ def test_a_mask_of_another_folder_is_not_taken_for_ones_own(tmp_path: Path) -> N
     assert isinstance(good, Record)
     assert isinstance(bad, Reject)
     assert (bad.path, bad.reason) == ("y/1.jpg", RejectReason.MASK_MISSING)
+
+
+def test_case_and_unicode_form_of_a_masks_name_do_not_matter(tmp_path: Path) -> None:
+    masks = {"IMG_1.JPG": "img_1.png", "sub/\u00e9.jpg": "sub/e\u0301.png", "b.jpg": "b.jpg.png", "Sub/c.jpg": "C.png"}
+    for image, mask in masks.items():
+        _put(tmp_path / "photos", image)
+        _put(tmp_path / "masks", mask, caption=None)
+    for settings in ({"masks": str(tmp_path / "masks")}, {"controls": (str(tmp_path / "masks"),)}):
+        for item in _records(tmp_path / "photos", **settings):
+            assert isinstance(item, Record)
+            (found,) = [item.mask] if item.mask else item.controls
+            assert found.location == str(tmp_path / "masks" / masks[item.identity])
+
+
+def test_a_mask_that_fits_two_images_but_for_their_case_is_no_ones(tmp_path: Path) -> None:
+    for image in ("IMG.jpg", "img.jpg"):
+        _put(tmp_path / "photos", image)
+    _put(tmp_path / "masks", "Img.png", caption=None)
+    masks = str(tmp_path / "masks")
+    assert all(isinstance(item, Reject) for item in _records(tmp_path / "photos", masks=masks))
+    _put(tmp_path / "masks", "img.png", caption=None)
+    reject, record = _records(tmp_path / "photos", masks=masks)
+    assert isinstance(reject, Reject)
+    assert isinstance(record, Record)
+    (tmp_path / "photos/img.jpg").unlink()
+    assert isinstance(_one(tmp_path / "photos", masks=masks), Reject)
+
+
+def test_a_mask_that_images_of_two_folders_fit_is_refused(tmp_path: Path) -> None:
+    for image in ("X/a.jpg", "x/a.jpg"):
+        _put(tmp_path / "photos", image)
+    _put(tmp_path / "masks", "x/a.png", caption=None)
+    with pytest.raises(SourceError, match="fits both X/a and x/a"):
+        _records(tmp_path / "photos", masks=str(tmp_path / "masks"))
 
 
 def test_a_name_that_two_masks_have_is_not_guessed_at(tmp_path: Path) -> None:

@@ -200,6 +200,22 @@ def test_a_sample_without_an_image_is_a_reject(tmp_path: Path) -> None:
     assert "IMG.1.jpg, IMG.2.jpg" in _reject(items[1], RejectReason.FILE_MISSING)
 
 
+def test_a_caption_may_be_named_after_the_whole_image(tmp_path: Path) -> None:
+    image = ("IMG_2.JPG", IMAGE)
+    assert _record(_one(tmp_path, image, ("IMG_2.JPG.txt", b"a cat"))).captions == ("a cat",)
+    assert _record(_one(tmp_path, image, ("IMG_2.JPG.json", b'{"caption": "a dog"}'))).captions == ("a dog",)
+    assert _record(_one(tmp_path, image, ("IMG_2.JPG.txt", b"a cat"), ("IMG_2.txt", b"a dog"))).captions == ("a dog",)
+
+
+def test_a_caption_of_another_spelling_names_its_likely_image(tmp_path: Path) -> None:
+    members = [("IMG_1.JPG", IMAGE), ("IMG_2.JPG", IMAGE), ("IMG_2.txt", b"a cat"), ("img_1.txt", b"a dog"), ("img_2.txt", b"")]
+    first, second, third, fourth = _read(tmp_path, *members, caption="a photo")
+    assert (_record(first).captions, _record(first).is_fallback) == (("a photo",), True)
+    assert (_record(second).captions, _record(second).is_fallback) == (("a cat",), False)
+    assert "the image of IMG_1 has no caption" in _reject(third, RejectReason.FILE_MISSING)
+    assert "has no caption" not in _reject(fourth, RejectReason.FILE_MISSING)
+
+
 def test_an_image_of_a_suffix_of_ones_own(tmp_path: Path) -> None:
     record = _record(_one(tmp_path, ("a.big.jpg", b"big"), ("a.jpg", b"small"), ("a.txt", b"a"), image=["big.jpg"]))
     assert record.image.data == b"big"

@@ -15,9 +15,11 @@ from pydantic import BaseModel, ConfigDict
 from ftk import locations
 from ftk.configs import load
 from ftk.configs.schema import SourceConfig
-from ftk.contracts import Reject
+from ftk.contracts import Reject, UnmatchedCaption
 from ftk.errors import ConfigError
 
+MOST_EXAMPLES = 100
+"""Files that are named where more of them are counted."""
 A_PLACE = "a place"
 """Stands in a recipe for a place that a setting names."""
 
@@ -58,7 +60,8 @@ class Record:
 
     `identity` is stable and unique within the source (the relative path, the tar's name and the key), and may hold
     surrogate escapes for bytes that are no UTF-8. `captions` are as found: at least one, none empty. `controls` are
-    followed by the source's references, see `parse`.
+    followed by the source's references, see `parse`. `is_fallback`: the image has no caption of its own, and took the
+    source's. `repeats` multiplies the source's own.
     """
 
     identity: str
@@ -66,6 +69,25 @@ class Record:
     captions: tuple[str, ...]
     mask: Blob | None = None
     controls: tuple[Blob, ...] = ()
+    is_fallback: bool = False
+    repeats: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notes:
+    """What a listing shows that a user should see: text files that are no image's caption, and sentences of advice."""
+
+    num_unmatched_captions: int = 0
+    unmatched_captions: tuple[UnmatchedCaption, ...] = ()
+    hints: tuple[str, ...] = ()
+
+    def and_also(self, other: "Notes") -> "Notes":
+        """Both together, with no more examples than one has."""
+        return Notes(
+            num_unmatched_captions=self.num_unmatched_captions + other.num_unmatched_captions,
+            unmatched_captions=(*self.unmatched_captions, *other.unmatched_captions)[:MOST_EXAMPLES],
+            hints=(*self.hints, *other.hints),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +95,14 @@ class Partition:
     """A part of a source that is read in one go: plain values, so that it can be sent to another machine.
 
     `signature` changes whenever anything that `read` would give might have changed, and is cheap: names, sizes, times,
-    entity tags. It is None when nothing vouches for the content. `num_records` is None when only reading can tell.
+    entity tags. It is None when nothing vouches for the content. `num_records` is None when only reading can tell. `notes`,
+    on a source's last partition, are about the whole source and shape no sample.
     """
 
     payload: tuple[Any, ...]
     signature: str | None
     num_records: int | None
+    notes: Notes = Notes()
 
 
 class Source(Protocol):

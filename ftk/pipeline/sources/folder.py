@@ -2,30 +2,56 @@
 
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby, islice
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ftk import locations, storage
 from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject, RejectReason
 from ftk.errors import ConfigError, SourceError, did_you_mean
 from ftk.locations import File
-from ftk.pipeline import captions
-from ftk.pipeline.sources.base import Blob, Partition, Place, Record
+from ftk.pipeline import captions, kohya, sidecars
+from ftk.pipeline.names import folded
+from ftk.pipeline.sources.base import Blob, Notes, Partition, Place, Record
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
     | {".avif", ".heic", ".heif", ".hif", ".jp2", ".tga", ".ppm", ".pgm", ".pnm"}
 )
-SIDECAR_SUFFIXES = (".txt", ".caption", ".json")
 TABLES = frozenset({"metadata.jsonl", "metadata.csv", "metadata.parquet"})
+DRAWN_RECORD = "generated.json"
+"""What class images were drawn with: it lies beside them, and is no caption."""
 
 Entry = tuple[str, str | None, str | None, tuple[str, ...]]
 """An image in a partition: its path below the source's folder, its sidecar's or None, and below their own folders its
 mask's (None where none is asked for) and its controls'; empty where one is missing."""
+
+
+def _suffixes(value: Any) -> Any:
+    """One suffix will do; `tags` means `.tags`."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)) or not all(isinstance(one, str) for one in values):
+        return value
+    return tuple(f".{one}".lower() if one[:1].isalnum() else one.lower() for one in values)
+
+
+def _end_caption_files(suffixes: tuple[str, ...]) -> tuple[str, ...]:
+    for suffix in suffixes:
+        if not suffix.strip(".") or "/" in suffix or suffix.isspace():
+            raise ValueError(f"{suffix!r} is not how a file's name ends: write for example `.tags`")
+        if suffix in IMAGE_SUFFIXES:
+            raise ValueError(f"{suffix} is the suffix of images, and none of captions")
+    if len(set(suffixes)) < len(suffixes):
+        raise ValueError("a suffix is named twice")
+    return suffixes
+
+
+CaptionSuffixes = Annotated[tuple[str, ...], BeforeValidator(_suffixes), AfterValidator(_end_caption_files)]
 
 
 class FolderSettings(BaseModel):
@@ -33,8 +59,14 @@ class FolderSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    layout: Literal["any", "kohya"] = Field(
+        default="any", description="kohya: only folders such as `10_sks dog` are read, each with its repeats and class tokens"
+    )
     captions_from: Literal["sidecar", "name", "fixed"] = Field(
-        default="sidecar", description="a .txt, .caption or .json beside the image; its name; or always the source's `caption`"
+        default="sidecar", description="a caption file beside the image; its name; or always the source's `caption`"
+    )
+    caption_suffix: CaptionSuffixes = Field(
+        default=sidecars.SUFFIXES, min_length=1, description="how caption files end, the first that is there"
     )
     caption_lines: bool = Field(default=False, description="each line of a .txt or .caption is a caption of its own")
     masks: Annotated[str | None, Place()] = Field(default=None, min_length=1, description="folder of masks named as the images")
@@ -43,9 +75,10 @@ class FolderSettings(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _lines_need_sidecars(self) -> Self:
-        if self.caption_lines and self.captions_from != "sidecar":
-            raise ValueError(f"`caption_lines` has no effect with `captions_from: {self.captions_from}`: leave one of them out")
+    def _settings_take_effect(self) -> Self:
+        for name in ("caption_lines", "caption_suffix", "layout") if self.captions_from != "sidecar" else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"`{name}` has no effect with `captions_from: {self.captions_from}`: leave one of them out")
         return self
 
 
@@ -66,22 +99,36 @@ class Folder:
         """Runs of `shard_samples` images; holds one folder's names at a time, and those of all masks and controls."""
         _check_captions(config, settings)
         companions = [_Companions(config.path, folder) for folder in _companion_folders(settings)]
-        images = _images(config, settings, companions)
-        found = 0
+        listing = _Listing(config, settings)
+        images = _images(config, settings, companions, listing)
+        last: Partition | None = None
         while batch := list(islice(images, shard_samples)):
-            found += len(batch)
-            yield Partition(payload=tuple(entry for entry, _ in batch), signature=storage.digest(batch), num_records=len(batch))
-        if not found:
-            raise SourceError(
-                f"data.sources: {_shown(config)} holds no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))}, also in "
-                f"subfolders). Found: {_contents(config.path)}.{_hint(config.path)}"
+            if last is not None:
+                yield last
+            last = Partition(
+                payload=tuple(entry for entry, _ in batch), signature=storage.digest(batch), num_records=len(batch)
             )
+        if last is None:
+            raise SourceError(_no_images(config, settings))
+        yield replace(last, notes=listing.notes())
 
     def read(self, config: SourceConfig, settings: FolderSettings, partition: Partition) -> Iterator[Record | Reject]:
         """Each image with its captions."""
         fallback = captions.fallback(config)
         for entry in partition.payload:
             yield _record(config, settings, entry, fallback)
+
+
+def _no_images(config: SourceConfig, settings: FolderSettings) -> str:
+    if settings.layout == "kohya":
+        above = kohya.parse(posixpath.basename(config.path.rstrip("/")))
+        advice = " Name the folder above." if above else " Leave out `layout: kohya` to read any folder."
+        found = _contents(config.path)
+        return f"data.sources: {_shown(config)} holds no folder of images such as `10_dog`. Found: {found}.{advice}"
+    return (
+        f"data.sources: {_shown(config)} holds no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))}, also in "
+        f"subfolders). Found: {_contents(config.path)}.{_hint(config.path)}"
+    )
 
 
 def _check_captions(config: SourceConfig, settings: FolderSettings) -> None:
@@ -95,8 +142,64 @@ def _companion_folders(settings: FolderSettings) -> list[str]:
     return [*([settings.masks] if settings.masks else []), *settings.controls]
 
 
+class _Listing:
+    """What is seen beside the images while a folder is listed."""
+
+    def __init__(self, config: SourceConfig, settings: FolderSettings) -> None:
+        self._config = config
+        self._is_kohya = settings.layout == "kohya"
+        self._unmatched = sidecars.Unmatched(config.source_name)
+        self._folders: Counter[str] = Counter()
+        self._passed_over: list[str] = []
+        self._num_passed_over = 0
+
+    def captions(self, directory: str, settings: FolderSettings, images: list[File], others: list[File]) -> dict[str, File]:
+        """By image, the caption files of one folder; `directory` ends in `/`, or is empty at the top."""
+        self._folders[directory.partition("/")[0]] += len(images)
+        if settings.captions_from != "sidecar":
+            return {}
+        files = sidecars.FolderFiles(
+            images=[posixpath.basename(file.relative) for file in images],
+            others={posixpath.basename(file.relative): file for file in others},
+        )
+        matches = sidecars.match(files, settings.caption_suffix)
+        self._unmatched.add(directory, files, matches)
+        return {directory + image: file for image, file in matches.captions.items()}
+
+    def pass_over(self, images: list[File]) -> None:
+        self._num_passed_over += len(images)
+        self._passed_over += [locations.printable(file.relative) for file in images[: 3 - len(self._passed_over)]]
+
+    def notes(self) -> Notes:
+        return Notes(
+            num_unmatched_captions=self._unmatched.number,
+            unmatched_captions=self._unmatched.examples(),
+            hints=tuple(f"source {self._config.source_name}: {hint}" for hint in self._hints()),
+        )
+
+    def _hints(self) -> Iterator[str]:
+        if self._num_passed_over:
+            examples = ", ".join(self._passed_over)
+            yield (
+                f"{self._num_passed_over:,} images do not lie in a folder such as `10_dog` and are not read, as sd-scripts "
+                f"would pass them over: {examples}"
+            )
+        named = [name for name, number in self._folders.items() if number and kohya.looks_meant(name)]
+        if named and not self._is_kohya:
+            yield (
+                f"{locations.printable(named[0])} is called as sd-scripts calls its folders, REPEATS_NAME, and is read as any "
+                "other. Set `layout: kohya` to take repeats and captions from such names"
+            )
+        own = kohya.looks_meant(posixpath.basename(self._config.path.rstrip("/")))
+        if own and not self._is_kohya and "repeats" not in self._config.model_fields_set:
+            yield (
+                f"the folder's name asks for {own.repeats} repeats in sd-scripts. Set `repeats: {own.repeats}`, or name the "
+                "folder above with `layout: kohya`"
+            )
+
+
 def _images(
-    config: SourceConfig, settings: FolderSettings, companions: "list[_Companions]"
+    config: SourceConfig, settings: FolderSettings, companions: "list[_Companions]", listing: _Listing
 ) -> Iterator[tuple[Entry, list[str | None]]]:
     """Each image of the folder, and the signatures of all its files."""
     places = [_place(folder) for folder in _companion_folders(settings)]
@@ -104,17 +207,32 @@ def _images(
         if any(_lies_in(_place(locations.join(config.path, directory)), place) for place in places):
             continue
         files = list(group)
-        sidecars = _sidecars(files) if settings.captions_from == "sidecar" else {}
+        images = [file for file in files if _suffix(file.relative) in IMAGE_SUFFIXES]
+        if settings.layout == "kohya" and ("/" in directory or not kohya.parse(directory)):
+            listing.pass_over(images)
+            continue
         _refuse_table(config, settings, files)
-        for file in files:
-            if _suffix(file.relative) not in IMAGE_SUFFIXES:
-                continue
-            sidecar = sidecars.get(_stem(file.relative))
-            beside = [companion.find(file.relative) for companion in companions]
+        captions_of = listing.captions(f"{directory}/" if directory else "", settings, images, _no_images_of(files))
+        # Images of one stem count once: they share their masks.
+        alike = Counter(folded(stem) for stem in {_stem(file.relative) for file in images})
+        for file in images:
+            sidecar = captions_of.get(file.relative)
+            is_alone = alike[folded(_stem(file.relative))] == 1
+            beside = [companion.find(file.relative, is_alone) for companion in companions]
             names = ["" if found is None else found.relative for found in beside]
             mask = names.pop(0) if settings.masks else None
             entry = (file.relative, sidecar.relative if sidecar else None, mask, tuple(names))
             yield entry, [each.signature if each else None for each in (file, sidecar, *beside)]
+
+
+def _no_images_of(files: list[File]) -> list[File]:
+    """What may be a caption, or wants to be."""
+    known = {*TABLES, DRAWN_RECORD}
+    return [
+        file
+        for file in files
+        if _suffix(file.relative) not in IMAGE_SUFFIXES and posixpath.basename(file.relative) not in known
+    ]
 
 
 def _listed(config: SourceConfig) -> Iterator[File]:
@@ -132,16 +250,6 @@ def _listed(config: SourceConfig) -> Iterator[File]:
     except PermissionError as error:
         where = locations.printable(str(error.filename))
         raise SourceError(f"data.sources: {where} may not be read: {error.strerror}. Allow it, or move it elsewhere.") from None
-
-
-def _sidecars(files: list[File]) -> dict[str, File]:
-    """By stem, the first in the order of `SIDECAR_SUFFIXES`; a suffix in small letters goes before others."""
-    ranked = [
-        (SIDECAR_SUFFIXES.index(_suffix(file.relative)), not file.relative.endswith(SIDECAR_SUFFIXES), file)
-        for file in files
-        if _suffix(file.relative) in SIDECAR_SUFFIXES
-    ]
-    return {_stem(file.relative): file for *_, file in sorted(ranked, key=lambda item: item[:2], reverse=True)}
 
 
 def _refuse_table(config: SourceConfig, settings: FolderSettings, files: list[File]) -> None:
@@ -162,9 +270,12 @@ def _record(config: SourceConfig, settings: FolderSettings, entry: Entry, fallba
     def reject(reason: RejectReason, detail: str) -> Reject:
         return Reject(source=config.source_name, path=locations.printable(relative), reason=reason, detail=detail)
 
-    found = _captions(config, settings, relative, sidecar, fallback)
-    if isinstance(found, captions.Problem):
-        return reject(found.reason, found.detail)
+    folder = kohya.parse(relative.partition("/")[0]) if settings.layout == "kohya" else None
+    if folder and folder.class_tokens.strip():
+        fallback = folder.class_tokens
+    texts = _captions(config, settings, relative, sidecar, fallback)
+    if isinstance(texts, captions.Problem):
+        return reject(texts.reason, texts.detail)
     if mask == "":
         return reject(RejectReason.MASK_MISSING, "the folder under `masks` has no image of this name")
     if "" in controls:
@@ -175,7 +286,9 @@ def _record(config: SourceConfig, settings: FolderSettings, entry: Entry, fallba
     return Record(
         identity=relative,
         image=Blob(location=locations.join(config.path, relative)),
-        captions=found,
+        captions=texts or (str(fallback),),
+        is_fallback=not texts,
+        repeats=folder.repeats if folder else 1,
         mask=Blob(location=locations.join(str(settings.masks), mask)) if mask else None,
         controls=tuple(
             Blob(location=locations.join(folder, name)) for folder, name in zip(settings.controls, controls, strict=True)
@@ -186,24 +299,30 @@ def _record(config: SourceConfig, settings: FolderSettings, entry: Entry, fallba
 def _captions(
     config: SourceConfig, settings: FolderSettings, relative: str, sidecar: str | None, fallback: str | None
 ) -> tuple[str, ...] | captions.Problem:
+    """The image's own captions; empty where it takes the fallback."""
     if settings.captions_from == "name":
         words = _stem(relative).rpartition("/")[2].replace("_", " ").replace("-", " ").split()
         return captions.gather([" ".join(words)], "the file's name")
-    if settings.captions_from == "sidecar" and sidecar:
-        return captions.read(locations.join(config.path, sidecar), settings.caption_lines, fallback)
+    if settings.captions_from == "fixed":
+        return (str(fallback),)
+    if sidecar:
+        return captions.read(locations.join(config.path, sidecar), settings.caption_lines, has_fallback=fallback is not None)
     if fallback is not None:
-        return (fallback,)
+        return ()
     name = locations.printable(_stem(relative).rpartition("/")[2])
+    *suffixes, last = settings.caption_suffix
+    wanted = f"{', '.join(suffixes)} or {last}" if suffixes else last
     return captions.Problem(
         reason=RejectReason.CAPTION_MISSING,
-        detail=f"no {name}.txt, .caption or .json beside the image, and the source has no `caption:` to fall back on",
+        detail=f"no {name}{wanted} beside the image, and the source has no `caption:` to fall back on",
     )
 
 
 class _Companions:
-    """A folder of masks or control images, found by the relative path of their image without its suffix.
+    """A folder of masks or control images, found by the relative path of their image without its suffix, or with it.
 
-    Where one of the two lies at the top of its folder the name alone will do, if only one of them has it.
+    Where one of the two lies at the top of its folder the name alone will do, if only one of them has it. Case and Unicode
+    form may differ where one file alone fits.
     """
 
     def __init__(self, root: str, folder: str) -> None:
@@ -211,8 +330,10 @@ class _Companions:
             raise ConfigError(f"data.sources: {root} cannot be its own folder of masks or controls. Move them to another.")
         self._folder = folder
         self._files: dict[str, File] = {}
-        self._stems: dict[str, list[str]] = {}
-        self._users: dict[str, str] = {}
+        self._names: dict[str, list[str]] = {}
+        self._folded_paths: dict[str, list[str]] = {}
+        self._folded_names: dict[str, list[str]] = {}
+        self._users: dict[str, tuple[str, bool]] = {}
         for file in self._images():
             stem = _stem(file.relative)
             if stem in self._files:
@@ -221,19 +342,24 @@ class _Companions:
                     f"data.sources: {locations.printable(folder)} holds both {both}: which belongs to an image? Remove one."
                 )
             self._files[stem] = file
-            self._stems.setdefault(stem.rpartition("/")[2], []).append(stem)
+            name = posixpath.basename(stem)
+            self._names.setdefault(name, []).append(stem)
+            self._folded_paths.setdefault(folded(stem), []).append(stem)
+            self._folded_names.setdefault(folded(name), []).append(stem)
 
-    def find(self, image: str) -> File | None:
-        """The one that belongs to an image; `SourceError` when two images would share it."""
+    def find(self, image: str, is_alone: bool) -> File | None:
+        """The one that belongs to an image; `SourceError` when two images would share it.
+
+        Args:
+            is_alone: no other image of its folder has the same name but for case and Unicode form.
+        """
         stem = _stem(image)
-        if stem in self._files:
-            self._users[stem] = stem
-            return self._files[stem]
-        match, *others = self._stems.get(stem.rpartition("/")[2], [""])
-        if not match or others or ("/" in stem and "/" in match):
+        exact = next((base for base in (stem, image) if base in self._files), None)
+        match = exact or self._alike(stem, image, is_alone)
+        if match is None:
             return None
-        user = self._users.setdefault(match, stem)
-        if user == match:
+        user, is_its_own = self._users.setdefault(match, (stem, exact is not None))
+        if user != stem and is_its_own and exact is None:
             return None
         if user != stem:
             mask, one, two = (locations.printable(name) for name in (self._files[match].relative, user, stem))
@@ -242,6 +368,19 @@ class _Companions:
                 f"Lay it in a subfolder named as the image's."
             )
         return self._files[match]
+
+    def _alike(self, stem: str, image: str, is_alone: bool) -> str | None:
+        """By path without regard to case and Unicode form, then by name; never one of several."""
+        stem_name, image_name = posixpath.basename(stem), posixpath.basename(image)
+        paths = [(self._folded_paths, folded(stem)), (self._folded_paths, folded(image))] if is_alone else []
+        names = [(self._folded_names, folded(stem_name)), (self._folded_names, folded(image_name))] if is_alone else []
+        for index, name in paths:
+            if found := index.get(name):
+                return found[0] if len(found) == 1 else None
+        for index, name in [(self._names, stem_name), (self._names, image_name), *names]:
+            if found := index.get(name):
+                return found[0] if len(found) == 1 and not ("/" in stem and "/" in found[0]) else None
+        return None
 
     def _images(self) -> Iterator[File]:
         try:

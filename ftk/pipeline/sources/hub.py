@@ -153,7 +153,8 @@ def _item(config: SourceConfig, columns: _Columns, row: dict[str, Any], identity
     return Record(
         identity=identity,
         image=blobs[columns.image],
-        captions=texts,
+        captions=texts or (str(captions.fallback(config)),),
+        is_fallback=not texts,
         mask=blobs[columns.mask] if columns.mask else None,
         controls=tuple(blobs[column] for column in columns.controls),
     )
@@ -174,12 +175,11 @@ def _blob(config: SourceConfig, value: Any, place: str, top: str) -> Blob | None
 
 
 def _captions(config: SourceConfig, columns: _Columns, row: dict[str, Any]) -> tuple[str, ...] | Problem:
+    """The row's own captions; none where it takes the source's."""
     name = ", ".join(columns.captions) or "no column"
     found = captions.gather([row[column] for column in columns.captions], name)
-    fallback = captions.fallback(config)
-    if isinstance(found, Problem) and found.reason is RejectReason.CAPTION_MISSING and fallback is not None:
-        return (fallback,)
-    return found
+    is_missing = isinstance(found, Problem) and found.reason is RejectReason.CAPTION_MISSING
+    return () if is_missing and captions.fallback(config) is not None else found
 
 
 def _columns(config: SourceConfig, settings: HubSettings, dataset: Any) -> _Columns:

@@ -161,10 +161,11 @@ def _entry(row: tables.Row, where: str, columns: _Columns, label: str, fallback:
 
 
 def _captions(row: tables.Row, where: str, columns: _Columns, fallback: str | None) -> tuple[str, ...] | captions.Problem:
+    """The row's own captions; none where it takes the source's."""
     place = f"{', '.join(columns.captions) or 'no column'} in {where}"
     found = captions.gather((row.get(column) for column in columns.captions), place)
     lacks = isinstance(found, captions.Problem) and found.reason != RejectReason.CAPTION_NOT_TEXT
-    return (fallback,) if lacks and fallback is not None else found
+    return () if lacks and fallback is not None else found
 
 
 def _file_name(value: object) -> str | None:
@@ -274,7 +275,8 @@ def _record(
             detail = f"{blob.name}, under {column}, does not exist" if blob else f"the row has nothing under {column}"
             return _reject(config, identity, reason, detail)
     found = tuple(control for control in controls if control is not None)
-    return Record(identity=identity, image=image, captions=texts, mask=mask, controls=found)
+    own = texts or (str(captions.fallback(config)),)
+    return Record(identity=identity, image=image, captions=own, mask=mask, controls=found, is_fallback=not texts)
 
 
 def _is_missing(blob: Blob) -> bool:

@@ -25,6 +25,7 @@ from ftk.contracts import Reject, RejectReason
 from ftk.errors import SourceError
 from ftk.pipeline import captions, light_webdataset
 from ftk.pipeline.captions import Problem
+from ftk.pipeline.names import folded
 from ftk.pipeline.sources import folder
 from ftk.pipeline.sources.base import Blob, Partition, Record
 from ftk.pipeline.tar_stream import Tar
@@ -75,9 +76,10 @@ class TarSettings(BaseModel):
 
     @functools.cached_property
     def wanted(self) -> frozenset[str]:
-        """The suffixes that are read; json always, for it says why there is no image."""
-        texts = (origin for origin in self.origins if not origin.startswith(_JSON))
-        return frozenset({*self.images, *texts, *filter(None, [self.mask]), *self.controls, "json"})
+        """The suffixes that are read; json always, for it says why there is no image. `jpg.txt` is a name that some give."""
+        texts = {*(origin for origin in self.origins if not origin.startswith(_JSON)), "json"}
+        behind = (f"{image}.{text}" for image in self.images for text in texts)
+        return frozenset({*self.images, *texts, *behind, *filter(None, [self.mask]), *self.controls})
 
 
 @dataclass(slots=True)
@@ -129,11 +131,15 @@ class WebDataset:
         """
         location, name = partition.payload
         keys: set[str] = set()
+        without: dict[str, str] = {}
         for sample in _samples(location, settings):
             item = _again(sample) if sample.key in keys else _item(config, settings, location, name, sample)
             keys.add(sample.key)
+            if item.is_fallback if isinstance(item, Record) else item.reason is RejectReason.CAPTION_MISSING:
+                without[folded(sample.key)] = sample.key
             if isinstance(item, Problem):
-                path, detail = locations.printable(f"{name}/{sample.key}"), locations.printable(item.detail)
+                detail = locations.printable(f"{item.detail}{_likely_image(item, sample, without)}")
+                path = locations.printable(f"{name}/{sample.key}")
                 yield Reject(source=config.source_name, path=path, reason=item.reason, detail=detail)
             else:
                 yield item
@@ -163,7 +169,8 @@ def _item(config: SourceConfig, settings: TarSettings, location: str, name: str,
     return Record(
         identity=f"{name}/{sample.key}",
         image=_blob(location, sample, found[0]),
-        captions=texts,
+        captions=texts or (str(captions.fallback(config)),),
+        is_fallback=not texts,
         mask=_blob(location, sample, settings.mask) if settings.mask else None,
         controls=tuple(_blob(location, sample, suffix) for suffix in settings.controls),
     )
@@ -184,7 +191,7 @@ def _again(sample: _Sample) -> Problem:
 
 def _no_image(settings: TarSettings, sample: _Sample) -> Problem:
     """Also img2dataset's rows that it could not download, which hold text alone."""
-    read = _json(sample)
+    read = _json(*sample.members.get("json", ("", b"{}")))
     status = read.get("status") if isinstance(read, dict) else None
     if isinstance(read, dict) and isinstance(status, str) and status != "success":
         why = str(read.get("error_message") or "no reason given")[:200]
@@ -196,16 +203,22 @@ def _no_image(settings: TarSettings, sample: _Sample) -> Problem:
     )
 
 
+def _likely_image(problem: Problem, sample: _Sample, without: dict[str, str]) -> str:
+    """Of members without an image: the earlier sample without a caption whose key is the same but for case or Unicode form."""
+    key = without.get(folded(sample.key)) if problem.reason is RejectReason.FILE_MISSING else None
+    return "" if key is None else f"; the image of {key} has no caption: give both the same name, and pack them as neighbours"
+
+
 def _listed(sample: _Sample) -> str:
     return ", ".join(sample.names[:5]) + (f" and {len(sample.names) - 5} more" if len(sample.names) > 5 else "")
 
 
 def _captions(config: SourceConfig, settings: TarSettings, sample: _Sample) -> tuple[str, ...] | Problem:
-    """All captions that the settings name, or by default those of the first origin that has one."""
+    """All captions that the settings name, or by default those of the first origin that has one; none: the source's."""
     texts: list[str] = []
     empty: Problem | None = None
     for origin in settings.origins:
-        found = _texts(sample, origin)
+        found = _texts(settings, sample, origin)
         if isinstance(found, tuple):
             texts.extend(found)
         elif found is not None and found.reason is not RejectReason.CAPTION_EMPTY:
@@ -215,9 +228,8 @@ def _captions(config: SourceConfig, settings: TarSettings, sample: _Sample) -> t
             break
     if texts:
         return tuple(texts)
-    fallback = captions.fallback(config)
-    if empty is None and fallback is not None:
-        return (fallback,)
+    if empty is None and captions.fallback(config) is not None:
+        return ()
     return empty or Problem(
         reason=RejectReason.CAPTION_MISSING,
         detail=f"no caption among its members {_listed(sample)} (looked for {', '.join(settings.origins)}), and the source "
@@ -225,23 +237,28 @@ def _captions(config: SourceConfig, settings: TarSettings, sample: _Sample) -> t
     )
 
 
-def _texts(sample: _Sample, origin: str) -> tuple[str, ...] | Problem | None:
+def _texts(settings: TarSettings, sample: _Sample, origin: str) -> tuple[str, ...] | Problem | None:
     """The captions of one origin; None when it is absent, or null."""
-    name, data = sample.members.get("json" if origin.startswith(_JSON) else origin, ("", b""))
+    name, data = _text_member(settings, sample, "json" if origin.startswith(_JSON) else origin)
     if not name:
         return None
     if not origin.startswith(_JSON):
         text = captions.check(data, locations.printable(name))
         return text if isinstance(text, Problem) else (text,)
-    read = _json(sample)
+    read = _json(name, data)
     if isinstance(read, Problem):
         return read
     value = read.get(origin.removeprefix(_JSON))
     return None if value is None or value == [] else captions.gather([value], f"{name}: {origin.removeprefix(_JSON)}")
 
 
-def _json(sample: _Sample) -> dict[str, Any] | Problem:
-    name, data = sample.members.get("json", ("", b"{}"))
+def _text_member(settings: TarSettings, sample: _Sample, suffix: str) -> tuple[str, bytes]:
+    """(name, bytes) of `a.txt` or else of `a.jpg.txt`; the name is empty where there is neither."""
+    suffixes = (suffix, *(f"{image}.{suffix}" for image in sorted(settings.images)))
+    return next((sample.members[each] for each in suffixes if each in sample.members), ("", b""))
+
+
+def _json(name: str, data: bytes) -> dict[str, Any] | Problem:
     try:
         read = json.loads(data)
     except (ValueError, RecursionError) as error:
