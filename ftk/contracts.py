@@ -21,6 +21,7 @@ class RejectReason(StrEnum):
     CAPTION_EMPTY = "caption_empty"
     CAPTION_NOT_TEXT = "caption_not_text"
     FILE_MISSING = "file_missing"
+    UNREACHABLE = "unreachable"
     NOT_A_FILE = "not_a_file"
     NAME_TAKEN = "name_taken"
     DUPLICATE = "duplicate"

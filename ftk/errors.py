@@ -59,7 +59,7 @@ class SourceError(FtkError):
 
 
 class TooManyRejects(SourceError):
-    """More inputs were rejected than `data.max_reject_fraction` allows; what was good is kept."""
+    """More inputs were rejected, or unreachable, than the configuration allows; what was good is kept."""
 
     exit_code = 3
 

@@ -2,9 +2,10 @@
 
 Sources open their files here alone, except datasets of the Hub, which the `datasets` library opens.
 
-A network that fails is never a file that is missing: it is tried again, and then ends the run as `EnvironmentFault`.
+A network that fails is never a file that is missing: it is tried again, and then raised as `UnreachableError`.
 """
 
+import asyncio
 import contextlib
 import errno
 import glob
@@ -21,12 +22,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import braceexpand
 import tenacity
 
-from ftk import redirects
+from ftk import redirects, remote_errors
 from ftk.errors import ConfigError, EnvironmentFault, FtkError
 
 LOGGER = logging.getLogger("ftk")
@@ -36,13 +37,16 @@ none. The change time is the kernel's own: unlike the modification time no progr
 REMOTE_TRIES = 5
 REMOTE_WAIT_SECONDS = 0.5
 """Before the second try; it doubles from try to try, and up to as much is added at random."""
+MAX_WAIT_SECONDS = 30.0
+"""The longest wait between two tries. A server that asks for more in `Retry-After` is not asked again."""
+FETCH_SECONDS = 90.0
+"""For one file that is read whole, with all tries and waits."""
 
 _STREAM_BYTES = 8 << 20
 _SEEK_BYTES = 1 << 20
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HTTP = ("http", "https")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
-_RETRIED_STATUSES = frozenset({408, 409, 412, 416, 425, 429})
 _VERSION_KEYS = (
     "ETag",
     "etag",
@@ -79,12 +83,33 @@ def local_path(location: str) -> Path:
     """The local path that a configured location names; a URL of an object store is refused by name."""
     if is_url(location):
         raise ConfigError(f"{redacted(location)}: object storage is not supported here. Use a local or mounted folder.")
-    path = location.removeprefix("file://")
+    path = location[len("file://") :] if scheme_of(location) == "file" else location
     return Path(path).expanduser() if path.startswith("~") else Path(path)
 
 
 class NotAFileError(OSError):
     """A folder, FIFO, device or socket stands where a file should."""
+
+
+class BadUrlError(ConfigError, OSError):
+    """No file system can be made of a URL: of a table's row, a reason to reject it."""
+
+
+class RefusedError(OSError):
+    """A server answers, but with a status that says that asking again will not help."""
+
+    @property
+    def detail(self) -> str:
+        """Why, without the URL."""
+        return str(self.strerror)
+
+
+class UnreachableError(EnvironmentFault):
+    """A remote file was not given: access was denied, or every try failed. `detail` says why, without the URL."""
+
+    def __init__(self, message: str, detail: str = "") -> None:
+        super().__init__(message)
+        self.detail = detail
 
 
 class ShortBodyError(OSError):
@@ -102,7 +127,18 @@ class File:
 
 def is_url(location: str) -> bool:
     """Whether fsspec reads this location; `file://` is a local path."""
-    return _URL.match(location) is not None and not location.startswith("file://")
+    return _URL.match(location) is not None and scheme_of(location) != "file"
+
+
+def scheme_of(location: str) -> str:
+    """What stands before `://`, in small letters as servers and fsspec know it; empty for a path."""
+    match = _URL.match(location)
+    return match[0].removesuffix("://").lower() if match else ""
+
+
+def is_web(location: str) -> bool:
+    """Whether a web server gives this location."""
+    return scheme_of(location) in _HTTP
 
 
 def join(root: str, relative: str) -> str:
@@ -110,7 +146,7 @@ def join(root: str, relative: str) -> str:
     if not is_url(root):
         return f"{root.rstrip('/')}/{relative}"
     scheme, _, top = root.partition("://")
-    if scheme in _HTTP:
+    if is_web(root):
         relative = relative.replace("?", "%3F").replace("#", "%23")
     below = f"{top.rstrip('/')}/{relative}"
     # Object stores take `..` for a name. Doubled slashes are part of a key, and kept where nothing climbs.
@@ -137,7 +173,7 @@ def without_secrets(location: str) -> str:
         return location
     scheme, _, rest = location.partition("://")
     authority, slash, path = rest.partition("/")
-    path = path.partition("?")[0] if scheme in _HTTP else path
+    path = path.partition("?")[0] if is_web(location) else path
     return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
 
 
@@ -147,17 +183,24 @@ def file_name(location: str) -> str:
     return printable(path.rpartition("/")[2])
 
 
-def read_bytes(location: str, max_bytes: int | None = None) -> bytes:
+def read_bytes(location: str, max_bytes: int | None = None, seconds: float = FETCH_SECONDS) -> bytes:
     """A file's bytes, at most the first `max_bytes` of them.
+
+    Args:
+        seconds: how long a remote file may take, with all tries.
 
     Raises:
         FileNotFoundError: there is none.
         NotAFileError: there is something else under this name.
+        RefusedError: a server refuses to give it, now and later.
         OSError: it cannot be read, now or later.
-        EnvironmentFault: the network or the disk failed; trying again may help.
+        UnreachableError: access was denied, or the network failed; trying again later may help.
+        EnvironmentFault: the disk failed.
     """
     if is_url(location):
-        return _remote(location, lambda filesystem, path: _whole(filesystem, path, max_bytes))
+        end = time.monotonic() + seconds
+        with _UNCONNECTED.watched(location) as tries:
+            return _remote(location, lambda filesystem, path: _whole(filesystem, path, max_bytes, end), tries, seconds)
     with _opened(location) as file:
         return file.read(-1 if max_bytes is None else max_bytes)
 
@@ -332,11 +375,32 @@ def _version(info: dict[str, Any]) -> str:
     return f"{info.get('size')}-{found}"
 
 
-def _whole(filesystem: Any, path: str, max_bytes: int | None) -> bytes:
+class _Unconnected:
+    """Hosts to which this process could not connect in any of its tries: they get one try a file until one succeeds."""
+
+    def __init__(self) -> None:
+        self._hosts: set[str] = set()
+
+    @contextlib.contextmanager
+    def watched(self, location: str) -> Iterator[int]:
+        """The number of tries for a file; how its reading ends tells about its host."""
+        host = location.partition("://")[2].partition("/")[0].rpartition("@")[2]
+        try:
+            yield 1 if host in self._hosts else REMOTE_TRIES
+        except UnreachableError as error:
+            if any(kind in error.detail for kind in remote_errors.NO_CONNECTION):
+                self._hosts.add(host)
+            raise
+        self._hosts.discard(host)
+
+
+_UNCONNECTED = _Unconnected()
+
+
+def _whole(filesystem: Any, path: str, max_bytes: int | None, end: float) -> bytes:
     if "http" in filesystem.protocol:
         # aiohttp holds the body to its own Content-Length: asking for the size first would double the requests.
-        body: bytes = filesystem.cat_file(path)
-        return body[:max_bytes]
+        return _web_body(filesystem, path, end)[:max_bytes]
     # An earlier listing may know another size than the file has now, and opened files check the entity tag.
     filesystem.invalidate_cache(path)
     with filesystem.open(path, "rb", cache_type="none") as file:
@@ -346,6 +410,19 @@ def _whole(filesystem: Any, path: str, max_bytes: int | None) -> bytes:
     if len(data) != size:
         raise ShortBodyError(f"{len(data):,} bytes arrived of {size:,}")
     return data
+
+
+def _web_body(filesystem: Any, path: str, end: float) -> bytes:
+    """The body, if all of it has come by `end`, a time of the monotonic clock: some servers send a byte a minute."""
+    import fsspec.asyn
+
+    async def fetch() -> bytes:
+        async with asyncio.timeout(end - time.monotonic()):
+            body: bytes = await filesystem._cat_file(path)
+            return body
+
+    fetched: bytes = fsspec.asyn.sync(filesystem.loop, fetch)
+    return fetched
 
 
 def _file_info(info: dict[str, Any]) -> dict[str, Any]:
@@ -444,7 +521,8 @@ def _filesystem(location: str) -> tuple[Any, str]:
     import fsspec
     import fsspec.config
 
-    scheme = location.partition("://")[0]
+    scheme = scheme_of(location)
+    location = scheme + location[len(scheme) :]
     options: dict[str, Any] = {}
     try:
         if scheme in _HTTP and "client_kwargs" not in fsspec.config.conf.get(scheme, {}):
@@ -463,22 +541,31 @@ def _filesystem(location: str) -> tuple[Any, str]:
     except (ValueError, TypeError, OSError) as error:
         # TypeError: a file system that a URL alone does not describe, as `reference://`. OSError: an archive that is not there.
         what = redacted(str(error).partition("\n")[0])
-        raise ConfigError(f"{redacted(location)}: {what}. Use a local path or a URL that fsspec knows.") from None
+        raise BadUrlError(f"{redacted(location)}: {what}. Use a local path or a URL that fsspec knows.") from None
     return filesystem, path
 
 
-def _remote(location: str, call: Callable[[Any, str], Result]) -> Result:
-    """What `call(filesystem, path)` gives, tried again when it may help; every failure comes out as `read_bytes` says."""
+def _remote(location: str, call: Callable[[Any, str], Result], tries: int = 0, seconds: float | None = None) -> Result:
+    """What `call(filesystem, path)` gives, tried again when it may help; every failure comes out as `read_bytes` says.
+
+    Args:
+        tries: 0 for `REMOTE_TRIES`.
+        seconds: no try begins later.
+    """
 
     def forget(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        LOGGER.warning("%s: %s; trying again", redacted(location), _what(error) if error else "failed")
+        # Of one file among many there may be many such lines; what fails in the end is told.
+        level = logging.WARNING if seconds is None else logging.INFO
+        LOGGER.log(level, "%s: %s; trying again", redacted(location), _what(error) if error else "failed")
         _filesystem(location)[0].invalidate_cache()
 
+    tries = tries or REMOTE_TRIES
+    late = tenacity.stop_before_delay(seconds) if seconds is not None else tenacity.stop_never
     trying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(lambda error: _kind(error) == "transient"),
-        stop=tenacity.stop_after_attempt(REMOTE_TRIES),
-        wait=tenacity.wait_exponential(multiplier=REMOTE_WAIT_SECONDS, max=30) + tenacity.wait_random(0, REMOTE_WAIT_SECONDS),
+        retry=tenacity.retry_if_exception(_passes),
+        stop=tenacity.stop_any(tenacity.stop_after_attempt(tries), late),
+        wait=_wait,
         before_sleep=forget,
         reraise=True,
     )
@@ -488,69 +575,44 @@ def _remote(location: str, call: Callable[[Any, str], Result]) -> Result:
         raise
     except Exception as error:
         # Not `from error`: its text may hold the URL with its secrets.
-        raise _explained(location, error) from None
+        raise _explained(location, error, int(trying.statistics.get("attempt_number", tries))) from None
 
 
-def _explained(location: str, error: Exception) -> Exception:
-    url, what, kind = redacted(location), _what(error), _kind(error)
-    scheme = location.partition("://")[0]
-    if kind == "missing":
-        return FileNotFoundError(errno.ENOENT, "does not exist", url)
-    if kind == "denied":
-        return EnvironmentFault(f"{url}: access was denied ({what}). {_ACCESS_ADVICE.get(scheme, 'Check your credentials')}.")
-    if kind == "refused" and scheme in _HTTP:
-        return OSError(errno.EIO, f"cannot be fetched ({what})", url)
-    if kind == "unknown":
-        return error
-    tries = f" in {REMOTE_TRIES} tries" if kind == "transient" else ""
-    return EnvironmentFault(
-        f"{url} could not be read{tries}: {what}. Check the network and the URL, and run the command again: "
-        f"what is done is kept."
-    )
+def _passes(error: BaseException) -> bool:
+    """Whether to try again soon."""
+    passing = remote_errors.kind(error) == "transient" and not isinstance(error, NotAFileError)
+    return passing and remote_errors.asked_wait(error) <= MAX_WAIT_SECONDS
 
 
 def _what(error: BaseException) -> str:
-    status = _http_status(error)
-    error = _cause(error)
-    first_line = f"{type(error).__name__}: {error}".partition("\n")[0]
-    return f"HTTP {status}" if status else redacted(first_line).rstrip(": ")
+    return redacted(remote_errors.what(error))
 
 
-def _http_status(error: BaseException | None) -> int | None:
-    """The status that a client library's error, or its cause, speaks of."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):
-            response = response.get("ResponseMetadata", {})
-            status = response.get("HTTPStatusCode")
-        else:
-            status = getattr(error, "status", None) or getattr(response, "status_code", None)
-        if isinstance(status, int) and status:
-            return status
-        error = error.__cause__
-    return None
+def _wait(state: tenacity.RetryCallState) -> float:
+    """Seconds before the next try: doubling, or longer where the server asks for it."""
+    doubling = tenacity.wait_exponential(multiplier=REMOTE_WAIT_SECONDS, max=MAX_WAIT_SECONDS)
+    error = state.outcome.exception() if state.outcome else None
+    return max(doubling(state) + tenacity.wait_random(0, REMOTE_WAIT_SECONDS)(state), remote_errors.asked_wait(error))
 
 
-def _cause(error: BaseException) -> BaseException:
-    """fsspec says FileNotFoundError of whatever made its HEAD fail: the cause tells."""
-    while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _kind(error: BaseException) -> Literal["missing", "denied", "refused", "transient", "unknown"]:
-    error = _cause(error)
-    if isinstance(error, (FtkError, NotAFileError, IsADirectoryError)):
-        return "unknown"
-    status = _http_status(error)
-    if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return "missing"
-    if isinstance(error, PermissionError) or status in (401, 403, 407) or "Credential" in type(error).__name__:
-        return "denied"
-    if isinstance(error, ValueError) or "Validation" in type(error).__name__:
-        return "refused"
-    if status and status < 500 and status not in _RETRIED_STATUSES:
-        return "refused"
-    # Each client library has errors of its own, and another tomorrow: what Python itself does not raise is the network's.
-    of_library = type(error).__module__ != "builtins"
-    return "transient" if status or of_library or isinstance(error, (OSError, EOFError)) else "unknown"
+def _explained(location: str, error: Exception, tries: int) -> Exception:
+    url, what, kind = redacted(location), _what(error), remote_errors.kind(error)
+    scheme = scheme_of(location)
+    if kind == "missing":
+        return FileNotFoundError(errno.ENOENT, "does not exist", url)
+    if kind == "denied":
+        advice = _ACCESS_ADVICE.get(scheme, "Check your credentials")
+        return UnreachableError(f"{url}: access was denied ({what}). {advice}.", f"access was denied ({what})")
+    if kind == "refused" and scheme in _HTTP:
+        kind_of_error = OSError if isinstance(error, ValueError) else RefusedError
+        return kind_of_error(errno.EIO, f"cannot be fetched ({what})", url)
+    if kind == "unknown":
+        return error
+    wait = remote_errors.asked_wait(error)
+    what += f"; the server asks to wait {wait:,.0f} s" if wait > MAX_WAIT_SECONDS else ""
+    in_tries = f" in {tries} tries" if kind == "transient" and tries > 1 else ""
+    return UnreachableError(
+        f"{url} could not be read{in_tries}: {what}. Check the network and the URL, and run the command again: "
+        f"what is done is kept.",
+        what + in_tries,
+    )

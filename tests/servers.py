@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import pytest
 
-Fault = int | Literal["reset", "short", "lie"]
-"""A status; the connection broken off; half of the promised body; or half of the body, which the header owns up to."""
+Fault = int | Literal["reset", "short", "lie", "drip"]
+"""A status; the connection broken off; half of the promised body; half of the body, which the header owns up to; or half of
+the promised body, and then nothing for as long as the client waits."""
 
 
 class FaultServer(ThreadingHTTPServer):
@@ -28,6 +29,8 @@ class FaultServer(ThreadingHTTPServer):
         self.faults: defaultdict[tuple[str, str], list[Fault]] = defaultdict(list)
         self.always: dict[str, Fault] = {}
         self.redirects: dict[str, str] = {}
+        self.headers: defaultdict[str, dict[str, str]] = defaultdict(dict)
+        """What is added to each answer for a path."""
         self.ranges = self.sizes = True
         self.secret: str | None = None
         self.requests: list[tuple[str, str, str | None]] = []
@@ -63,7 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
         elif isinstance(fault, int):
-            self._send(fault, b"", {})
+            self._send(fault, b"", self.server.headers[path])
         elif self.server.secret and self.headers.get("Authorization") != self.server.secret:
             self._send(401, b"", {})
         elif path in self.server.redirects:
@@ -87,7 +90,11 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {first}-{int(first) + len(body) - 1}/{whole}"
         if fault == "lie":
             body = body[: len(body) // 2]
-        self._send(status, body, headers, sent=len(body) // 2 if fault == "short" else len(body), has_body=method == "GET")
+        sent = len(body) // 2 if fault in ("short", "drip") else len(body)
+        self._send(status, body, headers, sent=sent, has_body=method == "GET")
+        if fault == "drip":
+            self.wfile.flush()
+            self.connection.recv(1)  # until the client hangs up
         return None
 
     def _send(self, status: int, body: bytes, headers: dict[str, str], sent: int = 0, has_body: bool = True) -> None:

@@ -233,6 +233,9 @@ class DataConfig(Section):
     max_reject_fraction: float = Field(
         default=0.1, ge=0.0, le=1.0, description="above this share of rejects `prepare` exits with code 3"
     )
+    max_unreachable_fraction: float = Field(
+        default=0.1, ge=0.0, le=1.0, description="share of inputs whose files may not be reachable over the network"
+    )
     shard_samples: int = Field(default=256, ge=1, le=1_000_000, description="images a tar shard")
     engine: Literal["local", "ray"] = Field(default="local", description="where shards are made: processes here, or Ray")
     workers: int = Field(default=0, ge=0, le=512, description="processes (on Ray: of each shard); 0 means one a core")

@@ -8,15 +8,15 @@ Never imports torch.
 
 import contextlib
 import hashlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from ftk import storage
+from ftk import locations, storage
 from ftk.contracts import RejectReason
-from ftk.locations import NotAFileError
 from ftk.models.components.geometry import ReferenceRule
 from ftk.pipeline import decode, resize
 from ftk.pipeline.buckets import Placement, follow, place, random_crops
@@ -63,13 +63,17 @@ class ImageRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageTask:
-    """One image for a worker, with the mask, controls and references that belong to it."""
+    """One image for a worker, with the mask, controls and references that belong to it.
+
+    `fetch_seconds`: how long reading them all may take, where that takes a network.
+    """
 
     image: Blob
     mask: Blob | None
     controls: tuple[Blob, ...]
     recipe: ImageRecipe
     references: tuple[Blob, ...] = ()
+    fetch_seconds: float = locations.FETCH_SECONDS
 
     @property
     def held_bytes(self) -> int:
@@ -178,7 +182,7 @@ def prepare_image(task: ImageTask) -> PreparedImage | ImageProblem:
     """All samples of an image, or the reason why there are none.
 
     Raises:
-        EnvironmentFault: the network failed; nothing was wrong with the image.
+        EnvironmentFault: the disk failed; nothing was wrong with the image.
     """
     files = _read(task)
     contents = tuple(file.sha256 for file in files)
@@ -216,15 +220,23 @@ def _read(task: ImageTask) -> list[_File]:
         files.append(("mask", task.mask))
     files += [("control", control) for control in task.controls]
     files += [("reference", reference) for reference in task.references]
-    return [_read_file(kind, blob) for kind, blob in files]
+    end = time.monotonic() + task.fetch_seconds
+    read: list[_File] = []
+    for kind, blob in files:
+        read.append(_read_file(kind, blob, max(1.0, end - time.monotonic())))
+        if read[-1].problem is not None and read[-1].problem.reason == RejectReason.UNREACHABLE:
+            break  # the others are asked for when this one can be had
+    return read
 
 
-def _read_file(kind: str, blob: Blob) -> _File:
+def _read_file(kind: str, blob: Blob, seconds: float) -> _File:
     try:
-        data = blob.read()
+        data = blob.read(seconds) if blob.is_remote else blob.read()
+    except (locations.UnreachableError, locations.RefusedError) as error:
+        unfit = Unfit(RejectReason.UNREACHABLE, error.detail)
     except FileNotFoundError as error:
         unfit = Unfit(_MISSING[kind], error.strerror or "the file is missing")
-    except NotAFileError as error:
+    except locations.NotAFileError as error:
         unfit = Unfit(RejectReason.NOT_A_FILE, error.strerror or str(error))
     except OSError as error:
         unfit = Unfit(RejectReason.UNREADABLE, error.strerror or str(error) or type(error).__name__)
@@ -259,7 +271,7 @@ def _blaming(file: _File) -> Iterator[None]:
     except Unfit as unfit:
         if file.kind == "image":
             raise
-        named = (_MISSING[file.kind], _MISMATCHED.get(file.kind))
+        named = (_MISSING[file.kind], _MISMATCHED.get(file.kind), RejectReason.UNREACHABLE)
         reason = unfit.reason if unfit.reason in named else _UNREADABLE[file.kind]
         raise Unfit(reason, f"{file.kind} {file.name}: {unfit.detail}") from None
 

@@ -12,6 +12,7 @@ from ftk.contracts import PREPARED_SCHEMA, Reject, RejectReason
 from ftk.errors import SourceError
 from ftk.pipeline.captions import CAPTIONS_VERSION
 from ftk.pipeline.images import CHECKS_VERSION, IMAGES_VERSION, ImageRecipe
+from ftk.pipeline.reachability import Reachability
 from ftk.pipeline.sources import base as sources
 from ftk.pipeline.sources.base import Partition, Record
 from ftk.progress import track
@@ -126,16 +127,18 @@ def find_duplicates(data: DataConfig) -> dict[int, Duplicates]:
 
     Raises:
         SourceError: under `duplicates: error`, when there are any.
+        EnvironmentFault: the network is down.
     """
     if data.duplicates == "keep":
         return {}
+    reachability = Reachability(data.max_unreachable_fraction)
     first_of: dict[bytes, str] = {}
     found: defaultdict[int, Duplicates] = defaultdict(dict)
     with track("hash", None, "image") as progress:
         for unit in units(data, {}):
             for position, item in enumerate(records(unit)):
                 progress.advance(1)
-                content = _content(item)
+                content = _content(item, reachability)
                 if content is None:
                     continue
                 assert isinstance(item, Record)
@@ -147,13 +150,22 @@ def find_duplicates(data: DataConfig) -> dict[int, Duplicates]:
     return dict(found)
 
 
-def _content(item: Record | Reject) -> bytes | None:
+def _content(item: Record | Reject, reachability: Reachability) -> bytes | None:
+    """The hash of an image; None where it is, or will be, a reject."""
     if not isinstance(item, Record):
         return None
+    content, unreachable = None, ""
     try:
-        return hashlib.sha256(item.image.read()).digest()[:16]
+        content = hashlib.sha256(item.image.read()).digest()[:16]
+    except (locations.UnreachableError, locations.RefusedError) as error:
+        unreachable = error.detail
     except OSError:
-        return None  # it becomes a reject when its shard is made
+        pass  # it becomes a reject when its shard is made
+    if item.image.is_remote:
+        reachability.note(RejectReason.UNREACHABLE if unreachable else None, unreachable)
+        if reachability.stopped:
+            raise reachability.error()
+    return content
 
 
 def _duplicates_message(found: dict[int, Duplicates]) -> str:

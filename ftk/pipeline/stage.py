@@ -16,12 +16,13 @@ import pyarrow.compute as pc
 from ftk import locations, storage
 from ftk.configs.load import default_workers
 from ftk.configs.schema import DataConfig, RunConfig
-from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, ShardRecord
+from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, RejectReason, ShardRecord
 from ftk.errors import ConfigError, SourceError, TooManyRejects
 from ftk.pipeline import class_images, dataset, duplicates, images, shard_writer, source_units
 from ftk.pipeline.buckets import bucket_sizes
 from ftk.pipeline.class_images import ClassImages
 from ftk.pipeline.engine import WHOLE, JobPart, WorkerPool, map_units
+from ftk.pipeline.reachability import Reachability
 from ftk.pipeline.shard_writer import Made, PrepareJob
 from ftk.pipeline.sources.base import MOST_EXAMPLES, Notes, Record
 from ftk.progress import ProgressBar, track
@@ -71,7 +72,8 @@ def run(run: Run, part: JobPart = WHOLE) -> PrepareReport:
 
     Raises:
         SourceError: nothing usable was found, or class images are missing or were drawn with something else.
-        TooManyRejects: more rejects than `data.max_reject_fraction`; the dataset is committed before this is raised.
+        TooManyRejects: more rejects than `data.max_reject_fraction` or `data.max_unreachable_fraction`; the dataset, or
+            what was fetched of it, is committed before this is raised.
         EnvironmentFault: disk, memory, network, or another writer.
     """
     config = run.config
@@ -85,7 +87,9 @@ def run(run: Run, part: JobPart = WHOLE) -> PrepareReport:
             storage.sweep(job.directory / "shards")
         equal = source_units.find_duplicates(config.data)
         planned = _planned(job, equal, part)
-        _make_missing(job, equal, part, planned)
+        reachability = Reachability(config.data.max_unreachable_fraction, planned.totals(part)[0])
+        reachability.has_kept = any(shard.num_samples for unit in planned.made if unit for shard in unit.shards)
+        _make_missing(job, equal, part, planned, reachability)
         _look_again(job, equal, planned)
         made = [unit for unit in planned.made if unit is not None]
         if len(made) < len(planned.made):
@@ -93,6 +97,7 @@ def run(run: Run, part: JobPart = WHOLE) -> PrepareReport:
         manifest = _seal(job, config, [shard for unit in made for shard in unit.shards], planned.notes)
     report = report_of(job.directory, manifest, sum(unit.num_reused for unit in made))
     _warn_of_empty_masks(manifest, config)
+    check_unreachable(report, config.data, reachability)
     check_rejects(report, config.data)
     return report
 
@@ -141,6 +146,8 @@ def dry_run(run: Run, part: JobPart = WHOLE) -> dict[str, Any]:
     buckets: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
     notes = Notes()
+    job = PrepareJob(directory=run.paths.prepared, recipe=recipe, data=data)
+    reachability = Reachability(data.max_unreachable_fraction)
     with _pool(data) as pool, track("plan", None, "image") as progress:
         for unit in source_units.units(data, source_units.find_duplicates(data)):
             notes = notes.and_also(unit.partition.notes)
@@ -148,8 +155,10 @@ def dry_run(run: Run, part: JobPart = WHOLE) -> dict[str, Any]:
                 continue
             num_inputs = 0
             records, num_references = source_units.records(unit), len(unit.source.references)
-            for item, probe in shard_writer.worked(records, recipe, images.probe_image, pool, num_references):
+            for item, probe in shard_writer.worked(records, job, images.probe_image, pool, num_references, reachability):
                 num_inputs += 1
+                if reachability.stopped:
+                    raise reachability.error()
                 progress.advance(1)
                 if isinstance(probe, images.Probe):
                     counts["num_fallback_captions"] += isinstance(item, Record) and item.is_fallback
@@ -217,7 +226,13 @@ def _planned(job: PrepareJob, equal: dict[int, source_units.Duplicates], part: J
     return planned
 
 
-def _make_missing(job: PrepareJob, equal: dict[int, source_units.Duplicates], part: JobPart, planned: _Planned) -> None:
+def _make_missing(
+    job: PrepareJob,
+    equal: dict[int, source_units.Duplicates],
+    part: JobPart,
+    planned: _Planned,
+    reachability: Reachability,
+) -> None:
     """Make the part's shards that are not there; lists the sources a second time, so that no listing is held in memory."""
 
     def missing() -> Iterator[source_units.SourceUnit]:
@@ -229,7 +244,7 @@ def _make_missing(job: PrepareJob, equal: dict[int, source_units.Duplicates], pa
     if total == done:
         return
     with track("prepare", total, "image", done) as progress:
-        for made in _make_units(job, missing(), progress):
+        for made in _make_units(job, missing(), progress, reachability):
             planned.made[made.unit] = made
 
 
@@ -261,12 +276,13 @@ def _look_again(job: PrepareJob, equal: dict[int, source_units.Duplicates], plan
                 planned.made[unit.number] = shard_writer.committed_by_others(job, unit)
 
 
-def _make_units(job: PrepareJob, units: Iterable[source_units.SourceUnit], progress: ProgressBar) -> Iterator[Made]:
+def _make_units(
+    job: PrepareJob, units: Iterable[source_units.SourceUnit], progress: ProgressBar, reachability: Reachability
+) -> Iterator[Made]:
     if job.data.engine == "local":
         with _pool(job.data) as pool:
-            yield from map_units(
-                "local", partial(shard_writer.make_unit, job, pool=pool, advance=progress.advance), units, workers=1
-            )
+            make = partial(shard_writer.make_unit, job, pool=pool, advance=progress.advance, reachability=reachability)
+            yield from map_units("local", make, units, workers=1)
         return
     workers = job.data.workers or 1
     for made in map_units("ray", partial(_make_unit_there, job, workers), units, workers=workers):
@@ -275,9 +291,10 @@ def _make_units(job: PrepareJob, units: Iterable[source_units.SourceUnit], progr
 
 
 def _make_unit_there(job: PrepareJob, workers: int, unit: source_units.SourceUnit) -> Made:
-    """On another machine: with workers of its own."""
+    """On another machine: with workers, and a count of what is unreachable, of its own."""
+    reachability = Reachability(job.data.max_unreachable_fraction, None)
     with _pool(job.data, workers) as pool:
-        return shard_writer.make_unit(job, unit, pool, lambda _: None)
+        return shard_writer.make_unit(job, unit, pool, lambda _: None, reachability)
 
 
 def _pool(data: DataConfig, workers: int = 0) -> WorkerPool:
@@ -353,6 +370,25 @@ def _warn_of_empty_masks(manifest: PreparedManifest, config: RunConfig) -> None:
     )
 
 
+def check_unreachable(report: PrepareReport, data: DataConfig, reachability: Reachability) -> None:
+    """Raise when the network is down, or too many remote files cannot be fetched; warn when some cannot."""
+    unreachable = report.rejects_by_reason.get(RejectReason.UNREACHABLE.value, 0)
+    if unreachable > data.max_unreachable_fraction * report.num_inputs or (unreachable and not report.num_samples):
+        if not reachability.num_failed:  # other parts or machines have counted them
+            reachability.has_kept = bool(report.num_samples)
+            for reject in report.rejects:
+                if reject["reason"] == RejectReason.UNREACHABLE.value:
+                    reachability.note(RejectReason.UNREACHABLE, reject["detail"])
+        raise reachability.error()
+    if unreachable:
+        LOGGER.warning(
+            "%s remote images could not be fetched; %s/rejects.parquet says why for each. Run the command again to ask for "
+            "them once more.",
+            f"{unreachable:,}",
+            report.directory,
+        )
+
+
 def check_rejects(report: PrepareReport, data: DataConfig) -> None:
     """Raise when nothing, or too little, was good."""
     listed = "".join(
@@ -364,9 +400,10 @@ def check_rejects(report: PrepareReport, data: DataConfig) -> None:
         raise SourceError("The sources hold no image: no file, row or tar member that could become one. Check data.sources.")
     if not report.num_samples:
         raise SourceError(f"No image could be used; {table} says why for each:{listed}{more}{nearby}")
-    if report.num_rejects > data.max_reject_fraction * report.num_inputs:
+    num_rejects = report.num_rejects - report.rejects_by_reason.get(RejectReason.UNREACHABLE.value, 0)
+    if num_rejects > data.max_reject_fraction * report.num_inputs:
         raise TooManyRejects(
-            f"{report.num_rejects:,} of {report.num_inputs:,} images were rejected, more than data.max_reject_fraction "
+            f"{num_rejects:,} of {report.num_inputs:,} images were rejected, more than data.max_reject_fraction "
             f"{data.max_reject_fraction:g} allows:{listed}{more}{nearby}\nThe {report.num_samples:,} good samples are kept in "
             f"{report.directory}. Mend the inputs and run the command again, or raise data.max_reject_fraction."
         )

@@ -1,5 +1,6 @@
 """Reading from where things fail: S3 and the web on loopback, and local files that are none."""
 
+import email.utils
 import errno
 import io
 import json
@@ -9,6 +10,7 @@ import os
 import re
 import socket
 import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -151,6 +153,65 @@ def test_a_closed_door_is_no_reject(server: FaultServer, read: Callable[[str], o
     with pytest.raises(EnvironmentFault, match=rf"/a\.jpg: access was denied \(HTTP {status}\)\. .*netrc"):
         read(f"{server.url}/a.jpg")
     assert server.count("/a.jpg") == 1
+
+
+@pytest.mark.parametrize(("asked", "waits"), [("3", 3.0), ("0", 0.0), ("date", 20.0), ("3600", None)])
+def test_the_wait_that_a_server_asks_for_is_kept_within_bounds(
+    server: FaultServer, monkeypatch: pytest.MonkeyPatch, asked: str, waits: float | None
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    asked = email.utils.formatdate(time.time() + waits, usegmt=True) if asked == "date" and waits else asked
+    server.faults["GET", "/a.jpg"] = [429, 503]
+    server.headers["/a.jpg"] = {"Retry-After": asked}
+    if waits is None:
+        with pytest.raises(locations.UnreachableError, match=r"HTTP 429; the server asks to wait 3,\d\d\d s") as caught:
+            locations.read_bytes(f"{server.url}/a.jpg")
+        assert "127.0.0.1" not in caught.value.detail
+        assert slept == []
+        return
+    assert locations.read_bytes(f"{server.url}/a.jpg") == IMAGE
+    assert len(slept) == 2
+    assert all(waits - 2 <= each <= waits + 0.1 for each in slept)
+
+
+def test_redirects_that_never_end_are_refused_at_once(server: FaultServer) -> None:
+    server.redirects |= {"/a.jpg": "/b.jpg", "/b.jpg": "/a.jpg"}
+    with pytest.raises(locations.RefusedError, match=r"its redirects never end"):
+        locations.read_bytes(f"{server.url}/a.jpg")
+    assert server.count("/a.jpg") <= 10
+
+
+def test_a_body_that_stops_coming_is_not_waited_for_forever(server: FaultServer) -> None:
+    server.always["/a.jpg"] = "drip"
+    with pytest.raises(locations.UnreachableError, match="no whole answer in time"):
+        locations.read_bytes(f"{server.url}/a.jpg", seconds=0.3)
+
+
+def test_a_host_that_takes_no_connections_gets_one_try_a_file_until_it_does(
+    server: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/a.jpg"
+    tries: list[str] = []
+    for _ in range(2):
+        with pytest.raises(locations.UnreachableError, match="ClientConnectorError") as caught:
+            locations.read_bytes(url)
+        tries.append(caught.value.detail)
+    assert ["in 5 tries" in each for each in tries] == [True, False]
+    server.faults["GET", "/a.jpg"] = ["reset", 503, "short", 503]
+    assert locations.read_bytes(f"{server.url}/a.jpg") == IMAGE
+
+
+@pytest.mark.parametrize("read", [*READERS.values(), locations.signature], ids=[*READERS, "signature"])
+def test_the_scheme_of_a_url_may_be_in_capitals(server: FaultServer, read: Callable[[str], object], tmp_path: Path) -> None:
+    url = f"{server.url}/a.jpg".replace("http://", "HTTP://")
+    assert read(url) == read(f"{server.url}/a.jpg")
+    (tmp_path / "a b").write_bytes(IMAGE)
+    assert not locations.is_url(f"FILE://{tmp_path}/a b")
+    assert locations.read_bytes(f"FILE://{tmp_path}/a b") == IMAGE
+    assert locations.without_secrets("HTTPS://u:p@h/a?sig=x") == "HTTPS://h/a"
 
 
 def test_the_netrc_file_opens_doors(server: FaultServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

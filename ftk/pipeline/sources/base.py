@@ -38,10 +38,15 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blob:
-    """The bytes of one file: those that the source has streamed past already, or a path or URL to read them from."""
+    """The bytes of one file: those that the source has streamed past already, or a path or URL to read them from.
+
+    `fetched_once`: nothing but its URL tells whether the file has changed. It is taken to stay as it was, and is not
+    fetched again once it has given a sample.
+    """
 
     location: str
     data: bytes | None = None
+    fetched_once: bool = False
 
     @property
     def name(self) -> str:
@@ -49,9 +54,14 @@ class Blob:
         member = self.location if self.data is None else self.location.rpartition("#")[2]
         return locations.file_name(member) if self.data is None or is_outside(member) else locations.printable(member)
 
-    def read(self) -> bytes:
-        """The bytes; `OSError` when there are none to be had, `EnvironmentFault` when the network fails."""
-        return locations.read_bytes(self.location) if self.data is None else self.data
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading it takes a network."""
+        return self.data is None and locations.is_url(self.location)
+
+    def read(self, seconds: float = locations.FETCH_SECONDS) -> bytes:
+        """The bytes; see `locations.read_bytes` for what it raises, and for `seconds`."""
+        return locations.read_bytes(self.location, seconds=seconds) if self.data is None else self.data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +81,16 @@ class Record:
     controls: tuple[Blob, ...] = ()
     is_fallback: bool = False
     repeats: int = 1
+
+    @property
+    def blobs(self) -> tuple[Blob, ...]:
+        """All its files: the image, the mask if there is one, and the controls."""
+        return (self.image, *([self.mask] if self.mask else []), *self.controls)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading it takes a network."""
+        return any(blob.is_remote for blob in self.blobs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -142,7 +142,7 @@ def _runs(
     named = ((seen.identity(entry[0]), *entry) for entry in entries)
     while batch := tuple(islice(named, shard_samples)):
         found = signatures.of([each for _, name, _, _, mask, controls in batch for each in (name, mask, *controls) if each])
-        signature = None if None in found else storage.digest([batch, found])
+        signature = storage.digest([batch, found])
         yield Partition(payload=("rows", table.location, batch), signature=signature, num_records=len(batch))
 
 
@@ -187,10 +187,10 @@ class _Signatures:
         self._folder: str | None = None
         self._listed: dict[str, str] = {}
 
-    def of(self, names: list[str]) -> list[str | None]:
-        """None where nothing vouches for a file: on the web, or outside of the table's own store."""
+    def of(self, names: list[str]) -> list[str]:
+        """Of what nothing vouches for, on the web or outside of the table's own store, the location: it is fetched once."""
         below = [name for name in names if _is_relative(name)]
-        if locations.is_url(self._root) and not self._root.startswith("http") and below:
+        if locations.is_url(self._root) and not locations.is_web(self._root) and below:
             self._list(_common_folder(below))
         return [self._one(name) for name in names]
 
@@ -204,13 +204,22 @@ class _Signatures:
         except FileNotFoundError:
             self._listed = {}
 
-    def _one(self, name: str) -> str | None:
+    def _one(self, name: str) -> str:
         location = _location(self._root, name)
         if not locations.is_url(location):
             return _local_signature(location)
-        hidden = any(part.startswith(".") for part in name.split("/"))
-        unlisted = self._folder is None or hidden or not _is_relative(name)
-        return self._listed.get(name, None if unlisted else "missing")
+        return f"at {location}" if _is_unlisted(self._root, name) else self._listed.get(name, "missing")
+
+
+def _is_unlisted(root: str, name: str) -> bool:
+    """Whether no listing of the table's own store tells when a remote file changes."""
+    hidden = any(part.startswith(".") for part in name.split("/"))
+    return hidden or not _is_relative(name) or locations.is_web(root)
+
+
+def _file_blob(root: str, name: str) -> Blob:
+    location = _location(root, name)
+    return Blob(location=location, fetched_once=locations.is_url(location) and _is_unlisted(root, name))
 
 
 def _local_signature(location: str) -> str:
@@ -244,7 +253,7 @@ def _read_rows(
 ) -> Iterator[Record | Reject]:
     root = _root(settings, table)
     for identity, name, texts, problem, mask, controls in entries:
-        blob, *others = (Blob(location=_location(root, each)) if each else None for each in (name, mask, *controls))
+        blob, *others = (_file_blob(root, each) if each else None for each in (name, mask, *controls))
         if problem is not None:
             yield _reject(config, identity, RejectReason(problem[0]), problem[1])
         elif blob is None or _is_missing(blob):
@@ -369,7 +378,7 @@ def _blob(cell: Any, root: str, label: str) -> Blob | None:
     if isinstance(data, bytes):
         return Blob(location=label, data=data)
     name = _named_file(cell)
-    return Blob(location=_location(root, name)) if name else None
+    return _file_blob(root, name) if name else None
 
 
 # Columns.
