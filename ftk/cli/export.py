@@ -2,16 +2,35 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ftk.cli.options import Json, Overrides, RunFile, Workspace, load_run, show
 
 if TYPE_CHECKING:
+    from ftk.deliver.export import Choice
     from ftk.run import Run
 
-Best = Annotated[bool, typer.Option("--best", help="The step with the lowest validation loss, not the newest.")]
+Best = Annotated[bool, typer.Option("--best", help="Take the step with the lowest validation loss, not the newest.")]
+Step = Annotated[
+    int | None, typer.Option("--step", help="Take the checkpoint of this step, not the newest.", show_default=False)
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(
+        "--dtype",
+        help="Precision of what is written; by default float32 of an adapter, and train.precision of a whole model.",
+        show_default=False,
+    ),
+]
+
+
+def choice_of(best: bool, step: int | None, dtype: str | None) -> "Choice":
+    """Which weights the options mean."""
+    from ftk.deliver.export import Choice
+
+    return Choice(best=best, step=step, dtype=dtype)  # type: ignore[arg-type]
 
 
 def export(
@@ -23,6 +42,8 @@ def export(
         Path | None, typer.Option("--out", metavar="DIR", help="Where the files go; exports/FORMAT of the run by default.")
     ] = None,
     best: Best = False,
+    step: Step = None,
+    dtype: Dtype = None,
     push: Annotated[
         str | None, typer.Option("--push", metavar="OWNER/NAME", help="Upload them to this repository of the Hub too.")
     ] = None,
@@ -34,35 +55,36 @@ def export(
     workspace: Workspace = None,
     json: Json = False,
 ) -> None:
-    """Write the trained weights in another format, as far as the method can become one; with --push to the Hub too."""
+    """Export the trained weights to another format, if the method supports it; with --push, upload them to the Hub too."""
     resolved = load_run(run_file, overrides, workspace)
     from ftk.errors import ConfigError
 
     if private and push is None:
         raise ConfigError("--private is for --push: nothing else leaves this machine.")
-    report = _plan(resolved, form, best, push) if dry_run else _run(resolved, form, out, best, push, private)
+    choice = choice_of(best, step, dtype)
+    report = _plan(resolved, form, choice, push) if dry_run else _run(resolved, form, out, choice, push, private)
     show("export", report, json)
 
 
 def _run(
-    resolved: "Run", form: str | None, out: Path | None, best: bool, repository: str | None, private: bool
+    resolved: "Run", form: str | None, out: Path | None, choice: "Choice", repository: str | None, private: bool
 ) -> dict[str, Any]:
     from ftk.deliver import export, push
 
     if repository is None:
-        return asdict(export.export(resolved, form, out, best))
+        return asdict(export.export(resolved, form, out, choice))
     push.check(repository)
-    report = export.export(resolved, form, out, best, repository)
+    report = export.export(resolved, form, out, choice, repository)
     message = f"Step {report.step:,} of {resolved.config.run}, {report.format}"
     url = push.upload(Path(report.directory), report.files, repository, private, message)
     return {**asdict(report), "url": url}
 
 
-def _plan(resolved: "Run", form: str | None, best: bool, repository: str | None) -> dict[str, Any]:
+def _plan(resolved: "Run", form: str | None, choice: "Choice", repository: str | None) -> dict[str, Any]:
     """What would be written, found out by writing it where it is thrown away."""
     from ftk.deliver import export, push
 
     if repository is not None:
         push.check_name(repository)
-    planned = export.plan(resolved, form, best, repository)
+    planned = export.plan(resolved, form, choice, repository)
     return planned if repository is None else {**planned, "repository": repository, "logged_in": push.is_logged_in()}

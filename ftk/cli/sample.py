@@ -1,10 +1,14 @@
 """`ftk sample`."""
 
+from ftk.cli.export import Best, Dtype, Step, choice_of
 from ftk.cli.options import DryRun, Json, Overrides, RunFile, Workspace, load_run, show
 
 
 def sample(
     run_file: RunFile,
+    best: Best = False,
+    step: Step = None,
+    dtype: Dtype = None,
     overrides: Overrides = None,
     workspace: Workspace = None,
     dry_run: DryRun = False,
@@ -14,4 +18,5 @@ def sample(
     resolved = load_run(run_file, overrides, workspace)
     from ftk.deliver import sample as stage
 
-    show("sample", stage.dry_run(resolved) if dry_run else stage.run(resolved), json)
+    choice = choice_of(best, step, dtype)
+    show("sample", stage.dry_run(resolved, choice) if dry_run else stage.run(resolved, choice), json)

@@ -481,6 +481,9 @@ class MemoryConfig(Section):
 class TrainConfig(Section):
     """The training loop."""
 
+    start_from: str | None = Field(
+        default=None, min_length=1, description="an adapter to go on from: a .safetensors file or a folder, of ftk or others"
+    )
     steps: int = Field(default=1000, ge=1)
     global_batch_size: int = Field(default=1, ge=1, description="samples an optimizer step, over all processes")
     micro_batch_size: int = Field(default=1, ge=1, description="samples a forward pass; they share one bucket")

@@ -119,10 +119,15 @@ def _from_hub(lines: str, repository: str) -> str:
     return below.replace(HERE, repository)
 
 
-def merged_loading() -> str:
-    """How a merged pipeline is loaded."""
+def merged_loading(mixed: Sequence[str] = ()) -> str:
+    """How a merged pipeline is loaded.
+
+    Args:
+        mixed: what else is folded in, and at which strength.
+    """
     start = "from diffusers import DiffusionPipeline\n\n# the trained weights are in the pipeline itself"
-    return f'```python\n{start}\npipeline = DiffusionPipeline.from_pretrained("{HERE}")\n```'
+    code = f'```python\n{start}\npipeline = DiffusionPipeline.from_pretrained("{HERE}")\n```'
+    return f"{code}\n\nMerged: {', '.join(mixed)}." if mixed else code
 
 
 def text(subject: Subject, loading: str, pictures: Sequence[CardImage], step: int, *, merged: bool = False) -> str:
@@ -208,7 +213,7 @@ def _gallery(pictures: Sequence[CardImage], step: int) -> list[str]:
 
 
 def _training(subject: Subject) -> dict[str, str]:
-    train = subject.config.train
+    train, start = subject.config.train, metadata.counts(subject).get("start_from")
     averaged = {"moving average": f"{train.ema_decay:g}"} if train.ema_decay else {}
     settings = ", ".join(f"{_words(name)} {_shown(value)}" for name, value in metadata.settings_of(subject).items())
     return {
@@ -224,6 +229,7 @@ def _training(subject: Subject) -> dict[str, str]:
         **averaged,
         "precision": train.precision,
         "seed": str(train.seed),
+        **({"started from": start} if start else {}),
         **_validation(subject),
     }
 

@@ -1,20 +1,20 @@
-"""`ftk export` and `ftk merge`: what a run has learned, in another format, or folded into a pipeline of its own."""
+"""`ftk export`: what a run has learned, in another format; and which of its weights that is."""
 
 import logging
-import math
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 
-from ftk import locations, storage
+import ftk
 from ftk.deliver import card, metadata
-from ftk.errors import CheckpointError, ConfigError, ModelError
+from ftk.errors import CheckpointError, ConfigError
+from ftk.methods.adapters import peft_directory
 from ftk.methods.base import Export
 from ftk.models.base import Model, load_model
 from ftk.progress import human_bytes
@@ -22,13 +22,11 @@ from ftk.run import Run
 from ftk.train import checkpoint as checkpoints
 from ftk.train import optim
 from ftk.train.checkpoint import Checkpoint
-from ftk.train.data import conditions_of
-from ftk.train.inputs import open_cache, with_rates
+from ftk.train.inputs import with_rates
 from ftk.train.order import keyed_seed
 
 LOGGER = logging.getLogger("ftk")
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-"""How far a merged model's prediction may be from the adapted one's, as a share of its root mean square."""
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,39 +41,49 @@ class ExportReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MergeReport:
-    """Where the merged pipeline lies, and how far its prediction is from the adapted one's (a share of its RMS)."""
+class Choice:
+    """Which of a run's weights are delivered, and in which precision.
 
-    step: int
-    directory: str
-    difference: float
-    tolerance: float
-    dtype: str
-    num_bytes: int
+    Attributes:
+        best: the step with the lowest validation loss, instead of the newest.
+        step: that of a checkpoint.
+        dtype: of what is written; fp32 of an adapter by default, whose masters are in it, and the run's precision of a model.
+    """
+
+    best: bool = False
+    step: int | None = None
+    dtype: Dtype | None = None
+
+    @property
+    def is_default(self) -> bool:
+        """Whether it is what lies in a run's adapter/."""
+        return self == Choice()
 
 
 def export(
-    run: Run, form: str | None = None, out: Path | None = None, best: bool = False, repository: str | None = None
+    run: Run,
+    form: str | None = None,
+    out: Path | None = None,
+    choice: Choice = Choice(),
+    repository: str | None = None,
 ) -> ExportReport:
     """Write the trained weights in a delivery format, with a model card.
 
     Args:
         form: the method's first by default.
         out: the folder; `exports/FORMAT` of the run by default.
-        best: the step with the lowest validation loss, instead of the newest.
         repository: of the Hub, from which the card is to load the weights.
 
     Raises:
         CheckpointError: there is no checkpoint to deliver.
         ConfigError: the method cannot be written so; the message says why, and what works.
     """
-    checkpoint = find_checkpoint(run, best)
+    checkpoint = find_checkpoint(run, choice)
     directory = run.locate(run.trained_components)
     form = form or run.method.FORMATS[0]
     target = out or run.paths.run / "exports" / form
     subject = metadata.subject(run, checkpoint.step, directory, checkpoint.settings.get("train"))
-    with trained(run, directory, checkpoint) as model:
-        files = run.method.export(model, run.settings, Export(directory=target, form=form, metadata=metadata.of(subject)))
+    files = _write_weights(run, checkpoint, Export(directory=target, form=form, metadata=metadata.of(subject)), choice.dtype)
     files = [*files, *card.write(subject, target, card.loading(subject, form, repository))]
     _hint_at_license(run, directory)
     return ExportReport(
@@ -87,13 +95,53 @@ def export(
     )
 
 
-def plan(run: Run, form: str | None = None, best: bool = False, repository: str | None = None) -> dict[str, Any]:
+def _write_weights(run: Run, checkpoint: Checkpoint, export: Export, dtype: Dtype | None) -> list[Path]:
+    directory = run.locate(run.trained_components)
+    if run.trains_base:
+        with trained(run, directory, checkpoint, None if dtype is None else getattr(torch, dtype)) as model:
+            return run.method.export(model, run.settings, export)
+    with trained(run, directory, checkpoint, in_fp32=True) as model:
+        files = run.method.export(model, run.settings, export)
+    if dtype not in (None, "float32"):
+        for path in files:
+            if path.suffix == ".safetensors":
+                _round(path, getattr(torch, str(dtype)))
+    return files
+
+
+def _round(path: Path, dtype: torch.dtype) -> None:
+    """Round the tensors of a file that was just written; single numbers such as alpha stay as they are.
+
+    Raises:
+        ConfigError: a value is too large for the precision.
+    """
+    file: Any
+    rounded: dict[str, torch.Tensor] = {}
+    with safe_open(path, "pt") as file:
+        header = {name: value for name, value in (file.metadata() or {}).items() if name != "format"}
+        for name in file.keys():  # noqa: SIM118 - it is no mapping
+            tensor = file.get_tensor(name)
+            is_rounded = tensor.is_floating_point() and tensor.ndim > 0
+            rounded[name] = tensor.to(dtype) if is_rounded else tensor
+            if is_rounded and not bool(rounded[name].isfinite().all()):
+                raise ConfigError(
+                    f"--dtype {str(dtype).removeprefix('torch.')}: {name} has values too large for it. Use bfloat16."
+                )
+    peft_directory.commit_tensors(path, rounded, header)
+
+
+def plan(
+    run: Run,
+    form: str | None = None,
+    choice: Choice = Choice(),
+    repository: str | None = None,
+) -> dict[str, Any]:
     """What `export` would write, found out by writing it to the system's temporary folder and throwing it away."""
     place = run.paths.run
     if not place.is_dir():
         raise CheckpointError(f"{place} does not exist: run `ftk train RUN.yaml` first.")
     with tempfile.TemporaryDirectory(prefix="ftk-export-") as folder:
-        report = export(run, form, Path(folder), best, repository)
+        report = export(run, form, Path(folder), choice, repository)
         sizes = {name: (Path(folder) / name).stat().st_size for name in report.files}
     return {
         "step": report.step,
@@ -103,63 +151,53 @@ def plan(run: Run, form: str | None = None, best: bool = False, repository: str 
     }
 
 
+@contextmanager
+def chosen_adapter(run: Run, choice: Choice) -> Iterator[Path]:
+    """A folder with these weights in the method's first format, which `Method.load_into` reads: a run's adapter/ by default.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    if choice.is_default:
+        if not run.paths.adapter.is_dir():
+            raise CheckpointError(f"{run.paths.adapter} does not exist: run `ftk train` first.")
+        yield run.paths.adapter
+        return
+    checkpoint = find_checkpoint(run, choice)
+    with tempfile.TemporaryDirectory(prefix="ftk-weights-") as folder:
+        export = Export(directory=Path(folder), form=run.method.FORMATS[0], metadata={"ftk_version": ftk.__version__})
+        _write_weights(run, checkpoint, export, choice.dtype)
+        yield Path(folder)
+
+
 def _hint_at_license(run: Run, model: Path) -> None:
     theirs = card.base_license(model)
     if run.config.card.license is None and theirs is not None:
         LOGGER.info("card.license is not set, so the card names none. The base model's own card says %s.", theirs)
 
 
-def merge(run: Run, out: Path, best: bool = False) -> MergeReport:
-    """Write the base model with what was trained folded into its weights, as a pipeline directory.
-
-    Nothing is written unless the merged model predicts what the adapted one does, on a sample of the cache.
-
-    Raises:
-        CheckpointError: there is no checkpoint to merge.
-        ConfigError: `out` holds something, or the method adds nothing to the base weights.
-        ModelError: a merged weight is not finite, or the predictions differ.
-    """
-    target = locations.local_path(str(out))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"--out {target} holds something already. Name a new folder.")
-    checkpoint = find_checkpoint(run, best)
-    directory = run.locate(run.all_components)
-    with trained(run, directory, checkpoint) as model:
-        adapted = _prediction(run, model)
-        run.method.merge(model)
-        for name, module in model.components.items():
-            _refuse_infinite(name, module)
-        merged = _prediction(run, model)
-        difference = float((merged - adapted).square().mean().sqrt() / adapted.square().mean().sqrt())
-        tolerance = TOLERANCE[_dtype(run)]
-        if not difference <= tolerance:
-            raise ModelError(
-                f"The merged model's prediction is {difference:.2g} of its size away from the adapted one's, where "
-                f"{tolerance:.2g} is allowed. Nothing was written. Try --set train.precision=fp32."
-            )
-        _write(run, directory, model, target, checkpoint.step)
-    return MergeReport(
-        step=checkpoint.step,
-        directory=str(target),
-        difference=difference,
-        tolerance=tolerance,
-        dtype=str(_dtype(run)).removeprefix("torch."),
-        num_bytes=sum(path.stat().st_size for path in target.rglob("*") if path.is_file()),
-    )
-
-
-def _dtype(run: Run) -> torch.dtype:
+def run_dtype(run: Run) -> torch.dtype:
+    """The precision of the frozen weights, which deliveries of whole models have too."""
     return torch.float32 if run.config.train.precision == "fp32" else torch.bfloat16
 
 
-def find_checkpoint(run: Run, best: bool) -> Checkpoint:
-    """The newest whole checkpoint of a run, or the one with the lowest validation loss.
+def find_checkpoint(run: Run, choice: Choice) -> Checkpoint:
+    """The newest whole checkpoint of a run, that of a step, or the one with the lowest validation loss.
 
     Raises:
         CheckpointError: there is none.
+        ConfigError: a step and the best one are asked for at once.
     """
     directory = run.paths.checkpoints
-    if not best:
+    if choice.best and choice.step is not None:
+        raise ConfigError("--best and --step name one checkpoint each: leave one of them out.")
+    if choice.step is not None:
+        steps = [int(path.name) for path in checkpoints.all_of(directory)]
+        if choice.step not in steps:
+            listed = f"There are those of step {', '.join(map(str, steps))}." if steps else "There are none."
+            raise CheckpointError(f"--step {choice.step}: {directory} holds no checkpoint of this step. {listed}")
+        return checkpoints.read(directory / f"{choice.step:08d}")
+    if not choice.best:
         newest = checkpoints.latest(directory)
         if newest is None:
             raise CheckpointError(f"{directory} holds no whole checkpoint: run `ftk train RUN.yaml` first.")
@@ -171,12 +209,21 @@ def find_checkpoint(run: Run, best: bool) -> Checkpoint:
 
 
 @contextmanager
-def trained(run: Run, directory: Path, checkpoint: Checkpoint) -> Iterator[Model]:
-    """The base model in `directory` with what was trained as it is delivered: with `ema_decay` the average."""
-    model = load_model(run.family, directory, run.encoders, _dtype(run), torch.device("cpu"))
+def trained(
+    run: Run, directory: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None, *, in_fp32: bool = False
+) -> Iterator[Model]:
+    """The base model in `directory` with what was trained as it is delivered: with `ema_decay` the average.
+
+    Args:
+        dtype: of the model, the run's precision by default.
+        in_fp32: what was trained is in fp32 as its masters are, whatever the model is in: to be written, not to predict with.
+    """
+    model = load_model(run.family, directory, run.encoders, dtype or run_dtype(run), torch.device("cpu"))
     parameters = run.method.attach(model, run.settings, keyed_seed(run.config.train.seed, "adapter"))
     for module in model.components.values():
         module.eval()
+    for parameter in parameters.values() if in_fp32 else ():
+        parameter.data = parameter.data.float()
     optimizer = optim.MasterOptimizer(parameters, with_rates(run))
     tensors = checkpoint.tensors()
     if tensors[0].keys() != optimizer.weights().keys():
@@ -187,44 +234,3 @@ def trained(run: Run, directory: Path, checkpoint: Checkpoint) -> Iterator[Model
     optimizer.restore(*tensors, checkpoint.optimizer_facts)
     with optimizer.averaged():
         yield model
-
-
-def _prediction(run: Run, model: Model) -> torch.Tensor:
-    """[1,C,H,W] fp32: of the cache's first sample, half noise, through the same conditions as in training."""
-    schedule, dtype = model.schedule, _dtype(run)
-    store = open_cache(run)
-    try:
-        latents = store.latents(0)[0].float()
-        conditions = conditions_of(store, run, [0], [0], dtype)
-        sigma_B = schedule.sigmas[len(schedule.sigmas) // 2].reshape(1)
-        signal_B, noise_B = schedule.scales(sigma_B, torch.float32)
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-        noisy_BCHW = (signal_B * latents + noise_B * noise)[None].to(dtype)
-        with torch.no_grad():
-            return run.method.predict(model, noisy_BCHW, sigma_B, conditions)
-    finally:
-        store.close()
-
-
-def _refuse_infinite(component: str, module: Any) -> None:
-    for name, parameter in module.named_parameters():
-        if not math.isfinite(float(parameter.detach().float().abs().max())):
-            raise ModelError(
-                f"The merged weight {name} of the {component} is not finite. Nothing was written. Was the training's loss "
-                f"finite?"
-            )
-
-
-def _write(run: Run, base: Path, model: Model, directory: Path, step: int) -> None:
-    attribute = run.family.denoiser_attribute
-    merged = {attribute: model.denoiser, **model.encoders}
-    with storage.committing_directory(directory) as temporary:
-        for entry in sorted(base.iterdir()):
-            if entry.is_dir() and entry.name not in merged:
-                shutil.copytree(entry, temporary / entry.name)
-            elif entry.is_file():
-                shutil.copyfile(entry, temporary / entry.name)
-        for name, module in merged.items():
-            module.save_pretrained(temporary / name)
-        subject = metadata.Subject(run=run, step=step, model=base)
-        card.write(subject, temporary, card.merged_loading(), merged=True)

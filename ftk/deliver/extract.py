@@ -300,7 +300,7 @@ def _write(config: ExtractConfig, family: Family, base: Path, denoiser: Any, ext
         rank_pattern=others,
         alpha_pattern=dict(others),
     )
-    adapter = lora.Adapter(factors=found, settings=settings, dora_scales={})
+    adapter = lora.Adapter(module=denoiser, factors=found, settings=settings, dora_scales={})
     header = _metadata(config, family, base, extracted.total)
     return lora.write({DENOISER: adapter}, family, Export(directory=config.out, form=config.form, metadata=header))
 

@@ -25,6 +25,7 @@ from ftk.configs.load import redact
 from ftk.configs.schema import HUB_ID, CardConfig, ModelConfig, RunConfig, TrainConfig
 from ftk.models import base as models
 from ftk.run import Run
+from ftk.train.start import Start
 
 LOGGER = logging.getLogger("ftk")
 TRAINED_ON = "trained-on.json"
@@ -76,8 +77,11 @@ def _as_trained(config: TrainConfig, trained: Mapping[str, Any]) -> TrainConfig:
         return config
 
 
-def trained_on(store: CacheStore, num_held_out: int) -> dict[str, Any]:
-    """Counts of a cache. Crops and mirrored images are images of their own; sources are as they were prepared."""
+def trained_on(store: CacheStore, num_held_out: int, start: Start | None = None) -> dict[str, Any]:
+    """Counts of a cache, and what a run started from.
+
+    Crops and mirrored images are images of their own; sources are as they were prepared.
+    """
     table = store.table
     sources = store.manifest.prepared_recipe.get("sources", {})
     return {
@@ -89,6 +93,7 @@ def trained_on(store: CacheStore, num_held_out: int) -> dict[str, Any]:
             {"name": name, "repeats": one.get("repeats", 1), "role": one.get("role", "instance")}
             for name, one in sources.items()
         ],
+        **({} if start is None else {"start_from": f"{start.name} (blake3 {start.digest})"}),
     }
 
 
@@ -111,6 +116,7 @@ def of(subject: Subject) -> dict[str, str]:
         "ftk_num_samples": str(counted.get("num_samples", "")),
         "ftk_num_images": str(counted.get("num_images", "")),
         "ftk_num_class_samples": str(counted.get("num_class_samples", "")),
+        "ftk_start_from": counted.get("start_from", ""),
         "ftk_license": license_name(config.card),
         **_model_spec(subject, triggers),
         **_kohya(subject),

@@ -43,6 +43,6 @@ class RunDelivery:
 
     def _count(self) -> None:
         if self._ranks.is_main and not self._is_counted:
-            counted = metadata.trained_on(self._inputs.store, len(self._inputs.order.held_out))
+            counted = metadata.trained_on(self._inputs.store, len(self._inputs.order.held_out), self._inputs.sizes.start)
             storage.commit_json(self._directory / metadata.TRAINED_ON, counted)
             self._is_counted = True

@@ -15,7 +15,8 @@ from ftk.cache import prompts as cached_prompts
 from ftk.cache.plan import ImageItem
 from ftk.configs.schema import RunConfig
 from ftk.deliver import mixing
-from ftk.errors import CheckpointError, ConfigError
+from ftk.deliver.export import Choice, chosen_adapter, find_checkpoint, run_dtype
+from ftk.errors import ConfigError
 from ftk.pipeline import prompt_images
 from ftk.progress import ProgressBar, track
 from ftk.run import Run
@@ -37,21 +38,30 @@ class SampleReport:
     adapter: str
 
 
-def run(run: Run) -> SampleReport:
+def run(run: Run, choice: Choice = Choice()) -> SampleReport:  # noqa: B008 - it is frozen
     """Draw every prompt through diffusers' own pipeline: without the trained weights, with them, and with others on top.
+
+    Args:
+        choice: which weights, those in the run's adapter/ by default; its precision is the pipeline's too.
 
     Raises:
         ConfigError: `sample.prompts` is empty, or an adapter or a strength makes no sense.
         CheckpointError: there are no trained weights yet, or an adapter is of another base.
     """
-    config, adapter = run.config, run.paths.adapter
-    added = _check(run)
+    _check_prompts(run.config)
+    with chosen_adapter(run, choice) as adapter:
+        mixing.check_own_strength(run.config.sample.strength, adapter, run.config.method.name)
+        return _run(run, choice, adapter)
+
+
+def _run(run: Run, choice: Choice, adapter: Path) -> SampleReport:
+    config, added = run.config, _added(run.config)
     device = devices.resolve_device(config.sample.device)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = getattr(torch, choice.dtype) if choice.dtype else run_dtype(run)
     directory = run.locate(run.all_components)
     images = _prompt_images(run, directory, device, dtype)
     pipeline = run.family.pipeline(directory, dtype, device)
-    mixing.check_fits(run.family, pipeline, added)
+    files = mixing.read(run.family, pipeline, added)
     own = {} if run.trains_base else {mixing.OWN: config.sample.strength}
     num_columns = 3 if added else 2
     with track("sample", num_columns * len(config.sample.prompts), "image") as progress:
@@ -61,11 +71,11 @@ def run(run: Run) -> SampleReport:
         mixing.set_strengths(pipeline, own)
         columns.append(_draw_all(pipeline, run, images, progress))
         if added:
-            mixing.add(run.family, pipeline, own, added)
+            mixing.add(run.family, pipeline, own, [(file, each.strength) for file, each in zip(files, added, strict=True)])
             columns.append(_draw_all(pipeline, run, images, progress))
     del pipeline
     gc.collect()
-    path = run.paths.run / "samples" / "base-and-adapter.png"
+    path = run.paths.run / "samples" / f"base-and-{_file_name(run, choice)}.png"
     rows = list(zip(*columns, strict=True))
     storage.commit_bytes(path, png_bytes(grid(rows, [entry.prompt for entry in config.sample.entries], _titles(config))))
     return SampleReport(
@@ -73,12 +83,20 @@ def run(run: Run) -> SampleReport:
         num_images=sum(map(len, columns)),
         mean_difference=_mean_difference(columns[0], columns[1]),
         together=_mean_difference(columns[0], columns[2]) if added else None,
-        adapter=str(adapter),
+        adapter=str(adapter if choice.is_default else find_checkpoint(run, choice).path),
     )
 
 
-def dry_run(run: Run) -> dict[str, Any]:
+def _file_name(run: Run, choice: Choice) -> str:
+    """What the picture is called: others than those of the newest weights lie beside it."""
+    names = [f"step-{find_checkpoint(run, choice).step:08d}"] if choice.step is not None or choice.best else ["adapter"]
+    return "-".join([*names, *([choice.dtype] if choice.dtype else [])])
+
+
+def dry_run(run: Run, choice: Choice = Choice()) -> dict[str, Any]:  # noqa: B008 - it is frozen
     """What `run` would draw, and whether there are weights to draw with."""
+    if not choice.is_default:
+        find_checkpoint(run, choice)
     width, height = run.sample_size
     added = _added(run.config)
     return {
@@ -86,23 +104,17 @@ def dry_run(run: Run) -> dict[str, Any]:
         "size": f"{width}x{height}",
         "num_inference_steps": run.config.sample.num_inference_steps,
         "adapter_exists": run.paths.adapter.is_dir(),
-        "adapters": [f"{each.folder} ({each.kind}) at {each.strength:g}" for each in added],
+        "adapters": [f"{each.path} ({each.kind}) at {each.strength:g}" for each in added],
     }
 
 
-def _check(run: Run) -> list[mixing.DeliveredAdapter]:
-    """What is to be added, once all that is asked for is there."""
-    config, adapter = run.config, run.paths.adapter
+def _check_prompts(config: RunConfig) -> None:
     if not config.sample.prompts:
         raise ConfigError('sample.prompts is empty: name at least one, for example --set sample.prompts="[a red fox]"')
-    if not adapter.is_dir():
-        raise CheckpointError(f"{adapter} does not exist: run `ftk train` first.")
-    mixing.check_own_strength(config.sample.strength, adapter, config.method.name)
-    return _added(config)
 
 
-def _added(config: RunConfig) -> list[mixing.DeliveredAdapter]:
-    return [mixing.find(each, f"sample.adapters.{position}") for position, each in enumerate(config.sample.adapters)]
+def _added(config: RunConfig) -> list[mixing.AddedAdapter]:
+    return [mixing.find(each, f"sample.adapters.{position}.path") for position, each in enumerate(config.sample.adapters)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,11 +75,12 @@ class Factors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """What one component's layers add to their original weights, by the module's name, and PEFT's settings for it.
+    """What the layers of one component, `module`, add to their original weights, by name, and PEFT's settings for it.
 
     `settings` have alpha = rank everywhere. `dora_scales` are for ComfyUI, of the layers with a magnitude.
     """
 
+    module: Any
     factors: Mapping[str, Factors]
     settings: Any
     dora_scales: "Mapping[str, torch.Tensor]"
@@ -271,7 +272,7 @@ def _adapter(module: Any, settings: LoraConfig) -> Adapter:
         for name, layer in factors.items()
         if layer.magnitude is not None
     }
-    return Adapter(factors=factors, settings=peft_config, dora_scales=scales)
+    return Adapter(module=module, factors=factors, settings=peft_config, dora_scales=scales)
 
 
 def write(adapters: Mapping[str, Adapter], family: Family, export: Export) -> list[Path]:
@@ -320,7 +321,8 @@ def _renamed(adapters: Mapping[str, Adapter], form: str, family: Family) -> "dic
     alpha = float(max(layer.rank for adapter in adapters.values() for layer in adapter.factors.values()))
     named: dict[str, torch.Tensor] = {}
     for component, adapter in adapters.items():
-        names = family.adapter_names(form, component)
+        names = family.adapter_names(form, component, adapter.module)
+        formats.warn_of_unread(form, names, adapter.factors)
         first, second = names.factors
         for name, layer in adapter.factors.items():
             key = names.module(name)

@@ -127,11 +127,13 @@ class AdapterNames:
         module: from a module's name in the diffusers model to the name before its tensors.
         factors: what a LoRA's two factors are called, the one next to the input first.
         has_alpha: whether an `.alpha` stands beside them; some readers refuse a file with one.
+        is_read: whether the format's main reader has a place for a module; it passes over others without a word.
     """
 
     module: Callable[[str], str]
     factors: tuple[str, str] = ("lora_A", "lora_B")
     has_alpha: bool = True
+    is_read: Callable[[str], bool] = lambda name: True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,8 +272,11 @@ class Family(Protocol):
         where there are any.
         """
 
-    def adapter_names(self, form: str, component: str) -> AdapterNames:
+    def adapter_names(self, form: str, component: str, module: Any) -> AdapterNames:
         """How a delivery format (`comfyui`, `kohya`, `lycoris`) names an adapter of the denoiser or of a text encoder.
+
+        Args:
+            module: that component; its shapes alone (`meta`) are enough.
 
         Raises:
             ConfigError: no reader of this format knows this model; the message says which format works.
@@ -340,6 +345,14 @@ class HasPublishedNames(Protocol):
         """Metadata by which they know a model: `modelspec.architecture`, and `ss_base_model_version` as sd-scripts write it."""
 
 
+@runtime_checkable
+class HasOriginalNames(Protocol):
+    """A family whose denoiser was first published with other names of its layers than those of diffusers."""
+
+    def original_names(self, denoiser: Any) -> Mapping[str, str]:
+        """The published name of each layer that has another one, by its name in diffusers."""
+
+
 def available() -> list[str]:
     """Names of all families: the files of this folder."""
     package = importlib.import_module("ftk.models")
@@ -373,6 +386,11 @@ def parse(config: ModelConfig) -> Family:
 def published_names(family: Family, directory: Path) -> Mapping[str, str]:
     """What other programs call a model; see `HasPublishedNames`. A family that they do not know has its own name."""
     return family.published_names(directory) if isinstance(family, HasPublishedNames) else {_ARCHITECTURE: family.name}
+
+
+def original_names(family: Family, denoiser: Any) -> Mapping[str, str]:
+    """See `HasOriginalNames`; nothing of a family whose names were never others."""
+    return family.original_names(denoiser) if isinstance(family, HasOriginalNames) else {}
 
 
 def encoded(model: Model, texts: Texts) -> Texts:

@@ -342,7 +342,7 @@ class QwenImage:
         )[0].float()
         return flow_matching.unpack(output_BND, height, width)
 
-    def adapter_names(self, form: str, component: str) -> AdapterNames:
+    def adapter_names(self, form: str, component: str, module: Any) -> AdapterNames:
         """diffusers' names, which ComfyUI knows after `diffusion_model.`.
 
         Raises:

@@ -63,6 +63,7 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
             ),
         ),
     }
+    kohya_names_are_original = True
 
     def check(self, directory: Path) -> None:
         """A Diffusers folder whose `model_index.json` names StableDiffusionXLPipeline."""

@@ -77,6 +77,10 @@ def build_trainer(
     loader = Loader(order=inputs.order, builder=builder, device=device, rank=ranks.rank, world_size=ranks.size, is_even=is_even)
     recorder, trainer.hooks = _hooks(inputs, builder, settings, make_delivery(inputs, model, ranks), ranks)
     is_begun = _restore(trainer, directory / "checkpoints", settings, allow_change)
+    if not is_begun and inputs.sizes.start is not None:
+        values = {name: weight.cpu() for name, weight in optimizer.weights().items()} | dict(inputs.sizes.start.values)
+        optimizer.begin_from(ranks.from_main(values)[0])
+        LOGGER.info("starting from %s", run.config.train.start_from)
     if not is_begun and (count := methods.start_batches(run.method, run.settings)):
         _start_from_data(trainer, inputs, loader, count)
     if plan.compile:
@@ -133,6 +137,7 @@ def _identities(inputs: Inputs) -> dict[str, Any]:
         "texts": inputs.store.manifest.texts_fingerprint,
         "denoiser": fingerprint.weights_digest(inputs.model / run.family.denoiser_attribute),
         **{name: fingerprint.weights_digest(inputs.model / name) for name in run.encoders},
+        **({"start_from": inputs.sizes.start.digest} if inputs.sizes.start is not None else {}),
         "dtype": plan.dtype,
         "base": plan.base,
     }

@@ -36,7 +36,8 @@ _WEIGHTS, _OPTIMIZER, _TRAINER = "adapter", "optimizer", "trainer.json"
 _FILE_BYTES = 4 << 30
 """About the largest file that is written: each is put together in host memory."""
 _FREE = {"checkpoint_every", "keep_last", "keep_every", "log_every", "trackers", "project", "device", "sharding",
-         "timeout_seconds", "max_bad_steps"}  # fmt: skip
+         "timeout_seconds", "max_bad_steps", "start_from"}  # fmt: skip
+# What a run starts from counts by its digest, wherever it lies.
 # Which share is held out is part of the order; these only say what is done with it.
 _FREE_VALIDATION = {"every", "samples", "sigmas", "patience"}
 # Where things are computed changes their rounding alone; 8-bit weights are other weights.

@@ -18,10 +18,11 @@ from ftk.models.base import Family, load_model
 from ftk.models.components.schedule import NoiseSchedule
 from ftk.pipeline import dataset as prepared
 from ftk.run import Run
-from ftk.train import memory, optim, optimizers
+from ftk.train import memory, optim, optimizers, start
 from ftk.train.flow import SigmaDistribution
 from ftk.train.hooks import samples
 from ftk.train.order import Order
+from ftk.train.start import Start
 
 LOGGER = logging.getLogger("ftk")
 
@@ -42,11 +43,12 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What the shapes of the model alone tell: how much is trained, and how it is made to fit the device."""
+    """What the shapes of the model alone tell: how much is trained, how it is made to fit the device, and where it starts."""
 
     plan: memory.MemoryPlan
     num_frozen_parameters: int
     num_trainable_parameters: int
+    start: Start | None
 
 
 def open_inputs(run: Run, device: torch.device, world_size: int = 1) -> Inputs:
@@ -92,6 +94,7 @@ def plan_sizes(run: Run, model: Path, workload: memory.Workload, device: torch.d
         ),
         num_frozen_parameters=sum(each.numel() for each in every if not each.requires_grad),
         num_trainable_parameters=sum(parameter.numel() for parameter in trained.values()),
+        start=start.read(run, model, shapes, trained),
     )
 
 

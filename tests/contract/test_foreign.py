@@ -21,7 +21,7 @@ from ftk.cache import stage as cache
 from ftk.cache.store import CacheStore
 from ftk.configs.load import validate
 from ftk.configs.schema import RunConfig
-from ftk.deliver import export, sample
+from ftk.deliver import export, merge, sample
 from ftk.deliver.run_delivery import RunDelivery
 from ftk.errors import CacheError, CheckpointError, ConfigError
 from ftk.methods import base as methods
@@ -371,7 +371,7 @@ def test_an_exported_lora_loads_in_the_official_pipeline(make_run: Callable[...,
     pipeline = official(run)
     before = pipeline.text_encoder(text["input_ids"][None]).pooler_output
     pipeline.load_lora_weights(run.paths.adapter)
-    checkpoint = export.find_checkpoint(run, False)
+    checkpoint = export.find_checkpoint(run, export.Choice())
     with export.trained(run, Path(run.config.model.path), checkpoint) as model, torch.no_grad():
         noisy = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
         conditions = Conditions(texts=run.family.collate_texts([text]), references=(reference[None],))
@@ -404,9 +404,9 @@ def test_merging_agrees_for_an_edit_and_is_refused_where_there_is_nothing_to_mer
     for each in (run, hinted):
         encode(each).close()
         finished(each)
-    assert export.merge(run, tmp_path / "merged").difference < 1e-5
+    assert merge.merge(run, tmp_path / "merged").difference < 1e-5
     with pytest.raises(ConfigError, match="nothing of it can be merged"):
-        export.merge(hinted, tmp_path / "none")
+        merge.merge(hinted, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 

@@ -58,7 +58,7 @@ def trained(scene):
     run = load_run(RECIPE, overrides[1::2])
     directory = Path(run.config.model.path)
     plain = models.load_model(run.family, directory, run.encoders, torch.float32, torch.device("cpu"))
-    with export.trained(run, directory, export.find_checkpoint(run, best=False)) as model:
+    with export.trained(run, directory, export.find_checkpoint(run, export.Choice())) as model:
         yield model, plain
 
 

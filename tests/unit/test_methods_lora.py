@@ -175,15 +175,22 @@ def test_names_of_a_u_net_and_alpha_over_rank(tiny_models: Callable[[str], Path]
     (file,) = method.export(model, config, Export(directory=tmp_path, form=form, metadata={}))
     tensors = load_file(file)
     method.merge(model)
-    # As the readers have it: `.` is `_`, and some modules have the names of the original model.
+    # As the readers have it: `.` is `_`. ComfyUI knows diffusers' names but for one module; sd-scripts SDXL's original ones.
+    attention = "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"
     expected = {
-        "lora_unet_mid_block_resnets_0_conv1": "mid_block.resnets.0.conv1",
-        "lora_unet_time_embedding_linear_1": "time_embedding.linear_1",
-        "lora_unet_label_emb_0_0": "add_embedding.linear_1",
-        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0": (
-            "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"
-        ),
-    }
+        "comfyui": {
+            "lora_unet_mid_block_resnets_0_conv1": "mid_block.resnets.0.conv1",
+            "lora_unet_time_embedding_linear_1": "time_embedding.linear_1",
+            "lora_unet_label_emb_0_0": "add_embedding.linear_1",
+            "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0": attention,
+        },
+        "kohya": {
+            "lora_unet_middle_block_0_in_layers_2": "mid_block.resnets.0.conv1",
+            "lora_unet_time_embed_0": "time_embedding.linear_1",
+            "lora_unet_label_emb_0_0": "add_embedding.linear_1",
+            "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_out_0": attention,
+        },
+    }[form]
     stems = {name.split(".")[0] for name in tensors}
     assert expected.keys() <= stems
     assert {name.partition(".")[2] for name in tensors} == {"alpha", "lora_down.weight", "lora_up.weight"}

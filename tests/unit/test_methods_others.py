@@ -283,7 +283,8 @@ def test_readers_of_lycoris_names_rebuild_what_was_trained(
         flat = module.replace(".", "_").replace("add_embedding_linear_1", "label_emb_0_0").replace(
             "add_embedding_linear_2", "label_emb_0_2"
         )  # fmt: skip
-        stems = {"lycoris": "lycoris_" + module.replace(".", "_"), "kohya": f"lora_unet_{flat}"}
+        original = families.original_names(made.model.family, made.denoiser).get(module, module).replace(".", "_")
+        stems = {"lycoris": "lycoris_" + module.replace(".", "_"), "kohya": f"lora_unet_{original}"}
         stems["comfyui"] = f"diffusion_model.{module}" if family == "qwen-image" else f"lora_unet_{flat}"
         rebuilt = _loha(by_stem[stems[form]]) if name == "loha" else _lokr(by_stem[stems[form]])
         weight = made.before[f"{module}.weight"]

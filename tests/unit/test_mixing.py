@@ -109,14 +109,14 @@ def summed(name: str, pipeline: Any, parts: list[tuple[Adapter, float]]) -> torc
 
 def mixed(pipeline: Any, own: Adapter, strength: float, added: list[tuple[Adapter, float]]) -> Any:
     found = [
-        mixing.find(AddedAdapterConfig(path=str(one.folder), strength=each), f"sample.adapters.{number}")
+        mixing.find(AddedAdapterConfig(path=str(one.folder), strength=each), f"sample.adapters.{number}.path")
         for number, (one, each) in enumerate(added)
     ]
-    mixing.check_fits(own.family, pipeline, found)
+    files = mixing.read(own.family, pipeline, found)
     own.method.load_into(own.family, pipeline, own.folder)
     strengths = {} if own.method.name == "full" else {mixing.OWN: strength}
     mixing.set_strengths(pipeline, strengths)
-    mixing.add(own.family, pipeline, strengths, found)
+    mixing.add(own.family, pipeline, strengths, [(file, each.strength) for file, each in zip(files, found, strict=True)])
     return pipeline
 
 
@@ -170,16 +170,16 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_drawn(
     adapter: Callable[..., Adapter], pipeline: Callable[..., Any]
 ) -> None:
     other = adapter("lora", 1, family="stable-diffusion", targets=("to_q",))
-    found = mixing.find(AddedAdapterConfig(path=str(other.folder)), "sample.adapters.0")
+    found = mixing.find(AddedAdapterConfig(path=str(other.folder)), "sample.adapters.0.path")
     with pytest.raises(CheckpointError, match="trained on another base model"):
-        mixing.check_fits(families.get("qwen-image"), pipeline(), [found])
+        mixing.read(families.get("qwen-image"), pipeline(), [found])
 
 
 @pytest.mark.parametrize("kind", ["oft", "dora", "hra"])
 def test_what_does_not_add_up_is_refused_by_its_type(adapter: Callable[..., Adapter], kind: str) -> None:
     folder = adapter(kind, 1).folder
     with pytest.raises(ConfigError, match=rf"sample.adapters.1.path .* is of type {kind.upper()}, which does not add up"):
-        mixing.find(AddedAdapterConfig(path=str(folder)), "sample.adapters.1")
+        mixing.find(AddedAdapterConfig(path=str(folder)), "sample.adapters.1.path")
     with pytest.raises(ConfigError, match=f"0.5 has no meaning .* of type {kind.upper()}"):
         mixing.check_own_strength(0.5, folder, kind)
     mixing.check_own_strength(1.0, folder, kind)
@@ -194,12 +194,12 @@ def test_where_no_adapter_lies_is_said(adapter: Callable[..., Adapter], tmp_path
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/adapter_config.json").write_text("{")
     for path, message in (
-        (tmp_path / "nowhere", "no such folder"),
+        (tmp_path / "nowhere", "no such file or folder"),
         (full, "holds no adapter"),
         (run, f"Did you mean `{run / 'adapter'}`"),
         (tmp_path / "broken", "cannot be read"),
     ):
         with pytest.raises(ConfigError, match=message):
-            mixing.find(AddedAdapterConfig(path=str(path)), "sample.adapters.0")
+            mixing.find(AddedAdapterConfig(path=str(path)), "sample.adapters.0.path")
     with pytest.raises(ConfigError, match="full, whose weights are the model's own"):
         mixing.check_own_strength(2.0, full, "full")

@@ -3,22 +3,39 @@
 | format    | module `a.b.c` is named | read by |
 |-----------|-------------------------|---------|
 | comfyui   | as the family says, such as `diffusion_model.a.b.c` of a transformer | ComfyUI |
-| kohya     | `lora_unet_a_b_c` of a U-Net | sd-scripts, A1111, Forge, ComfyUI, diffusers |
+| kohya     | `lora_unet_a_b_c` of a U-Net, SDXL's by their original names | sd-scripts, A1111, Forge, ComfyUI, diffusers |
 |           | `lora_te_text_model_a_b_c` of a CLIP text encoder | the same |
 | lycoris   | `lycoris_a_b_c` | LyCORIS, ComfyUI |
 
 Which names a reader knows for a model is the family's to say: `Family.adapter_names`.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
+
+from ftk.models.base import AdapterNames
 
 if TYPE_CHECKING:
     import torch
 
+LOGGER = logging.getLogger("ftk")
 SINGLE_FILE = "pytorch_lora_weights.safetensors"
 """What diffusers looks for in a folder."""
 NAMED_FILES = {"comfyui": "comfyui.safetensors", "kohya": "kohya.safetensors", "lycoris": "lycoris.safetensors"}
+
+
+def warn_of_unread(form: str, names: AdapterNames, modules: Iterable[str]) -> None:
+    """Log which layers the format's main reader passes over."""
+    unread = [name for name in modules if not names.is_read(name)]
+    if unread:
+        LOGGER.warning(
+            "%s: sd-scripts and its relatives have no place for %d of the layers and pass over them: %s. ComfyUI and diffusers "
+            "read them.",
+            form,
+            len(unread),
+            ", ".join(unread),
+        )
 
 
 def split(tensors: "Mapping[str, torch.Tensor]", kinds: tuple[str, ...]) -> "dict[str, dict[str, torch.Tensor]]":

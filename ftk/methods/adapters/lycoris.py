@@ -93,7 +93,8 @@ def _export_named(model: Model, export: Export) -> list[Path]:
 
     named: dict[str, torch.Tensor] = {}
     for component, adapted in model.components.items():
-        names, layers = model.family.adapter_names(export.form, component), injection.adapted(adapted)
+        names, layers = model.family.adapter_names(export.form, component, adapted), injection.adapted(adapted)
+        formats.warn_of_unread(export.form, names, layers)
         for name, tensor in _delivered(adapted).items():
             module, _, kind = name.rpartition(".")
             named[f"{names.module(module)}.{kind}"] = tensor

@@ -115,7 +115,11 @@ def adapter_names(form: str, component: str, encoders: Sequence[str]) -> Adapter
     if form == "lycoris":
         raise ConfigError("LyCORIS' names are those of one model, and this trained text encoders too. Write kohya.")
     number = encoders.index(component) + 1 if len(encoders) > 1 else ""
-    return AdapterNames(module=lambda name: f"lora_te{number}_{published_key(name).replace('.', '_')}", factors=LORA_FACTORS)
+    return AdapterNames(
+        module=lambda name: f"lora_te{number}_{published_key(name).replace('.', '_')}",
+        factors=LORA_FACTORS,
+        is_read=lambda name: form != "kohya" or ".layers." in name,
+    )
 
 
 def add_tokens(tokenizer: Any, model: Any, tokens: Mapping[str, str]) -> None:

@@ -53,6 +53,8 @@ class LatentDiffusion:
     block_classes = unet.BLOCK_CLASSES
     encoder_targets = clip.TARGETS
     trainable_encoders: tuple[str, ...]
+    kohya_names_are_original = False
+    """Whether sd-scripts name the U-Net's layers as in the original model, not as diffusers."""
 
     def __init__(self, config: LatentDiffusionConfig | None = None) -> None:
         self.config = config or LatentDiffusionConfig()
@@ -105,9 +107,13 @@ class LatentDiffusion:
 
         return {name: torch.stack([text[name] for text in texts]) for name in texts[0]}
 
-    def adapter_names(self, form: str, component: str) -> AdapterNames:
+    def adapter_names(self, form: str, component: str, module: Any) -> AdapterNames:
         """As sd-scripts name them."""
-        return unet.adapter_names(form, component, self.trainable_encoders)
+        return unet.adapter_names(form, component, self.trainable_encoders, module, is_original=self.kohya_names_are_original)
+
+    def original_names(self, denoiser: Any) -> Mapping[str, str]:
+        """Those of CompVis' and Stability's U-Net."""
+        return unet.original_names(denoiser)
 
     def encoder_key(self, component: str, key: str) -> str:
         """CLIP's, with `text_model.`."""

@@ -33,6 +33,18 @@ def check_pipeline(directory: Path, family: str, pipeline_class: str) -> None:
         raise ModelError(f"{directory} holds a {found}, not the {pipeline_class} that family {family} needs.")
 
 
+def pipeline_class(directory: Path) -> type | None:
+    """diffusers' class of the pipeline in a folder; None if it does not say, or this diffusers has none of that name."""
+    import diffusers
+
+    try:
+        name = storage.read_json(directory / "model_index.json")["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    made = getattr(diffusers, name, None) if isinstance(name, str) else None
+    return made if isinstance(made, type) and issubclass(made, diffusers.DiffusionPipeline) else None
+
+
 def load_component(component: Any, directory: Path, name: str, dtype: "torch.dtype") -> Any:
     """The component called `name`, by its class's `from_pretrained`, from safetensors alone: the rest are pickles."""
     num_bytes = sum(path.stat().st_size for path in (directory / name).glob("*.safetensors"))

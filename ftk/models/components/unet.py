@@ -3,7 +3,8 @@
 Shape legend: B batch, C latent channels (4), H W latent cells, L text tokens (77), D text width.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,20 @@ BLOCK_CLASSES = ("BasicTransformerBlock",)
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _MLP = ("ff.net.0.proj", "ff.net.2")
 _TIME = ("linear_1", "linear_2", "time_emb_proj")
-_LDM_NAMES = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
-"""Modules that ComfyUI and sd-scripts know by the original model's names alone."""
+_OUTSIDE = {
+    "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2", "conv_out": "out.2",
+}  # fmt: skip
+"""Original names of the layers that lie in no block."""
+_ORIGINAL_ONLY = {"add_embedding.linear_1", "add_embedding.linear_2"}
+"""Layers that ComfyUI knows by their original names alone."""
+_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
+"""Where sd-scripts look for layers: they pass over what lies outside."""
+_BLOCK_LAYER = re.compile(
+    r"(?P<side>down_blocks|up_blocks|mid_block)(?:\.(?P<level>\d+))?"
+    r"\.(?P<kind>resnets|attentions|downsamplers|upsamplers)\.(?P<number>\d+)\.(?P<rest>.+)"
+)
+_RESNET = {"conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
 SCHEDULE: Mapping[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 """What schedulers of this line are configured with."""
 _BACKWARD_WIDTHS = 14
@@ -119,22 +132,67 @@ def target_groups(*outside: str) -> Mapping[str, TargetGroup]:
     }
 
 
-def adapter_names(form: str, component: str, encoders: Sequence[str]) -> AdapterNames:
+def adapter_names(
+    form: str, component: str, encoders: Sequence[str], module: Any, *, is_original: bool = False
+) -> AdapterNames:
     """As sd-scripts, A1111, ComfyUI and LyCORIS name the modules of a U-Net and of its CLIP text encoders.
 
-    ComfyUI's own U-Net has other module names; it finds diffusers' under `lora_unet_` (`comfy/lora.py`,
-    `model_lora_keys_unet`).
+    Args:
+        is_original: whether sd-scripts train the U-Net under its original names, as they do SDXL's.
 
     Raises:
-        ConfigError: LyCORIS' format, for a text encoder.
+        ConfigError: LyCORIS' format of a text encoder.
     """
     if component != DENOISER:
         return clip.adapter_names(form, component, encoders)
     if form == "lycoris":
         return AdapterNames(module=lambda name: "lycoris_" + name.replace(".", "_"), factors=clip.LORA_FACTORS)
-    return AdapterNames(
-        module=lambda name: "lora_unet_" + _LDM_NAMES.get(name, name).replace(".", "_"), factors=clip.LORA_FACTORS
+    originals = original_names(module)
+    known = (
+        originals if form == "kohya" and is_original else {name: originals[name] for name in _ORIGINAL_ONLY & originals.keys()}
     )
+    return AdapterNames(
+        module=lambda name: "lora_unet_" + known.get(name, name).replace(".", "_"),
+        factors=clip.LORA_FACTORS,
+        is_read=lambda name: form != "kohya" or name.startswith(_BLOCKS),
+    )
+
+
+def original_names(denoiser: Any) -> dict[str, str]:
+    """The names that the layers had in CompVis' and Stability's U-Net, by those of diffusers.
+
+    Source: Stability's `sgm/modules/diffusionmodules/openaimodel.py`, whose blocks are counted through all levels; the inverse
+    of diffusers' `convert_ldm_unet_checkpoint`.
+    """
+    depth = denoiser.config.layers_per_block + 1
+    with_attention = {
+        match[0] for name, _ in denoiser.named_modules() if (match := re.match(r"up_blocks\.\d+(?=\.attentions)", name))
+    }
+    names = {}
+    for name, _ in denoiser.named_modules():
+        original = _OUTSIDE.get(name) or _original_block(name, depth, with_attention)
+        if original is not None:
+            names[name] = original
+    return names
+
+
+def _original_block(name: str, depth: int, with_attention: Set[str]) -> str | None:
+    """A layer of a block: blocks of `depth` inputs or outputs for each level, each of a ResNet, attention, and resizing."""
+    match = _BLOCK_LAYER.fullmatch(name)
+    if match is None:
+        return None
+    side, level, kind, number = match["side"], int(match["level"] or 0), match["kind"], int(match["number"])
+    inner = f".{_RESNET[match['rest']]}" if kind == "resnets" and match["rest"] in _RESNET else f".{match['rest']}"
+    if side == "mid_block":
+        return f"middle_block.{2 * number if kind == 'resnets' else 1}{inner}"
+    place = {"resnets": 0, "attentions": 1}.get(kind)
+    if side == "down_blocks":
+        if kind == "downsamplers":
+            return f"input_blocks.{(level + 1) * depth}.0.op" if match["rest"] == "conv" else None
+        return f"input_blocks.{1 + level * depth + number}.{place}{inner}"
+    if kind == "upsamplers":
+        return f"output_blocks.{level * depth + depth - 1}.{1 + (f'up_blocks.{level}' in with_attention)}{inner}"
+    return f"output_blocks.{level * depth + number}.{place}{inner}"
 
 
 def activations(

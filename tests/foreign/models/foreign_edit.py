@@ -235,7 +235,7 @@ class ForeignEdit:
         """CLIP's."""
         return clip.published_key(key)
 
-    def adapter_names(self, form: str, component: str) -> AdapterNames:
+    def adapter_names(self, form: str, component: str, module: Any) -> AdapterNames:
         """As ComfyUI's Flux key map has them: diffusers' names after `transformer.`."""
         if form == "comfyui" and component == "denoiser":
             return AdapterNames(module=lambda name: f"transformer.{name}")
