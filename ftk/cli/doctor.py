@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ftk.cli.options import Json, Overrides, Workspace, load_run, show
+from ftk.errors import ConfigError
 
 if TYPE_CHECKING:
     from ftk.run import Run
@@ -24,10 +25,13 @@ def doctor(
     ] = None,
     overrides: Overrides = None,
     workspace: Workspace = None,
+    layers: Annotated[bool, typer.Option("--layers", help="List the layers that the run trains, with their shapes.")] = False,
     json: Json = False,
 ) -> None:
     """Show what this machine has and what ftk needs; with a run file also how its training will fit the device."""
     if run_file is None:
+        if layers:
+            raise ConfigError("--layers lists what a run trains: name its file, `ftk doctor RUN.yaml --layers`.")
         report = machine(Path(workspace or "."))
         show("doctor", report if json else _for_people(report), json)
         return
@@ -36,6 +40,9 @@ def doctor(
     from ftk.train import memory
 
     run = load_run(run_file, overrides, workspace)
+    if layers:
+        _show_layers(run, json)
+        return
     plan, workload, source = planned(run)
     if json:
         show("doctor", {"plan": asdict(plan), "workload": asdict(workload), "workload_from": source}, True)
@@ -80,18 +87,53 @@ def planned(run: "Run", world_size: int = 1) -> "tuple[MemoryPlan, Workload, str
         ModelError: the model is not on this machine: its shapes are unknown.
     """
     from ftk import devices
-    from ftk.errors import ModelError
     from ftk.train.inputs import check_optimizer, plan_sizes
 
     check_optimizer(run)
+    model = _local_model(run)
+    workload, source = _workload(run, world_size)
+    return plan_sizes(run, model, workload, devices.resolve_device(run.config.train.device)).plan, workload, source
+
+
+def _show_layers(run: "Run", as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from ftk.train.layers import summarised, trained_layers
+
+    layers, num_all = trained_layers(run, _local_model(run))
+    if as_json:
+        show("layers", {"layers": [asdict(layer) for layer in layers], "num_layers_of_model": num_all}, True)
+        return
+    total = sum(layer.num_parameters for layer in layers)
+    title = f"{run.config.method.name} trains {total:,} parameters in {len(layers):,} of {num_all:,} layers"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("layer", overflow="fold")
+    for column in ("layers", "weight", "trained"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("kind", no_wrap=True)
+    for line in summarised(layers):
+        table.add_row(line.name, f"{line.num_layers:,}", "x".join(map(str, line.weight)), f"{line.num_parameters:,}", line.kind)
+    Console().print(table)
+
+
+def _local_model(run: "Run") -> Path:
+    """The folder of the base model on this machine; nothing is downloaded.
+
+    Raises:
+        ModelError: it is not there.
+    """
+    from ftk.errors import ModelError
+
     model = run.local_components(run.trained_components)
     if model is None:
         raise ModelError(
             f"model.path {run.config.model.path}: the denoiser is not on this machine, and its shapes are needed for a plan. "
             f"`ftk train` downloads it; or point model.path at a local folder."
         )
-    workload, source = _workload(run, world_size)
-    return plan_sizes(run, model, workload, devices.resolve_device(run.config.train.device)).plan, workload, source
+    return model
 
 
 def _workload(run: "Run", world_size: int) -> "tuple[Workload, str]":

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from ftk.errors import ConfigError
 from ftk.methods.adapters import injection, peft_method, targets
-from ftk.methods.adapters.targets import EVERYTHING, TargetPattern, TrainedComponent
+from ftk.methods.adapters.targets import TrainedComponent
 from ftk.methods.oft import REASONS
 from ftk.models.base import Family
 
@@ -33,17 +33,11 @@ class BoftConfig(peft_method.PeftMethodConfig):
     butterfly_factors: int = Field(default=1, ge=1, description="block-diagonal factors; above 1 only with a CUDA compiler")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="share of the blocks that a step leaves unrotated")
     bias: Literal["none", "all", "boft_only"] = Field(default="none", description="biases that are trained too")
-    layers: tuple[int, ...] | None = Field(default=None, description="numbers of the blocks to train; all by default")
-    layers_pattern: str | None = Field(default=None, description="the list that holds them, such as transformer_blocks")
 
     @model_validator(mode="after")
     def _settings_take_effect(self) -> Self:
         if self.block_num is not None and self.block_size is not None:
             raise ValueError("`block_num` and `block_size` exclude each other: their product is the number of a layer's inputs")
-        if self.layers_pattern is not None and self.layers is None:
-            raise ValueError("`layers_pattern` has no effect without `layers`")
-        if self.layers is not None and (isinstance(self.targets, TargetPattern) or self.targets == EVERYTHING):
-            raise ValueError("`layers` goes with a group or a list of targets; an expression names its layers itself")
         return self
 
 
@@ -72,8 +66,6 @@ class Boft(peft_method.PeftMethod):
             boft_n_butterfly_factor=settings.butterfly_factors,
             boft_dropout=settings.dropout,
             bias=settings.bias,
-            layers_to_transform=list(settings.layers) if settings.layers is not None and component.is_denoiser else None,
-            layers_pattern=settings.layers_pattern if component.is_denoiser else None,
             target_modules=targets.as_peft_targets(component, names),
         )
 

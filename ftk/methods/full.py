@@ -17,9 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from ftk import storage
 from ftk.errors import CheckpointError, ConfigError, did_you_mean
 from ftk.methods import base
-from ftk.methods.adapters import injection, peft_directory, sharded, targets
+from ftk.methods.adapters import injection, narrowing, peft_directory, sharded, targets
 from ftk.methods.adapters.targets import (
     EVERYTHING,
+    Excluded,
     TargetPattern,
     Targets,
     TextEncoderConfig,
@@ -53,6 +54,7 @@ class FullConfig(BaseModel):
     targets: Targets = Field(
         default=EVERYTHING, description="`all`, a group of the family, names of modules or parameters, or {regex: ...}"
     )
+    exclude: Excluded | None = Field(default=None, description="of the targets: modules or parameters that stay frozen")
     text_encoder: FullTextEncoderConfig | None = Field(default=None, description="train the text encoders too; {} by defaults")
 
 
@@ -141,6 +143,11 @@ class Full:
 
 
 def _chosen(names: list[str], component: TrainedComponent) -> list[str]:
+    """Parameters that the component's targets mean, without those that are excluded."""
+    return targets.narrowed(component, _named(names, component))
+
+
+def _named(names: list[str], component: TrainedComponent) -> list[str]:
     """Parameters that the component's targets mean: a name, or the end of one, of a parameter or of a module that it lies in.
 
     An expression must match the whole name of either.
@@ -148,10 +155,10 @@ def _chosen(names: list[str], component: TrainedComponent) -> list[str]:
     wanted = chosen(component)
     if isinstance(wanted, TargetGroup):
         modules = {f"{name}." for name in names_in_group(component, wanted)}
-        return [name for name in names if any(f"{place}." in modules for place in _places(name))]
+        return [name for name in names if any(f"{place}." in modules for place in narrowing.places(name))]
     if isinstance(wanted, TargetPattern):
         rule = re.compile(wanted.regex)
-        found = [name for name in names if any(rule.fullmatch(place) for place in _places(name))]
+        found = [name for name in names if any(rule.fullmatch(place) for place in narrowing.places(name))]
         if not found:
             raise ConfigError(
                 f"{component.setting}: {wanted.regex!r} matches the whole name of no module or parameter of {component.owner}."
@@ -159,7 +166,7 @@ def _chosen(names: list[str], component: TrainedComponent) -> list[str]:
         return found
     matched: set[str] = set()
     for suffix in wanted:
-        found = [name for name in names if any(("." + place).endswith("." + suffix) for place in _places(name))]
+        found = [name for name in names if any(("." + place).endswith("." + suffix) for place in narrowing.places(name))]
         if not found:
             ends = {end for name in names for end in name.split(".") if not end.isdecimal()}
             meant = did_you_mean(suffix, sorted(ends))
@@ -168,12 +175,6 @@ def _chosen(names: list[str], component: TrainedComponent) -> list[str]:
             )
         matched.update(found)
     return [name for name in names if name in matched]
-
-
-def _places(name: str) -> list[str]:
-    """A parameter's name, and those of the modules around it."""
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def _write(family: Family, component: str, model: Any, folder: Path, metadata: Mapping[str, str], is_writer: bool) -> None:

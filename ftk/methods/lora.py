@@ -1,11 +1,14 @@
 """LoRA: W + (alpha / rank) B A, by PEFT (Hu et al. 2021, arXiv 2106.09685), and its variants.
 
 rsLoRA divides by the root of the rank (arXiv 2312.03732); DoRA trains direction and magnitude apart (arXiv 2402.09353); LoRA+
-has B learn faster than A (arXiv 2402.12354). Initialisation: `gaussian` is diffusers' (A normal with standard deviation
-1 / rank, B zero), `default` is PEFT's (A uniform). PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775) start from factors of
-W, which they take out of it: the base is no longer the base, so what is delivered is the difference to the start,
-s (B A - B0 A0), an adapter of twice the rank for the original weights. (PEFT's own files would load silently wrong.) EVA (arXiv
-2410.07170) sets A to the directions in which a layer's inputs vary most, over the first batches of the cache.
+has B learn faster than A (arXiv 2402.12354).
+
+Initialisation: `gaussian` is diffusers' (A normal with standard deviation 1 / rank, B zero), `default` is PEFT's (A uniform),
+`orthogonal` has A and B of orthogonal factors whose product is zero; with `random` B is not zero either, and training starts
+away from the base. PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775) start from factors of W, which they take out of it:
+the base is no longer the base, so what is delivered is the difference to the start, s (B A - B0 A0), an adapter of twice the
+rank for the original weights. (PEFT's own files would load silently wrong.) EVA (arXiv 2410.07170) sets A to the directions
+in which a layer's inputs vary most, over the first batches of the cache.
 """
 
 import json
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = formats.SINGLE_FILE
 _KINDS = ("lora_A", "lora_B", "lora_magnitude_vector")
 _CHANGES_BASE = ("pissa", "olora")
+_PEFT_INITIALISATION: Mapping[str, Any] = {"gaussian": "gaussian", "orthogonal": "orthogonal", "random": False}
 
 
 class LoraConfig(peft_method.PeftMethodConfig):
@@ -40,7 +44,7 @@ class LoraConfig(peft_method.PeftMethodConfig):
     alpha_pattern: dict[str, float] = Field(default={}, description="other alphas; the alpha above for layers not named")
     rslora: bool = Field(default=False, description="strength is alpha / sqrt(rank)")
     dora: bool = Field(default=False, description="train each row's direction and magnitude apart")
-    initialisation: Literal["gaussian", "default", "pissa", "olora", "eva"] = "gaussian"
+    initialisation: Literal["gaussian", "default", "orthogonal", "random", "pissa", "olora", "eva"] = "gaussian"
     eva_batches: int = Field(default=32, ge=1, description="micro-batches that EVA looks at before the first step")
     lora_plus: float | None = Field(default=None, ge=1, description="B's learning rate is so many times A's; 16 in the paper")
 
@@ -111,7 +115,7 @@ class Lora(peft_method.PeftMethod):
             lora_alpha=settings.alpha or settings.rank,
             lora_dropout=settings.dropout,
             # What takes factors out of W starts as `default` does, and is replaced.
-            init_lora_weights="gaussian" if settings.initialisation == "gaussian" else True,
+            init_lora_weights=_PEFT_INITIALISATION.get(settings.initialisation, True),
             target_modules=targets.as_peft_targets(component, names),
             rank_pattern=targets.matching(settings.rank_pattern, names),
             alpha_pattern=targets.matching(_alphas(settings), names),

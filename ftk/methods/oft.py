@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from ftk.errors import ConfigError
 from ftk.methods.adapters import injection, peft_method, targets
-from ftk.methods.adapters.targets import EVERYTHING, TargetPattern, TrainedComponent
+from ftk.methods.adapters.targets import TrainedComponent
 
 if TYPE_CHECKING:
     import torch
@@ -39,9 +39,8 @@ class OftConfig(peft_method.PeftMethodConfig):
     block_share: bool = Field(default=False, description="one block for all of a layer")
     use_cayley_neumann: bool = Field(default=True, description="the cut-off series; else the exact transform, slower")
     num_cayley_neumann_terms: int = Field(default=5, ge=2)
+    init_weights: bool = Field(default=True, description="start at the base; false: from random rotations")
     bias: Literal["none", "all", "oft_only"] = Field(default="none", description="biases that are trained too")
-    layers: tuple[int, ...] | None = Field(default=None, description="numbers of the blocks to train; all by default")
-    layers_pattern: str | None = Field(default=None, description="the list that holds them, such as transformer_blocks")
 
     @model_validator(mode="after")
     def _settings_take_effect(self) -> Self:
@@ -54,10 +53,6 @@ class OftConfig(peft_method.PeftMethodConfig):
             raise ValueError("`num_cayley_neumann_terms` has no effect without `use_cayley_neumann: true`")
         if self.block_share and self.module_dropout:
             raise ValueError("`module_dropout` has no effect with `block_share`, which has one block alone")
-        if self.layers_pattern is not None and self.layers is None:
-            raise ValueError("`layers_pattern` has no effect without `layers`")
-        if self.layers is not None and (isinstance(self.targets, TargetPattern) or self.targets == EVERYTHING):
-            raise ValueError("`layers` goes with a group or a list of targets; an expression names its layers itself")
         return self
 
 
@@ -91,9 +86,8 @@ class Oft(peft_method.PeftMethod):
             block_share=settings.block_share,
             use_cayley_neumann=settings.use_cayley_neumann,
             num_cayley_neumann_terms=settings.num_cayley_neumann_terms,
+            init_weights=settings.init_weights,
             bias=settings.bias,
-            layers_to_transform=list(settings.layers) if settings.layers is not None and component.is_denoiser else None,
-            layers_pattern=settings.layers_pattern if component.is_denoiser else None,
             target_modules=targets.as_peft_targets(component, names),
         )
 

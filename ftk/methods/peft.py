@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ftk.errors import ConfigError, did_you_mean
-from ftk.methods.adapters import peft_method, targets
+from ftk.methods.adapters import narrowing, peft_method, targets
 from ftk.methods.adapters.targets import TrainedComponent
 
 if TYPE_CHECKING:
@@ -31,8 +31,9 @@ _REFUSED: Mapping[str, str] = {
     "XLORA": "it mixes adapters that were trained before",
 }
 _SET_BY_FTK: Mapping[str, str] = {
-    "target_modules": "write `targets`",
-    "modules_to_save": "modules are not saved whole: use `name: full`",
+    **{name: f"write `{narrowing.PEFT_NAMES[name]}`" for name in ("target_modules", "exclude_modules", "layers_to_transform")},
+    "layers_pattern": "it goes with `layers`",
+    "modules_to_save": narrowing.MODULES_TO_SAVE,
     **dict.fromkeys(("peft_type", "task_type", "inference_mode", "auto_mapping", "peft_version"), "ftk sets it"),
     **dict.fromkeys(("base_model_name_or_path", "revision"), "the base is the section `model`"),
 }

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from ftk.cli import doctor
-from ftk.errors import ModelError
+from ftk.errors import ConfigError, ModelError
 
 RUN = """
 run: r
@@ -84,3 +84,23 @@ def test_a_run_is_planned_from_its_cache(run_file: Path, tmp_path: Path, written
 def test_a_model_that_is_not_here_is_not_downloaded_for_a_plan(run_file: Path) -> None:
     with pytest.raises(ModelError, match="not on this machine"):
         invoked(str(run_file), "--set", "model.path=Qwen/Qwen-Image")
+
+
+def test_the_trained_layers_are_listed_with_their_shapes(run_file: Path) -> None:
+    settings = ("--set", "method.targets=attention+mlp", "--set", "method.rank=4", "--set", "method.exclude=[to_v]")
+    text = invoked(str(run_file), "--layers", *settings).stdout
+    assert "transformer_blocks.0-1.attn.to_q" in text
+    assert "to_v" not in text
+    listed = json.loads(invoked(str(run_file), "--layers", "--json", *settings).stdout)
+    by_name = {layer["name"]: layer for layer in listed["layers"]}
+    layer = by_name["transformer_blocks.1.attn.to_q"]
+    rows, columns = layer["weight"]
+    assert layer["num_parameters"] == 4 * (rows + columns)
+    assert layer["kind"] == "Linear"
+    total = sum(each["num_parameters"] for each in listed["layers"])
+    assert f"lora trains {total:,} parameters in {len(by_name)} of {listed['num_layers_of_model']} layers" in text
+
+
+def test_layers_need_a_run_file() -> None:
+    with pytest.raises(ConfigError, match="name its file"):
+        invoked("--layers")

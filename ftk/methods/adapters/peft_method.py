@@ -7,13 +7,14 @@ text encoder that is trained too gets one of its own.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ftk.methods import base
-from ftk.methods.adapters import injection, peft_directory, targets
-from ftk.methods.adapters.targets import Targets, TextEncoderConfig, TrainedComponent
+from ftk.methods.adapters import injection, narrowing, peft_directory, targets
+from ftk.methods.adapters.narrowing import BlockNumbers
+from ftk.methods.adapters.targets import EXCLUDED_HELP, Excluded, Targets, TextEncoderConfig, TrainedComponent
 from ftk.methods.base import CacheNeeds, Export, check_format
 from ftk.models.base import Conditions, Family, Model
 
@@ -27,7 +28,25 @@ class PeftMethodConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     targets: Targets = Field(default="attention", description="a group of the family, `all`, module names, or {regex: ...}")
+    exclude: Excluded | None = Field(default=None, description=EXCLUDED_HELP)
+    layers: BlockNumbers | None = Field(default=None, description="numbers of the blocks to train; all by default")
+    layers_pattern: str | None = Field(
+        default=None,
+        min_length=1,
+        description="the list that `layers` counts in, such as transformer_blocks; any by default",
+    )
     text_encoder: TextEncoderConfig | None = Field(default=None, description="train the text encoders too; {} by defaults")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_are_those_of_ftk(cls, tree: Any) -> Any:
+        return narrowing.refuse_other_names(tree, cls.model_fields)
+
+    @model_validator(mode="after")
+    def _layers_take_effect(self) -> Self:
+        if self.layers_pattern is not None and self.layers is None:
+            raise ValueError("`layers_pattern` has no effect without `layers`")
+        return self
 
 
 class PeftMethod(ABC):

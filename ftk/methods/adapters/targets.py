@@ -2,19 +2,21 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ftk.configs.schema import RegularExpression
 from ftk.errors import ConfigError, did_you_mean
+from ftk.methods.adapters import narrowing
 from ftk.methods.base import prefix
 from ftk.models.base import DENOISER, Family, TargetGroup, TrainsEncoders
 
 if TYPE_CHECKING:
     import torch
 
+_NARROWER = ("exclude", "layers", "layers_pattern")
 EVERYTHING = "all"
 """As `targets`: every layer that the method can carry."""
 
@@ -39,12 +41,21 @@ def _one_of_three(value: Any) -> Any:
 Targets = Annotated[str | tuple[str, ...] | TargetPattern, BeforeValidator(_one_of_three)]
 
 
+def _list_or_pattern(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else _one_of_three(value)
+
+
+Excluded = Annotated[tuple[str, ...] | TargetPattern, BeforeValidator(_list_or_pattern)]
+EXCLUDED_HELP = "targets that are not trained after all: names or ends of names, also of modules around them, or {regex: ...}"
+
+
 class TextEncoderConfig(BaseModel):
     """Settings under `method.text_encoder`: train the model's text encoders too, by the same method."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     targets: Targets = Field(default="attention", description="a group of the family, `all`, module names, or {regex: ...}")
+    exclude: Excluded | None = Field(default=None, description=EXCLUDED_HELP)
     rate: float = Field(default=1.0, gt=0, description="their learning rate is so many times train.learning_rate")
 
 
@@ -61,6 +72,9 @@ class TrainedComponent:
     targets: Targets
     setting: str
     """Where `targets` stands in the run file."""
+    exclude: "tuple[str, ...] | TargetPattern | None" = None
+    layers: tuple[int, ...] | None = None
+    layers_pattern: str | None = None
 
     @property
     def is_denoiser(self) -> bool:
@@ -82,7 +96,8 @@ def trained_components(family: Family, modules: Mapping[str, Any], settings: Any
     components = []
     for name, module in modules.items():
         if name == DENOISER:
-            components.append(denoiser_component(family, module, settings.targets, "method.targets"))
+            narrower: dict[str, Any] = {key: getattr(settings, key, None) for key in _NARROWER}
+            components.append(replace(denoiser_component(family, module, settings.targets, "method.targets"), **narrower))
             continue
         assert isinstance(family, TrainsEncoders)
         components.append(
@@ -94,6 +109,7 @@ def trained_components(family: Family, modules: Mapping[str, Any], settings: Any
                 block_classes=(),
                 targets=settings.text_encoder.targets,
                 setting="method.text_encoder.targets",
+                exclude=settings.text_encoder.exclude,
             )
         )
     return components
@@ -167,7 +183,7 @@ def linear_or_pointwise(layer: "torch.nn.Module") -> str | None:
 
 
 def select(component: TrainedComponent, refusal: Callable[["torch.nn.Module"], str | None]) -> list[str]:
-    """Names of the layers that the component's targets mean, in the model's order.
+    """Names of the layers that the component's targets mean, in the model's order, without those that are excluded.
 
     A pattern passes over containers and norms, which hold no layer's weights; `all` also over what cannot be carried.
 
@@ -175,28 +191,46 @@ def select(component: TrainedComponent, refusal: Callable[["torch.nn.Module"], s
         ConfigError: a target that names nothing (those near are listed), or a layer that the method cannot carry.
     """
     modules = {name: module for name, module in component.module.named_modules() if name}
-    wanted = chosen(component)
-    if isinstance(wanted, TargetGroup):
-        found = names_in_group(component, wanted)
-        if not found:
-            raise ConfigError(f"{component.setting}: this {component.owner} has no layer of the group {component.targets!r}.")
-    elif isinstance(wanted, TargetPattern):
-        found = [name for name, module in modules.items() if is_layer(module) and re.fullmatch(wanted.regex, name)]
-        if component.targets == EVERYTHING:
-            found = [name for name in found if refusal(modules[name]) is None]
-        if not found:
-            raise ConfigError(
-                f"{component.setting}: the expression {wanted.regex!r} matches no layer of {component.owner}. {_some(modules)}"
-            )
-    else:
-        found = _with_suffixes(component, modules, wanted)
-    for name in found:
+    names = narrowed(component, _named(component, modules, refusal))
+    for name in names:
         reason = refusal(modules[name])
         if reason is not None:
             raise ConfigError(
                 f"{component.setting}: {name} cannot be trained by this method: {reason}. Leave it out of the targets."
             )
-    return found
+    return names
+
+
+def narrowed(component: TrainedComponent, names: list[str]) -> list[str]:
+    """The names that `layers` and `exclude` leave.
+
+    Raises:
+        ConfigError: a block or a layer that is not among them.
+    """
+    if component.layers is not None:
+        names = narrowing.in_blocks(component, names, component.layers, component.layers_pattern)
+    return names if component.exclude is None else narrowing.without_excluded(component, names, component.exclude)
+
+
+def _named(
+    component: TrainedComponent, modules: Mapping[str, Any], refusal: Callable[["torch.nn.Module"], str | None]
+) -> list[str]:
+    wanted = chosen(component)
+    if isinstance(wanted, TargetGroup):
+        names = names_in_group(component, wanted)
+        if not names:
+            raise ConfigError(f"{component.setting}: this {component.owner} has no layer of the group {component.targets!r}.")
+        return names
+    if isinstance(wanted, TargetPattern):
+        names = [name for name, module in modules.items() if is_layer(module) and re.fullmatch(wanted.regex, name)]
+        if component.targets == EVERYTHING:
+            names = [name for name in names if refusal(modules[name]) is None]
+        if not names:
+            raise ConfigError(
+                f"{component.setting}: the expression {wanted.regex!r} matches no layer of {component.owner}. {_some(modules)}"
+            )
+        return names
+    return _with_suffixes(component, modules, wanted)
 
 
 def is_layer(module: "torch.nn.Module") -> bool:
@@ -264,7 +298,7 @@ def _some(modules: Mapping[str, Any]) -> str:
 def as_peft_targets(component: TrainedComponent, names: Sequence[str]) -> list[str] | str:
     """`names` as PEFT's `target_modules`: the suffixes that they came from, or an expression that matches them alone."""
     wanted = chosen(component)
-    if isinstance(wanted, list):
+    if isinstance(wanted, list) and component.exclude is None and component.layers is None:
         return wanted
     everything = [name for name, _ in component.module.named_modules() if name]
     if isinstance(wanted, TargetGroup):
