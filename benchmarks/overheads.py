@@ -91,7 +91,7 @@ def open_order_seconds(options: argparse.Namespace) -> float:
 
 
 def late_step_seconds(_: argparse.Namespace) -> float:
-    """A step of epoch 50,000 or so, where epochs differ in their number of micro-batches."""
+    """A step of epoch 100,000 or so."""
     order = order_of(24, (4, 5, 6, 7), global_batch_size=4, micro_batch_size=2, class_ratio=0.4)()
     return timed(lambda: order.step(1_000_000), time.process_time)
 

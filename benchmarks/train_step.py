@@ -115,7 +115,7 @@ def of_batch(batch: Batch) -> Sample:
 
 
 def train_settings(batch_size: int, steps: int, **others: Any) -> dict[str, Any]:
-    """Every step is one whole micro-batch."""
+    """Every step is one whole micro-batch: each bucket holds a multiple of the batch size."""
     sizes = {"global_batch_size": batch_size, "micro_batch_size": batch_size, "remainder": "drop"}
     return {"steps": steps, "checkpoint_every": 10 * steps, "log_every": LOG_EVERY, **sizes, **others}
 
@@ -194,7 +194,7 @@ def data(options: argparse.Namespace) -> list[dict[str, Any]]:
 def data_of(root: Path, batch_size: int, options: argparse.Namespace) -> dict[str, Any]:
     """One batch size; a store of its own, so that the first epoch compares checksums as that of a new process does."""
     build = build_trainer(setup.make_run(root, train_settings(batch_size, 1000, precision="bf16")), RunDelivery)
-    steps_an_epoch = build.inputs.order.micro_batches_an_epoch
+    steps_an_epoch = build.inputs.order.steps_an_epoch
     with closing(build.inputs.store), closing(build.recorder):
         seconds = [timed(build.loader.step, index) for index in range((1 + options.epochs) * steps_an_epoch)]
         waits = {
@@ -276,7 +276,7 @@ def write_largest_sample(run: Run, path: Path) -> None:
     """Of an epoch's batches the one with most text: the others' memory must not gain from a smaller one."""
     build = build_trainer(run, RunDelivery)
     with closing(build.inputs.store), closing(build.recorder):
-        samples = [sample_of(build.loader.step(index)) for index in range(build.inputs.order.micro_batches_an_epoch)]
+        samples = [sample_of(build.loader.step(index)) for index in range(build.inputs.order.steps_an_epoch)]
     largest = max(samples, key=lambda sample: sample.text_BLD.shape[1])
     tensors = {
         "clean": largest.clean_BCHW, "noise": largest.noise_BCHW, "sigma": largest.sigma_B, "text": largest.text_BLD,

@@ -485,10 +485,12 @@ class TrainConfig(Section):
         default=None, min_length=1, description="an adapter to go on from: a .safetensors file or a folder, of ftk or others"
     )
     steps: int = Field(default=1000, ge=1)
-    global_batch_size: int = Field(default=1, ge=1, description="samples an optimizer step, over all processes")
-    micro_batch_size: int = Field(default=1, ge=1, description="samples a forward pass; they share one bucket")
+    global_batch_size: int = Field(default=1, ge=1, description="samples per optimizer step, over all processes")
+    micro_batch_size: int = Field(
+        default=1, ge=1, description="samples per forward pass, of one bucket; a step is cut into such parts"
+    )
     remainder: Literal["smaller", "drop", "fill"] = Field(
-        default="smaller", description="what becomes of a bucket's incomplete micro-batch"
+        default="smaller", description="what becomes of the incomplete step at the end of an epoch"
     )
     group_by: Literal["bucket", "text_length"] = Field(
         default="bucket", description="text_length: a micro-batch's captions have equal lengths too, so attention needs no mask"
@@ -537,10 +539,11 @@ class TrainConfig(Section):
     project: str = Field(default="ftk", min_length=1, description="under which trackers list the run")
 
     @model_validator(mode="after")
-    def _batch_sizes_divide(self) -> Self:
-        if self.global_batch_size % self.micro_batch_size:
+    def _micro_batch_is_part_of_a_step(self) -> Self:
+        if self.micro_batch_size > self.global_batch_size:
             raise ValueError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+                f"micro_batch_size {self.micro_batch_size} is larger than global_batch_size {self.global_batch_size}: a step is "
+                f"cut into micro-batches. Raise global_batch_size, or lower micro_batch_size."
             )
         return self
 

@@ -1,5 +1,6 @@
 """Puts a trainer together: denoiser, method, optimizer, hooks, and the newest checkpoint."""
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from ftk.train.hooks.trackers import open_trackers
 from ftk.train.hooks.validation import Validation
 from ftk.train.inputs import Inputs, open_inputs, with_rates
 from ftk.train.loop import Hook, Trainer
-from ftk.train.order import keyed_seed
+from ftk.train.order import ORDER_VERSION, keyed_seed
 from ftk.train.ranks import Ranks
 
 LOGGER = logging.getLogger("ftk")
@@ -132,7 +133,7 @@ def _identities(inputs: Inputs) -> dict[str, Any]:
     return {
         "method": {"name": run.config.method.name, **run.settings.model_dump(mode="json")},
         **({"model": family_settings} if family_settings else {}),
-        "order": inputs.order.fingerprint,
+        "order": {"version": ORDER_VERSION, "fingerprint": inputs.order.fingerprint},
         "latents": inputs.store.manifest.latents_fingerprint,
         "texts": inputs.store.manifest.texts_fingerprint,
         "denoiser": fingerprint.weights_digest(inputs.model / run.family.denoiser_attribute),
@@ -161,11 +162,11 @@ def _validation(inputs: Inputs, builder: BatchBuilder, recorder: Recorder, check
 
 
 def _one_of_each_shape(inputs: Inputs, loader: Loader) -> Iterator[Batch]:
-    """A batch of each shape of the first epoch, on the device."""
-    seen: set[int] = set()
-    for index in range(inputs.order.micro_batches_an_epoch):
-        micro_batch = inputs.order.micro_batch(index)
-        shape = inputs.order.shape_of(micro_batch[0].sample)
+    """A batch of each shape of the first epoch, on the device; of one sample too, for which torch compiles code of its own."""
+    seen: set[tuple[int, bool]] = set()
+    steps = map(inputs.order.step, range(inputs.order.steps_an_epoch))
+    for micro_batch in itertools.chain.from_iterable(steps):
+        shape = inputs.order.shape_of(micro_batch[0].sample), len(micro_batch) == 1
         if shape not in seen:
             seen.add(shape)
             yield loader.builder.build(micro_batch).map(lambda tensor: tensor.to(loader.device))
@@ -178,8 +179,8 @@ def _start_from_data(trainer: Trainer, inputs: Inputs, loader: Loader, num_batch
 
     def predictions() -> Iterator[Callable[[], torch.Tensor]]:
         with track(initialisation, num_batches, "batch") as progress:
-            for index in range(num_batches):
-                batch = loader.builder.build(inputs.order.micro_batch(index)).map(lambda tensor: tensor.to(loader.device))
+            for micro_batch in itertools.islice(inputs.order.micro_batches(), num_batches):
+                batch = loader.builder.build(micro_batch).map(lambda tensor: tensor.to(loader.device))
                 yield partial(trainer.losses, batch)
                 progress.advance()
 

@@ -36,7 +36,7 @@ _WEIGHTS, _OPTIMIZER, _TRAINER = "adapter", "optimizer", "trainer.json"
 _FILE_BYTES = 4 << 30
 """About the largest file that is written: each is put together in host memory."""
 _FREE = {"checkpoint_every", "keep_last", "keep_every", "log_every", "trackers", "project", "device", "sharding",
-         "timeout_seconds", "max_bad_steps", "start_from"}  # fmt: skip
+         "timeout_seconds", "max_bad_steps", "micro_batch_size", "start_from"}  # fmt: skip
 # What a run starts from counts by its digest, wherever it lies.
 # Which share is held out is part of the order; these only say what is done with it.
 _FREE_VALIDATION = {"every", "samples", "sigmas", "patience"}
@@ -309,6 +309,7 @@ def best_step(directory: Path) -> int | None:
 def refuse_changed_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], allow: bool = False) -> None:
     """Raise `CheckpointError` with a table if continuing under `settings` would not be what was begun; or log it."""
     before, now = _flat(checkpoint.settings), _flat(json.loads(json.dumps(settings)))
+    _refuse_other_order(checkpoint, before, now, allow)
     changed = [
         f"  {name}: checkpoint {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted({*before, *now})
@@ -324,6 +325,24 @@ def refuse_changed_settings(checkpoint: Checkpoint, settings: Mapping[str, Any],
         f"{what}, so resuming would not continue the same run:\n" + "\n".join(changed) + "\n"
         "Put them back, give the run another name, start over with --fresh, or accept the break with --allow-change."
     )
+
+
+def _refuse_other_order(checkpoint: Checkpoint, before: Mapping[str, Any], now: Mapping[str, Any], allow: bool) -> None:
+    """Raise `CheckpointError`, or log, if an ftk with other rules for the order of samples wrote the checkpoint."""
+    if before.get("order.version") == now.get("order.version"):
+        return
+    what = (
+        f"{checkpoint.path} (step {checkpoint.step}) is of an ftk that put samples in another order: its steps were made of "
+        f"micro-batches, so train.micro_batch_size decided which samples share a step, and steps ran on from one epoch into the "
+        f"next. Now a step's samples are chosen first, and an epoch has whole steps of them"
+    )
+    if not allow:
+        raise CheckpointError(
+            f"{what}. The rest of this run would see other samples than it was begun with. Finish it with the ftk that began it "
+            f"(environment.json in the run's folder names the version), start over with --fresh, give the run another name, or "
+            f"accept the break with --allow-change."
+        )
+    LOGGER.warning("--allow-change: %s. The run goes on in the new order.", what)
 
 
 def damage(path: Path, ranks: Ranks | None = None) -> str | None:

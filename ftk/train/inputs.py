@@ -220,17 +220,25 @@ def _check_controls(run: Run, store: CacheStore) -> None:
 
 
 def build_order(config: RunConfig, store: CacheStore) -> Order:
-    """The sequence of micro-batches over the cache's samples."""
+    """The sequence of steps over the cache's samples."""
     empty_length = store.length("texts", store.manifest.empty_text)
     order = Order(store.table, config.train, empty_length=empty_length)
-    short = {"smaller": order.num_smaller, "dropped": order.num_dropped, "filled": order.num_filled}
-    for what, count in short.items():
-        if count:
-            unit = "incomplete micro-batches trained as they are" if what == "smaller" else f"samples {what}"
-            LOGGER.info("each epoch of %d samples: %d %s", order.samples_an_epoch, count, unit)
+    if last := _last_step(order):
+        LOGGER.info("an epoch has %d samples in %d steps: %s", order.samples_an_epoch, order.steps_an_epoch, last)
     if len(order.held_out):
         LOGGER.info("%d samples are held out for validation", len(order.held_out))
     return order
+
+
+def _last_step(order: Order) -> str | None:
+    """What is special about the last step of an epoch."""
+    if order.num_short:
+        return f"the last step has {order.num_short} of {order.step_size} (train.remainder: smaller)"
+    if order.num_dropped:
+        return f"{order.num_dropped} more, which would not fill a step, are dropped (train.remainder: drop)"
+    if order.num_filled:
+        return f"{order.num_filled} of them are repeated to fill the last step (train.remainder: fill)"
+    return None
 
 
 def sigma_distribution(config: TrainConfig, schedule: NoiseSchedule, family: Family) -> SigmaDistribution:

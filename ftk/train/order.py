@@ -1,17 +1,20 @@
 """Which sample when, and with which random numbers: a pure function of (seed, index). No loader state, no RNG state.
 
-Each epoch permutes every group (samples of one bucket and one list of reference sizes, and where it is asked for of one text
-length) under a key, cuts it into micro-batches of one
-group, and shuffles those. Epochs follow each other without a seam; a step is the next `global_batch_size /
-micro_batch_size` micro-batches, and rank r takes every world-th of them: another number of processes changes who computes,
-not what is computed.
+Each epoch is cut into steps of `global_batch_size` samples. First chance picks the samples of the last step, the incomplete
+one, from all of them, so that no sample is left out more often than another. The rest is permuted group by group (samples of
+one bucket and one list of reference sizes, and where it is asked for of one text length): first come whole steps of one
+group, then steps mixed from what remains of all groups. All whole steps are then shuffled.
+
+Micro-batches only cut a step for computation: at most `micro_batch_size` samples of one group each. Rank r computes every
+world-th of them. Neither the size of micro-batches nor the number of processes changes which samples a step has.
 
 All is kept in arrays, and a `Draw` is made only when it is asked for: a million samples open in a second.
 
-Shape legend: S samples, U uses of samples, E epochs, P uses in an epoch (places), G groups, N micro-batches in an epoch.
+Shape legend: S samples, U uses of samples, P uses in an epoch (places), G groups, N whole steps in an epoch.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -29,9 +32,11 @@ from ftk.train import held_out
 from ftk.train.held_out import Integers, Words
 
 _BLOCK = 2**20
-"""About how many numbers are made at once where any number of epochs can be."""
+"""About how many uses the epochs that are remembered have together."""
 _PERMUTED_AT_ONCE = 2**16
 EMPTY_CAPTION = -1
+ORDER_VERSION = 2
+"""Of the rules above: other rules give another sequence, and a run is not continued under them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +56,9 @@ MicroBatch = tuple[Draw, ...]
 
 
 class Order:
-    """The sequence of micro-batches.
+    """The sequence of steps.
 
-    Where micro-batches are grouped by text length, or class images come at a ratio, epochs may differ a little in their
-    number of micro-batches; `micro_batches_an_epoch`, `samples_an_epoch` and the counts of remainders are then those of
-    the first epoch.
+    `samples_an_epoch`, `steps_an_epoch` and the counts of what becomes of the last step are those of the first epoch.
 
     Args:
         samples: the cache's sample table; its columns key, bucket_width, bucket_height, repeats, role and text_lengths, those
@@ -73,138 +76,120 @@ class Order:
         is_class_S = _equals(samples["role"], "class")
         self.held_out = held_out.held_out(samples, hash_S, is_class_S, config.validation.share)
         self.seed = config.seed
+        self.step_size = config.global_batch_size
         self.micro_batch_size = config.micro_batch_size
-        self.micro_batches_a_step = config.global_batch_size // config.micro_batch_size
         self.remainder = config.remainder
         self._repeats_S = _integers(samples["repeats"])
         self._uses = _uses(self._repeats_S, is_class_S, self.held_out, config)
         self._captions = _captions(samples, config, empty_length)
-        self._varies = self._captions.varies or self._uses.varies
         self.fingerprint = _fingerprint(samples, self.held_out, is_class_S, config, empty_length)
         self._count_first_epoch()
-        self._starts = np.zeros(1, np.int64)
-        self._most_epochs = max(1, _BLOCK // max(self._uses.num_an_epoch, self._captions.num_groups))
-        self._epoch = lru_cache(maxsize=min(64, max(2, self._most_epochs)))(self._plan_epoch)
+        num_cached = _BLOCK // max(self._uses.num_an_epoch, self._captions.num_groups)
+        self._epoch = lru_cache(maxsize=min(64, max(2, num_cached)))(self._plan_epoch)
 
     def shape_of(self, sample: int) -> int:
         """A number for the shape of a sample's tensors: its bucket, and the sizes of its references."""
         return int(self._captions.bucket_S[sample])
 
-    def step(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of a step, counted from 0."""
-        first = step * self.micro_batches_a_step
-        return [self.micro_batch(index) for index in range(first, first + self.micro_batches_a_step)]
-
-    def micro_batch(self, index: int) -> MicroBatch:
-        """The micro-batch at an index of the endless sequence."""
-        number, position = self._locate(index)
+    def step(self, index: int) -> list[MicroBatch]:
+        """The micro-batches of a step of the endless sequence, counted from 0."""
+        number, position = divmod(index, self.steps_an_epoch)
         epoch = self._epoch(number)
-        places, copies = epoch.places(position, self.micro_batch_size, is_filled=self.remainder == "fill")
+        places = epoch.places(position, self.step_size)
         sample, repeat, caption = (column[places] for column in (epoch.sample_P, epoch.repeat_P, epoch.caption_P))
-        # The repeat numbers of copies start behind those of all ordinary uses, so a copy gets noise of its own.
-        repeat = repeat + copies * epoch.num_turns * self._repeats_S[sample]
+        groups = self._captions.group(sample, caption)
         columns = (sample.tolist(), repeat.tolist(), caption.tolist())
-        return tuple(Draw(epoch=number, sample=s, repeat=r, caption=c) for s, r, c in zip(*columns, strict=True))
+        draws = [Draw(epoch=number, sample=s, repeat=r, caption=c) for s, r, c in zip(*columns, strict=True)]
+        return list(_cut(draws, groups, self.micro_batch_size))
+
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """The micro-batches of all steps, one after the other, without end."""
+        return itertools.chain.from_iterable(map(self.step, itertools.count()))
 
     def _count_first_epoch(self) -> None:
-        size, counts_G = self.micro_batch_size, self._counts(0, 1)[0]
-        left_G = counts_G % size
-        self.num_dropped = int(left_G.sum()) if self.remainder == "drop" else 0
-        self.num_filled = int((size - left_G[left_G > 0]).sum()) if self.remainder == "fill" else 0
-        self.num_smaller = int((left_G > 0).sum()) if self.remainder == "smaller" else 0
-        self.samples_an_epoch = self._uses.num_an_epoch - self.num_dropped + self.num_filled
-        self.micro_batches_an_epoch = int(self._cut(counts_G).sum())
-        if not self.micro_batches_an_epoch:
-            group = "bucket" if self._captions.slot_group is None else "bucket and text length (train.group_by)"
+        num_uses, size = self._uses.num_an_epoch, self.step_size
+        num_last = num_uses % size
+        self.num_short = num_last if self.remainder == "smaller" else 0
+        self.num_dropped = num_last if self.remainder == "drop" else 0
+        self.num_filled = -num_uses % size if self.remainder == "fill" else 0
+        self.samples_an_epoch = num_uses - self.num_dropped + self.num_filled
+        self.steps_an_epoch = -(-self.samples_an_epoch // size)
+        if not self.steps_an_epoch:
             raise ConfigError(
-                f"train.remainder: drop leaves nothing: no {group} holds {size} samples (train.micro_batch_size). "
-                f"The largest holds {counts_G.max(initial=0)}. Use smaller or fill."
+                f"train.remainder: drop leaves nothing: an epoch has {num_uses} samples, fewer than a step "
+                f"(train.global_batch_size {size}). Use smaller or fill."
             )
 
-    def _cut(self, counts_G: Integers) -> Integers:
-        """Into how many micro-batches groups of these sizes are cut, any shape."""
-        whole = counts_G // self.micro_batch_size
-        return whole if self.remainder == "drop" else whole + (counts_G % self.micro_batch_size > 0)
-
-    def _locate(self, index: int) -> tuple[int, int]:
-        """The epoch of a micro-batch, and its position there."""
-        if not self._varies:
-            return divmod(index, self.micro_batches_an_epoch)
-        starts = self._starts
-        while starts[-1] <= index:
-            # Doubled each time, so that neither the first step nor a late one waits for epochs one by one.
-            first = len(starts) - 1
-            counts_E = self._cut(self._counts(first, first + min(self._most_epochs, first + 1))).sum(1)
-            starts = np.concatenate([starts, starts[-1] + np.cumsum(counts_E)])
-            # Replaced, not changed: another thread may be reading it.
-            self._starts = starts
-        epoch = int(np.searchsorted(starts, index, side="right")) - 1
-        return epoch, index - int(starts[epoch])
-
-    def _counts(self, first: int, last: int) -> Integers:
-        """[E,G]: uses in each group, of epochs first..last-1."""
-        _, group_EP = self._draw_captions(self._uses.of(first, last), first)
-        num_groups = self._captions.num_groups
-        cells = group_EP + num_groups * np.arange(last - first)[:, None]
-        return np.bincount(cells.ravel(), minlength=num_groups * (last - first)).reshape(-1, num_groups)
-
-    def _draw_captions(self, use_EP: Integers, first: int) -> tuple[Integers, Integers]:
-        """[E,P] captions, and [E,P] groups, of the uses in the epochs from `first`."""
-        sample_EP = self._uses.sample_U[use_EP]
-        words_EP = _words(first, use_EP.shape, self.seed, "captions") if self._captions.is_drawn else None
-        caption_EP = self._captions.draw(sample_EP, words_EP)
-        return caption_EP, self._captions.group(sample_EP, caption_EP)
-
     def _plan_epoch(self, epoch: int) -> "_Epoch":
-        use_EP = self._uses.of(epoch, epoch + 1)
-        caption_P, group_P = (array[0] for array in self._draw_captions(use_EP, epoch))
-        # Sorted by group, and by random words within: one sort permutes every group.
-        bits = np.uint64(self._captions.num_groups.bit_length())
-        words_P = _words(epoch, use_EP.shape, self.seed, "groups")[0] >> bits
-        order_P = np.argsort((group_P.astype(np.uint64) << (np.uint64(64) - bits)) | words_P, kind="stable")
-        counts_G = np.bincount(group_P, minlength=self._captions.num_groups)
-        bound_G = np.concatenate([[0], np.cumsum(counts_G)])
-        batches_G = self._cut(counts_G)
-        group_N = np.repeat(np.arange(len(counts_G)), batches_G)
-        start_N = bound_G[group_N] + self.micro_batch_size * _counted(batches_G)
-        shuffled_N = keyed_permutation(len(group_N), self.seed, epoch, "micro-batches")
-        sample_P = self._uses.sample_U[use_EP[0]]
+        use_P = self._uses.of(epoch)
+        sample_P = self._uses.sample_U[use_P]
+        words_P = _words(len(use_P), self.seed, epoch, "captions") if self._captions.is_drawn else None
+        caption_P = self._captions.draw(sample_P, words_P)
+        place_P, copy_P = self._arranged(self._captions.group(sample_P, caption_P), epoch)
         turn_P = self._uses.turns(epoch)
-        repeat_P = self._uses.repeat_U[use_EP[0]] + turn_P * self._repeats_S[sample_P]
+        # The repeat numbers of copies start behind those of all ordinary uses, so a copy gets noise of its own.
+        turn_P = turn_P[place_P] + copy_P * (int(turn_P.max(initial=0)) + 1)
+        sample_P, caption_P = sample_P[place_P], caption_P[place_P]
         return _Epoch(
-            sample_P=sample_P[order_P],
-            repeat_P=repeat_P[order_P].astype(np.int32),
-            caption_P=caption_P[order_P],
-            num_turns=int(turn_P.max(initial=0)) + 1,
-            start_N=start_N[shuffled_N].astype(np.int32),
-            group_N=group_N[shuffled_N].astype(np.int32),
-            bound_G=bound_G,
+            sample_P=sample_P,
+            repeat_P=(self._uses.repeat_U[use_P[place_P]] + turn_P * self._repeats_S[sample_P]).astype(np.int32),
+            caption_P=caption_P,
+            shuffled_N=keyed_permutation(len(use_P) // self.step_size, self.seed, epoch, "steps").astype(np.int32),
         )
+
+    def _arranged(self, group_P: Integers, epoch: int) -> tuple[Integers, Integers]:
+        """The places of an epoch in an order in which every `step_size` of them are a step; the incomplete one is the last.
+
+        Returns:
+            The places, and of each which copy of its use it is; 0 is the use itself.
+        """
+        size, num_groups = self.step_size, self._captions.num_groups
+        words_P = _words(len(group_P), self.seed, epoch, "places")
+        num_last = len(group_P) % size
+        # As many of all uses as a step has, in an order of chance: first those of the last step, then what it is filled with.
+        drawn = _smallest(words_P, size) if num_last else np.zeros(0, np.int64)
+        # Groups in an order of chance, so that those whose remainders share a step differ between epochs.
+        rank_G = keyed_permutation(num_groups, self.seed, epoch, "groups").astype(np.uint64)
+        rank_P = rank_G[group_P]
+        rank_P[drawn[:num_last]] = num_groups
+        bits = np.uint64(num_groups.bit_length())
+        counts_G = np.bincount(rank_P.astype(np.int32), minlength=num_groups + 1)
+        # One sort permutes every group: by the group, and within by random words.
+        place_P = np.argsort((rank_P << (np.uint64(64) - bits)) | (words_P >> bits), kind="stable")
+        rest_G = counts_G % size
+        rest = np.repeat(np.cumsum(counts_G) - rest_G, rest_G) + _counted(rest_G)
+        is_rest_P = np.zeros(len(place_P), np.bool_)
+        is_rest_P[rest] = True
+        place_P = np.concatenate([place_P[~is_rest_P], place_P[is_rest_P]])
+        if self.remainder == "drop":
+            place_P = place_P[: len(place_P) - num_last]
+        copied = np.arange(num_last, size if num_last and self.remainder == "fill" else num_last)
+        copy_P = np.zeros(len(place_P) + len(copied), np.int32)
+        copy_P[len(place_P) :] = 1 + (copied - num_last) // max(1, len(drawn))
+        return np.concatenate([place_P, drawn[copied % max(1, len(drawn))]]), copy_P
+
+
+def _cut(draws: Sequence[Draw], groups: Integers, size: int) -> Iterator[MicroBatch]:
+    """The draws of a step as micro-batches of one group."""
+    by_group = sorted(zip(groups.tolist(), draws, strict=True), key=lambda pair: pair[0])
+    for _, members in itertools.groupby(by_group, key=lambda pair: pair[0]):
+        alike = tuple(draw for _, draw in members)
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Epoch:
-    """The uses of an epoch, group by group, and where its micro-batches start.
-
-    `bound_G` [G+1] is where groups start and end; `num_turns` how often class uses may come.
-    """
+    """The uses of an epoch, step by step, and the order of its whole steps."""
 
     sample_P: Integers
     repeat_P: Integers
     caption_P: Integers
-    num_turns: int
-    start_N: Integers
-    group_N: Integers
-    bound_G: Integers
+    shuffled_N: Integers
 
-    def places(self, position: int, size: int, *, is_filled: bool) -> tuple[Integers, Integers]:
-        """The places of a micro-batch, and of each the how-manieth copy of its use it is; 0 is the use itself."""
-        first, start = self.bound_G[self.group_N[position]], self.start_N[position]
-        end = min(start + size, self.bound_G[self.group_N[position] + 1])
-        own = np.arange(start, end)
-        missing = np.arange(size - len(own) if is_filled else 0)
-        fill = first + missing % (end - first)
-        return np.concatenate([own, fill]), np.concatenate([np.zeros_like(own), 1 + missing // (end - first)])
+    def places(self, position: int, size: int) -> slice:
+        """Where the uses of a step are. One that is not whole, or was filled, is the last of its epoch."""
+        number = int(self.shuffled_N[position]) if position < len(self.shuffled_N) else position
+        return slice(number * size, (number + 1) * size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,18 +215,12 @@ class _Uses:
         """How long a permutation of the endless row is."""
         return len(self.sample_U) - self.num_always
 
-    @property
-    def varies(self) -> bool:
-        """Whether epochs differ in their uses."""
-        return bool(self.num_class) and self.num_class % self.num_others > 0
-
-    def of(self, first: int, last: int) -> Integers:
-        """[E,P]: the uses of epochs first..last-1, in a fixed order of their places."""
-        always_EP = np.broadcast_to(np.arange(self.num_always), (last - first, self.num_always))
+    def of(self, epoch: int) -> Integers:
+        """[P]: the uses of an epoch, in a fixed order of their places."""
+        always = np.arange(self.num_always, dtype=np.int32)
         if not self.num_class:
-            return always_EP
-        row_EP = self._row(first * self.num_class, last * self.num_class).reshape(last - first, self.num_class)
-        return np.concatenate([always_EP, row_EP], axis=1)
+            return always
+        return np.concatenate([always, self._row(epoch * self.num_class, (epoch + 1) * self.num_class)])
 
     def turns(self, epoch: int) -> Integers:
         """[P]: of each place, how many permutations before its own the epoch has begun."""
@@ -253,15 +232,16 @@ class _Uses:
         length = at_once * self.num_others
         parts = []
         for block in range(first // length, (last - 1) // length + 1):
-            whole = _permutations(block * at_once, at_once, self.num_others, self.seed)
+            whole = _permutations(block, at_once, self.num_others, self.seed)
             parts.append(self.num_always + whole[max(0, first - block * length) : last - block * length])
         return np.concatenate(parts)
 
 
 @lru_cache(maxsize=4)
-def _permutations(first: int, count: int, length: int, seed: int) -> Integers:
-    """`count` permutations of range(length), one after the other, from the first-th on."""
-    return np.argsort(_words(first, (count, length), seed, "class images"), axis=1, kind="stable").astype(np.int32).ravel()
+def _permutations(block: int, count: int, length: int, seed: int) -> Integers:
+    """`count` permutations of range(length), one after the other: the block-th such row."""
+    words = _words(count * length, seed, block, "class images").reshape(count, length)
+    return np.argsort(words, axis=1, kind="stable").astype(np.int32).ravel()
 
 
 def _uses(repeats_S: Integers, is_class_S: npt.NDArray[np.bool_], held_out: Integers, config: TrainConfig) -> _Uses:
@@ -312,27 +292,22 @@ class _Captions:
         """Whether there is a choice."""
         return self.dropout > 0 or bool((self.num_S > 1).any())
 
-    @property
-    def varies(self) -> bool:
-        """Whether the group of a use differs between epochs."""
-        return self.slot_group is not None and self.is_drawn and self.dropout < 1
-
-    def draw(self, sample_EP: Integers, words_EP: Words | None) -> Integers:
+    def draw(self, sample_P: Integers, words_P: Words | None) -> Integers:
         """The caption of each use: of a word, one half says whether it is dropped, the other half which it is."""
-        num_EP = self.num_S[sample_EP]
-        if words_EP is None:
-            return num_EP - 1  # one caption, or none
+        num_P = self.num_S[sample_P]
+        if words_P is None:
+            return num_P - 1  # one caption, or none
         half = np.uint64(32)
-        caption_EP = ((words_EP >> half) * num_EP.astype(np.uint64) >> half).astype(np.int32)
-        is_kept_EP = (words_EP & np.uint64(2**32 - 1)) >= np.uint64(round(self.dropout * 2**32))
-        return np.where(is_kept_EP & (num_EP > 0), caption_EP, np.int32(EMPTY_CAPTION))
+        caption_P = ((words_P >> half) * num_P.astype(np.uint64) >> half).astype(np.int32)
+        is_kept_P = (words_P & np.uint64(2**32 - 1)) >= np.uint64(round(self.dropout * 2**32))
+        return np.where(is_kept_P & (num_P > 0), caption_P, np.int32(EMPTY_CAPTION))
 
-    def group(self, sample_EP: Integers, caption_EP: Integers) -> Integers:
+    def group(self, sample_P: Integers, caption_P: Integers) -> Integers:
         """The group of each use."""
         if self.slot_group is None:
-            return self.bucket_S[sample_EP]
-        slot_EP: Integers = self.slot_S[sample_EP] + 1 + caption_EP
-        return self.slot_group[slot_EP]
+            return self.bucket_S[sample_P]
+        slot_P: Integers = self.slot_S[sample_P] + 1 + caption_P
+        return self.slot_group[slot_P]
 
 
 def _captions(samples: pa.Table, config: TrainConfig, empty_length: int) -> _Captions:
@@ -374,7 +349,7 @@ def _fingerprint(
     """32 hex digits of all that the sequence hangs on, whatever the chunks of the table."""
     settings = config.model_dump(
         mode="json",
-        include={"seed", "global_batch_size", "micro_batch_size", "remainder", "group_by", "class_ratio", "caption_dropout"},
+        include={"seed", "global_batch_size", "remainder", "group_by", "class_ratio", "caption_dropout"},
     )
     by_length = config.group_by == "text_length"
     hasher = blake3.blake3(storage.json_bytes([settings, len(samples), empty_length if by_length else None]))
@@ -422,16 +397,19 @@ def _counted(counts: Integers) -> Integers:
     return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _words(first: int, shape: Sequence[int], *key: object) -> Words:
-    """`shape` [E,P]: raw words of Philox, row e from a part of the key's stream that is that of row `first` + e alone.
+def _words(length: int, *key: object) -> Words:
+    """Raw words of Philox that depend on the key alone.
 
-    Rows of one stream, not streams of their own: any number of epochs takes one call.
+    NumPy keeps a bit generator's raw stream stable between versions; of `Generator.permutation` it promises nothing.
     """
-    num_rows, length = shape
-    blocks_a_row = -(-length // 4)  # Philox makes 4 words for each value of its counter
-    philox = np.random.Philox(key=int(storage.digest(list(key)), 16), counter=first * blocks_a_row)
-    words: Words = philox.random_raw(num_rows * blocks_a_row * 4).reshape(num_rows, -1)[:, :length]
+    words: Words = np.random.Philox(key=int(storage.digest(list(key)), 16)).random_raw(length)
     return words
+
+
+def _smallest(words: Words, count: int) -> npt.NDArray[np.int64]:
+    """The places of the smallest `count` words, or of all if there are fewer; the smallest first."""
+    places = np.argpartition(words, count)[:count] if count < len(words) else np.arange(len(words))
+    return places[np.argsort(words[places], kind="stable")]
 
 
 def share(micro_batches: Sequence[MicroBatch], rank: int, world_size: int) -> list[tuple[int, MicroBatch]]:
@@ -440,12 +418,8 @@ def share(micro_batches: Sequence[MicroBatch], rank: int, world_size: int) -> li
 
 
 def keyed_permutation(length: int, *key: object) -> npt.NDArray[np.int64]:
-    """A permutation of range(length) that depends on the key alone: by the sort order of Philox's raw words.
-
-    NumPy keeps a bit generator's raw stream stable between versions; of `Generator.permutation` it promises nothing.
-    """
-    words = np.random.Philox(key=int(storage.digest(list(key)), 16)).random_raw(length)
-    return np.argsort(words, kind="stable")
+    """A permutation of range(length) that depends on the key alone: by the sort order of raw words."""
+    return np.argsort(_words(length, *key), kind="stable")
 
 
 def keyed_seed(*key: object) -> int:

@@ -252,8 +252,8 @@ def test_a_micro_batch_has_one_size_and_one_list_of_reference_sizes(make_run: Ca
     with closing(encode(run)) as store:
         order = inputs.build_order(run.config, store)
         shapes = []
-        for index in range(3 * order.micro_batches_an_epoch):
-            rows = [store.sample(draw.sample) for draw in order.micro_batch(index)]
+        for micro_batch in itertools.chain.from_iterable(map(order.step, range(3 * order.steps_an_epoch))):
+            rows = [store.sample(draw.sample) for draw in micro_batch]
             one = {(r.bucket_width, r.bucket_height, *r.reference_widths, *r.reference_heights) for r in rows}
             assert len(one) == 1
             shapes.append((len(rows), *one.pop()))

@@ -153,7 +153,7 @@ def test_the_adapter_is_the_model(cached, tmp_path):
     build.trainer.fit(build.loader.steps(0, 6))
     family, trained_model = run.family, build.trainer.model
     pipeline = family.pipeline(tmp_path / "model", torch.float32, torch.device("cpu"))
-    batch = build.loader.builder.build(build.inputs.order.micro_batch(0))
+    batch = build.loader.builder.build(build.inputs.order.step(0)[0])
     arguments = (batch.noise_BCHW, batch.sigma_B, batch.conditions)
     elsewhere = Model(family=family, schedule=trained_model.schedule, denoiser=pipeline.transformer)
     settings = {"prompt": "a red circle", "width": 64, "height": 64, "num_inference_steps": 2, "true_cfg_scale": 1.0}

@@ -54,6 +54,24 @@ def test_held_out_samples_are_measured_never_trained_on_and_the_best_step_is_kep
     assert not held_out & {draw.sample for step in range(40) for batch in build.inputs.order.step(step) for draw in batch}
 
 
+@pytest.mark.parametrize("settings", [{}, {"group_by": "text_length", "remainder": "fill", "caption_dropout": 0.3}])
+def test_the_micro_batch_size_changes_speed_alone(cached, settings):
+    """The same samples, noise, sigmas and captions in every step: the same weights, but for the rounding of sums."""
+    stratified = {"sigma": {"stratified": True}}
+    run_file = cached(train={**TRAIN, **stratified, "global_batch_size": 5, "micro_batch_size": 1, "steps": 8, **settings})
+    builds = [fit(run_file, f"train.micro_batch_size={size}", f"run=micro-{size}") for size in (1, 2, 4, 5)]
+    weights = [build.trainer.optimizer.weights() for build in builds]
+    rows = [read_metrics(build.directory) for build in builds]
+    assert len({builds[0].inputs.order.shape_of(sample) for sample in range(12)}) > 1
+    num_batches = [sum(len(build.inputs.order.step(index)) for index in range(8)) for build in builds]
+    assert num_batches[0] == sum(row["num_samples"] for row in rows[0]) > num_batches[1] >= num_batches[-1]
+    for others, theirs in zip(weights[1:], rows[1:], strict=True):
+        assert [row["num_samples"] for row in theirs] == [row["num_samples"] for row in rows[0]]
+        assert [row["loss"] for row in theirs] == pytest.approx([row["loss"] for row in rows[0]], rel=1e-4)
+        for name, weight in weights[0].items():
+            torch.testing.assert_close(others[name], weight, rtol=1e-3, atol=1e-5)
+
+
 def test_an_untrained_model_measures_the_same_all_along(cached, tmp_path):
     run_file = cached(train={**TRAIN, "validation": {"share": 0.25, "every": 4, "sigmas": 2}})
     frozen = [f"train.schedule={name}" for name in ("{name: piecewise_constant, rules: '0:1000,0'}",)]
@@ -217,7 +235,7 @@ def test_masks_leave_what_they_cover_out_of_the_loss(ftk, workspace, tmp_path):
     run_file = workspace(data={"sources": [source], "resolutions": [64], "workers": 1}, train=TRAIN)
     assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
     build = build_trainer(load_run(run_file), RunDelivery)
-    batch = build.loader.builder.build(build.inputs.order.micro_batch(0))
+    batch = build.loader.builder.build(build.inputs.order.step(0)[0])
     assert batch.cell_weight_BHW.min() == 0
     assert batch.cell_weight_BHW.max() == 1
     hidden, shown = ((batch.cell_weight_BHW == value)[:, None] for value in (0, 1))
@@ -228,7 +246,7 @@ def test_masks_leave_what_they_cover_out_of_the_loss(ftk, workspace, tmp_path):
     torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=0)
     assert (losses[2] > 1000 * losses[0]).all()
     ignored = build_trainer(load_run(run_file, ["train.loss.unmasked_weight=1", "run=ignored"]), RunDelivery)
-    assert ignored.loader.builder.build(ignored.inputs.order.micro_batch(0)).cell_weight_BHW is None
+    assert ignored.loader.builder.build(ignored.inputs.order.step(0)[0]).cell_weight_BHW is None
 
 
 def test_class_images_weigh_what_the_run_file_says_and_come_as_often(ftk, workspace, tmp_path, pictures):
@@ -243,10 +261,10 @@ def test_class_images_weigh_what_the_run_file_says_and_come_as_often(ftk, worksp
     build = build_trainer(load_run(run_file), RunDelivery)
     roles = build.inputs.store.table["role"].to_pylist()
     order = build.inputs.order
-    uses = [roles[draw.sample] for index in range(order.micro_batches_an_epoch) for draw in order.micro_batch(index)]
+    micro_batches = [micro_batch for index in range(order.steps_an_epoch) for micro_batch in order.step(index)]
+    uses = [roles[draw.sample] for micro_batch in micro_batches for draw in micro_batch]
     assert (uses.count("instance"), uses.count("class")) == (12, 6)
-    for index in range(order.micro_batches_an_epoch):
-        micro_batch = order.micro_batch(index)
+    for micro_batch in micro_batches:
         weights = build.loader.builder.build(micro_batch).weight_B.tolist()
         assert weights == [0.25 if roles[draw.sample] == "class" else 1.0 for draw in micro_batch]
 

@@ -112,6 +112,22 @@ def test_what_changes_the_course_of_a_run_is_part_of_it(change):
     assert checkpoint.exact_settings(changed, {}) != checkpoint.exact_settings(plain, {})
 
 
+def test_the_micro_batch_size_may_change_with_the_machine():
+    ones, fours = (TrainConfig(global_batch_size=4, micro_batch_size=size) for size in (1, 4))
+    assert checkpoint.exact_settings(ones, {}) == checkpoint.exact_settings(fours, {})
+
+
+def test_a_checkpoint_of_another_order_of_samples_is_refused_in_words(tmp_path, optimizer, caplog):
+    # Earlier versions noted the order's fingerprint alone.
+    checkpoint.save_checkpoint(tmp_path, 5, 5, optimizer, {"train": {"micro_batch_size": 2}, "order": "abc"})
+    found = checkpoint.latest(tmp_path)
+    now = {"train": {}, "order": {"version": 2, "fingerprint": "def"}}
+    with pytest.raises(CheckpointError, match=r"another order.*Finish it with the ftk that began it.*--fresh"):
+        checkpoint.refuse_changed_settings(found, now)
+    checkpoint.refuse_changed_settings(found, now, allow=True)
+    assert "goes on in the new order" in caplog.text
+
+
 def test_a_longer_curve_is_another_curve():
     short, long = (TrainConfig(schedule="cosine", steps=steps) for steps in (5, 6))
     assert checkpoint.exact_settings(short, {}) != checkpoint.exact_settings(long, {})

@@ -126,10 +126,9 @@ def test_a_resolution_given_twice_is_refused(tmp_path: Path) -> None:
     assert "same edge twice" in _message(tmp_path, data={**RUN["data"], "resolutions": [512, 512]})
 
 
-def test_batch_sizes_that_do_not_divide_are_refused(tmp_path: Path) -> None:
-    message = _message(tmp_path, train={"global_batch_size": 6, "micro_batch_size": 4})
-    assert "global_batch_size 6 is not a multiple of micro_batch_size 4" in message
-    assert _load(tmp_path, train={"global_batch_size": 8, "micro_batch_size": 4}).train.global_batch_size == 8
+def test_a_micro_batch_that_is_larger_than_a_step_is_refused(tmp_path: Path) -> None:
+    message = _message(tmp_path, train={"global_batch_size": 3, "micro_batch_size": 4})
+    assert "micro_batch_size 4 is larger than global_batch_size 3" in message
 
 
 @pytest.mark.parametrize(
