@@ -88,7 +88,7 @@ class SampleRow:
     copied: bool
     perceptual_hash: str
     captions: list[str]
-    repeats: int
+    repeats: int | float
     role: Role
     num_controls: int
     control_ids: list[str]
@@ -211,7 +211,7 @@ class CachedSample:
     crop_x: int
     crop_y: int
     flipped: bool
-    repeats: int
+    repeats: int | float
     role: Role
     references: list[str] = field(default_factory=list)
     reference_widths: list[int] = field(default_factory=list)

@@ -227,7 +227,8 @@ def _remove(directory: Path, plan: _Plan) -> None:
         receipts[name, folder.name] = [receipt for receipt in found if receipt.name in listed]
         # The receipt first: a shard without one counts for nothing.
         old += [folder / f"{shard}{suffix}" for shard in sorted(gone) for suffix in (RECEIPT, SHARD)]
-    tables = {**view.merged(receipts), "samples": store.table.cast(view.SAMPLE_SCHEMA)}
+    schema = view.sample_schema(store.table["repeats"].type, has_references=store.has_references)
+    tables = {**view.merged(receipts), "samples": store.table.cast(schema)}
     manifest = view.commit(directory, tables, _facts(store.manifest))
     # A collection that was killed may have left these tables, unnamed then and listed as garbage: now they are the view.
     new |= {view.table_path(directory, name, digest) for name, digest in manifest.tables.items()}

@@ -406,9 +406,8 @@ def _samples(work: _Work, texts: pa.Table) -> pa.Table:
         "texts": pa.ListArray.from_arrays(offsets, per_caption),
         "text_lengths": pa.ListArray.from_arrays(offsets, lengths),
     }
-    schema = view.SAMPLE_SCHEMA
+    schema = view.sample_schema(table["repeats"].type, has_references=work.dataset.has_references)
     if work.dataset.has_references:
-        schema = pa.schema([*view.SAMPLE_SCHEMA, *view.REFERENCE_FIELDS])
         columns |= {"references": table["reference_ids"], "empty_text": _empty_texts(work, table)}
     return pa.table([columns.get(entry.name, table[entry.name] if entry.name not in columns else None) for entry in schema],
                     schema=schema)  # fmt: skip

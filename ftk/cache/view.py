@@ -42,6 +42,14 @@ REFERENCE_FIELDS = [
     pa.field("empty_text", pa.string()),
 ]
 """Columns of the samples' table of caches with references; others do not have them."""
+
+
+def sample_schema(repeats: pa.DataType, *, has_references: bool) -> pa.Schema:
+    """Of a table of samples. `repeats` are int32, and float64 in the cache of a dataset where some are not whole."""
+    fields = [pa.field("repeats", repeats) if field.name == "repeats" else field for field in SAMPLE_SCHEMA]
+    return pa.schema([*fields, *(REFERENCE_FIELDS if has_references else [])])
+
+
 INDEX_SCHEMA = pa.schema([*ITEM_SCHEMA, pa.field("shard", pa.int32())])
 """All items of one kind; `shard` is a row of the shards' table."""
 SHARD_SCHEMA = pa.schema(

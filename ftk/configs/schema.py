@@ -125,7 +125,13 @@ class SourceConfig(BaseModel):
     path: str = Field(min_length=1, description="a folder, a table, tars, or a Hub dataset; a local path or an fsspec URL")
     format: str = Field(default="auto", description="kind of source; by the path's suffix when auto")
     name: str | None = Field(default=None, description="part of each sample's key; the folder's name by default")
-    repeats: int = Field(default=1, ge=1, description="times an epoch that each image is seen")
+    repeats: int | float = Field(
+        default=1,
+        ge=0.001,
+        le=1_000_000,
+        allow_inf_nan=False,
+        description="times per epoch that each image is seen; 0.5: half of the images in each epoch, taking turns",
+    )
     role: Role = "instance"
     caption: str | None = Field(default=None, description="used for images that have no caption of their own")
     trigger: str | None = Field(default=None, description="put before each caption that does not contain it")
@@ -141,6 +147,11 @@ class SourceConfig(BaseModel):
     def _path_is_spelt_right(cls, tree: Any) -> Any:
         # Any key may be a setting of the kind of source, so a misspelt one would only be missed.
         return _refuse_misspelt(tree, ("path",))
+
+    @field_validator("repeats")
+    @classmethod
+    def _whole_repeats_are_integers(cls, value: int | float) -> int | float:
+        return int(value) if value == int(value) else value
 
     @model_validator(mode="after")
     def _images_can_be_generated(self) -> Self:
@@ -542,8 +553,8 @@ class TrainConfig(Section):
     def _micro_batch_is_part_of_a_step(self) -> Self:
         if self.micro_batch_size > self.global_batch_size:
             raise ValueError(
-                f"micro_batch_size {self.micro_batch_size} is larger than global_batch_size {self.global_batch_size}: a step is "
-                f"cut into micro-batches. Raise global_batch_size, or lower micro_batch_size."
+                f"micro_batch_size {self.micro_batch_size} is larger than global_batch_size {self.global_batch_size}: a step "
+                f"is cut into micro-batches. Raise global_batch_size, or lower micro_batch_size."
             )
         return self
 

@@ -46,6 +46,8 @@ REFERENCE_FIELDS = [
     pa.field("reference_heights", pa.list_(pa.int32())),
 ]
 """Of datasets whose sources name references; the tables of others do not have these columns."""
+_PART_REPEATS = pa.field("repeats", pa.float64())
+"""In the tables of a source whose repeats are not whole."""
 REJECT_SCHEMA = pa.schema([pa.field(name, pa.string()) for name in ("source", "path", "reason", "detail")])
 DUPLICATE_SCHEMA = pa.schema([pa.field("key", pa.string()), pa.field("like", pa.string()), pa.field("bits", pa.int32())])
 """Of each image that looks like an earlier one: its key, the earlier one's, and how many bits of their hashes differ;
@@ -99,7 +101,13 @@ def recipes(config: RunConfig, stored: Mapping[str, Any]) -> tuple[dict[str, Any
 def sample_table(rows: Sequence[SampleRow], *, has_references: bool = False) -> pa.Table:
     """The rows as an Arrow table, with the columns of references where the source names some."""
     schema = pa.schema([*SAMPLE_SCHEMA, *(REFERENCE_FIELDS if has_references else [])])
+    if any(isinstance(row.repeats, float) for row in rows):
+        schema = _with_part_repeats(schema)
     return pa.Table.from_pylist([asdict(row) for row in rows], schema=schema)
+
+
+def _with_part_repeats(schema: pa.Schema) -> pa.Schema:
+    return schema.set(schema.get_field_index("repeats"), _PART_REPEATS)
 
 
 def plain_row(row: SampleRow) -> dict[str, Any]:
@@ -192,7 +200,7 @@ class PreparedDataset:
             )
         table = storage.read_table(path)
         schemas = [SAMPLE_SCHEMA, pa.schema([*SAMPLE_SCHEMA, *REFERENCE_FIELDS])]
-        if not any(table.schema.equals(schema) for schema in schemas):
+        if not any(table.schema.equals(schema) for schema in (*schemas, *map(_with_part_repeats, schemas))):
             raise DatasetError(f"{path} has other columns than this ftk reads. Delete it and run `ftk prepare RUN.yaml` again.")
         if any(name != shard.name for name in pc.unique(table["shard"]).to_pylist()):
             raise DatasetError(f"{path} has samples of another shard. Delete it and run `ftk prepare RUN.yaml` again.")
@@ -218,8 +226,17 @@ class PreparedDataset:
         return rows
 
     def tables(self) -> Iterator[pa.Table]:
-        """The samples shard by shard, in order: the columns of `SAMPLE_SCHEMA`, and of `REFERENCE_FIELDS` if there are any."""
-        return (self._table(shard) for shard in self.manifest.shards)
+        """The samples shard by shard, in order: the columns of `SAMPLE_SCHEMA`, and of `REFERENCE_FIELDS` if there are any.
+
+        `repeats` are floats in all of them if a source has repeats that are not whole.
+        """
+        for shard in self.manifest.shards:
+            table = self._table(shard)
+            yield table.cast(_with_part_repeats(table.schema)) if self._has_part_repeats else table
+
+    @property
+    def _has_part_repeats(self) -> bool:
+        return any(isinstance(source.get("repeats"), float) for source in self.manifest.recipe.get("sources", {}).values())
 
     def image_bytes(self, row: SampleRow) -> bytes:
         """The encoded image of one sample, read from its shard by offset."""

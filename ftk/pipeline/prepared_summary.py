@@ -65,7 +65,7 @@ class SourceSummary:
     name: str
     num_samples: int
     num_rejects: int
-    repeats: int | None
+    repeats: int | float | None
     role: str | None
 
 
@@ -147,7 +147,7 @@ class Scan:
     """What one pass over the tables gives; `shard_of` says where the samples lie that were asked for."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    sources: Counter[tuple[str, str, int]] = field(default_factory=Counter)
+    sources: Counter[tuple[str, str, int | float]] = field(default_factory=Counter)
     captions_a_sample: Counter[int] = field(default_factory=Counter)
     leading_tags: Counter[str] = field(default_factory=Counter)
     widths: _Numbers = field(default_factory=_Numbers)
@@ -301,7 +301,7 @@ def _shared(leading_tags: Counter[str], num_captions: int) -> dict[str, int]:
     return {tag: number for tag, number in leading_tags.most_common(_LEADING_TAGS_SHOWN) if number >= max(3, num_captions / 20)}
 
 
-def _sources(manifest: PreparedManifest, counted: Counter[tuple[str, str, int]]) -> list[SourceSummary]:
+def _sources(manifest: PreparedManifest, counted: Counter[tuple[str, str, int | float]]) -> list[SourceSummary]:
     rejected = Counter(reject.source for reject in rejects(manifest))
     without_samples = sorted(rejected.keys() - {name for name, _, _ in counted})
     return [

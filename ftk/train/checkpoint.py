@@ -333,14 +333,14 @@ def _refuse_other_order(checkpoint: Checkpoint, before: Mapping[str, Any], now: 
         return
     what = (
         f"{checkpoint.path} (step {checkpoint.step}) is of an ftk that put samples in another order: its steps were made of "
-        f"micro-batches, so train.micro_batch_size decided which samples share a step, and steps ran on from one epoch into the "
-        f"next. Now a step's samples are chosen first, and an epoch has whole steps of them"
+        f"micro-batches, so train.micro_batch_size decided which samples share a step, and steps ran on from one epoch into "
+        f"the next. Now a step's samples are chosen first, and an epoch begins with a new step"
     )
     if not allow:
         raise CheckpointError(
-            f"{what}. The rest of this run would see other samples than it was begun with. Finish it with the ftk that began it "
-            f"(environment.json in the run's folder names the version), start over with --fresh, give the run another name, or "
-            f"accept the break with --allow-change."
+            f"{what}. The rest of this run would see other samples than it was begun with. Finish it with the ftk that began "
+            f"it (environment.json in the run's folder names the version), start over with --fresh, give the run another name, "
+            f"or accept the break with --allow-change."
         )
     LOGGER.warning("--allow-change: %s. The run goes on in the new order.", what)
 

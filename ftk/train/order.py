@@ -14,6 +14,7 @@ Shape legend: S samples, U uses of samples, P uses in an epoch (places), G group
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,6 +35,7 @@ from ftk.train.held_out import Integers, Words
 _BLOCK = 2**20
 """About how many uses the epochs that are remembered have together."""
 _PERMUTED_AT_ONCE = 2**16
+_QUOTA_UNIT = 2**20
 EMPTY_CAPTION = -1
 ORDER_VERSION = 2
 """Of the rules above: other rules give another sequence, and a run is not continued under them."""
@@ -79,12 +81,14 @@ class Order:
         self.step_size = config.global_batch_size
         self.micro_batch_size = config.micro_batch_size
         self.remainder = config.remainder
-        self._repeats_S = _integers(samples["repeats"])
-        self._uses = _uses(self._repeats_S, is_class_S, self.held_out, config)
+        repeats_S = samples["repeats"].to_numpy()
+        self._most_repeats_S = np.ceil(repeats_S).astype(np.int64)
+        self._uses = _uses(repeats_S, is_class_S, self.held_out, config)
         self._captions = _captions(samples, config, empty_length)
         self.fingerprint = _fingerprint(samples, self.held_out, is_class_S, config, empty_length)
         self._count_first_epoch()
-        num_cached = _BLOCK // max(self._uses.num_an_epoch, self._captions.num_groups)
+        self._starts = np.zeros(1, np.int64)
+        num_cached = _BLOCK // max(self.samples_an_epoch, self._captions.num_groups)
         self._epoch = lru_cache(maxsize=min(64, max(2, num_cached)))(self._plan_epoch)
 
     def shape_of(self, sample: int) -> int:
@@ -93,7 +97,7 @@ class Order:
 
     def step(self, index: int) -> list[MicroBatch]:
         """The micro-batches of a step of the endless sequence, counted from 0."""
-        number, position = divmod(index, self.steps_an_epoch)
+        number, position = self._locate(index)
         epoch = self._epoch(number)
         places = epoch.places(position, self.step_size)
         sample, repeat, caption = (column[places] for column in (epoch.sample_P, epoch.repeat_P, epoch.caption_P))
@@ -106,19 +110,52 @@ class Order:
         """The micro-batches of all steps, one after the other, without end."""
         return itertools.chain.from_iterable(map(self.step, itertools.count()))
 
+    def steps_of(self, epochs: float) -> int:
+        """How many steps so many epochs have, counted from the first; at least 1."""
+        whole = int(epochs)
+        last = int(self._num_steps(np.arange(whole, whole + 1))[0])
+        return max(1, int(self._num_steps(np.arange(whole)).sum()) + round((epochs - whole) * last))
+
+    def epochs_of(self, steps: int) -> float:
+        """How many epochs so many steps are: inverse of `steps_of`."""
+        epoch, position = self._locate(steps)
+        return epoch + position / int(self._num_steps(np.arange(epoch, epoch + 1))[0])
+
+    def _num_steps(self, epoch_E: Integers) -> Integers:
+        """[E]: the number of steps of each of these epochs."""
+        num_uses_E = self._uses.num_of(epoch_E)
+        return num_uses_E // self.step_size if self.remainder == "drop" else -(-num_uses_E // self.step_size)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """The epoch of a step, and its position there."""
+        if not self._uses.varies:
+            return divmod(index, self.steps_an_epoch)
+        starts = self._starts
+        while starts[-1] <= index:
+            # Doubled each time, so that neither the first step nor a late one waits for epochs one by one.
+            epochs = np.arange(len(starts) - 1, 2 * len(starts))
+            starts = np.concatenate([starts, starts[-1] + np.cumsum(self._num_steps(epochs))])
+            # Replaced, not changed: another thread may be reading it.
+            self._starts = starts
+        epoch = int(np.searchsorted(starts, index, side="right")) - 1
+        return epoch, index - int(starts[epoch])
+
     def _count_first_epoch(self) -> None:
-        num_uses, size = self._uses.num_an_epoch, self.step_size
+        mean, size = self._uses.mean_an_epoch, self.step_size
+        if mean < size and self.remainder == "drop":
+            raise ConfigError(
+                f"train.remainder: drop leaves nothing: an epoch has {mean:g} samples, fewer than a step "
+                f"(train.global_batch_size {size}). Use smaller or fill."
+            )
+        num_uses = int(self._uses.num_of(np.zeros(1, np.int64))[0])
+        if not num_uses:
+            raise ConfigError("The cache has no sample to train on. Run `ftk inspect` on it to see what it holds.")
         num_last = num_uses % size
         self.num_short = num_last if self.remainder == "smaller" else 0
         self.num_dropped = num_last if self.remainder == "drop" else 0
         self.num_filled = -num_uses % size if self.remainder == "fill" else 0
         self.samples_an_epoch = num_uses - self.num_dropped + self.num_filled
         self.steps_an_epoch = -(-self.samples_an_epoch // size)
-        if not self.steps_an_epoch:
-            raise ConfigError(
-                f"train.remainder: drop leaves nothing: an epoch has {num_uses} samples, fewer than a step "
-                f"(train.global_batch_size {size}). Use smaller or fill."
-            )
 
     def _plan_epoch(self, epoch: int) -> "_Epoch":
         use_P = self._uses.of(epoch)
@@ -132,7 +169,7 @@ class Order:
         sample_P, caption_P = sample_P[place_P], caption_P[place_P]
         return _Epoch(
             sample_P=sample_P,
-            repeat_P=(self._uses.repeat_U[use_P[place_P]] + turn_P * self._repeats_S[sample_P]).astype(np.int32),
+            repeat_P=(self._uses.repeat_U[use_P[place_P]] + turn_P * self._most_repeats_S[sample_P]).astype(np.int32),
             caption_P=caption_P,
             shuffled_N=keyed_permutation(len(use_P) // self.step_size, self.seed, epoch, "steps").astype(np.int32),
         )
@@ -194,38 +231,56 @@ class _Epoch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Uses:
-    """All uses of samples. An epoch has the first `num_always` of them, and the next `num_class` of an endless row.
+    """All uses of samples: those of every epoch, then those that take turns (`shares`), then those of class images.
 
-    That row holds one keyed permutation of the other uses after the other, so all come equally often over the epochs.
+    With a class ratio an epoch has the next `num_class` of an endless row of class images, which holds one keyed permutation
+    of their uses after the other, so all come equally often over the epochs.
     """
 
     sample_U: Integers
     repeat_U: Integers
     num_always: int
+    shares: "tuple[_Share, ...]"
     num_class: int
     seed: int
 
     @property
-    def num_an_epoch(self) -> int:
-        """P."""
-        return self.num_always + self.num_class
+    def mean_an_epoch(self) -> float:
+        """How many uses an epoch has in the mean; where repeats are not whole, one more or one less."""
+        return self.num_always + self.num_class + sum(share.quota / _QUOTA_UNIT for share in self.shares)
+
+    @property
+    def varies(self) -> bool:
+        """Whether epochs differ in their number of uses."""
+        return any(share.quota % _QUOTA_UNIT for share in self.shares)
+
+    @property
+    def first_other(self) -> int:
+        """Where the uses of the endless row begin."""
+        return self.num_always + sum(share.count for share in self.shares)
 
     @property
     def num_others(self) -> int:
         """How long a permutation of the endless row is."""
-        return len(self.sample_U) - self.num_always
+        return len(self.sample_U) - self.first_other
+
+    def num_of(self, epoch_E: Integers) -> Integers:
+        """[E]: how many uses each of these epochs has; P."""
+        always_E = np.full_like(epoch_E, self.num_always + self.num_class)
+        return always_E + sum(share.before(epoch_E + 1) - share.before(epoch_E) for share in self.shares)
 
     def of(self, epoch: int) -> Integers:
         """[P]: the uses of an epoch, in a fixed order of their places."""
-        always = np.arange(self.num_always, dtype=np.int32)
-        if not self.num_class:
-            return always
-        return np.concatenate([always, self._row(epoch * self.num_class, (epoch + 1) * self.num_class)])
+        parts = [np.arange(self.num_always, dtype=np.int32), *(share.uses(epoch) for share in self.shares)]
+        if self.num_class:
+            parts.append(self._row(epoch * self.num_class, (epoch + 1) * self.num_class))
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def turns(self, epoch: int) -> Integers:
         """[P]: of each place, how many permutations before its own the epoch has begun."""
         row = np.arange(epoch * self.num_class, (epoch + 1) * self.num_class) // max(1, self.num_others)
-        return np.concatenate([np.zeros(self.num_always, np.int64), row - row[:1]])
+        num_others = int(self.num_of(np.array([epoch]))[0]) - self.num_class
+        return np.concatenate([np.zeros(num_others, np.int64), row - row[:1]])
 
     def _row(self, first: int, last: int) -> Integers:
         at_once = max(1, _PERMUTED_AT_ONCE // self.num_others)
@@ -233,7 +288,7 @@ class _Uses:
         parts = []
         for block in range(first // length, (last - 1) // length + 1):
             whole = _permutations(block, at_once, self.num_others, self.seed)
-            parts.append(self.num_always + whole[max(0, first - block * length) : last - block * length])
+            parts.append(self.first_other + whole[max(0, first - block * length) : last - block * length])
         return np.concatenate(parts)
 
 
@@ -244,33 +299,83 @@ def _permutations(block: int, count: int, length: int, seed: int) -> Integers:
     return np.argsort(words, axis=1, kind="stable").astype(np.int32).ravel()
 
 
-def _uses(repeats_S: Integers, is_class_S: npt.NDArray[np.bool_], held_out: Integers, config: TrainConfig) -> _Uses:
-    left_S = repeats_S.copy()
-    left_S[held_out] = 0
-    sample_U, repeat_U = np.repeat(np.arange(len(left_S), dtype=np.int32), left_S), _counted(left_S).astype(np.int32)
-    if config.class_ratio is None:
-        return _Uses(sample_U=sample_U, repeat_U=repeat_U, num_always=len(sample_U), num_class=0, seed=config.seed)
-    instances_first = np.argsort(is_class_S[sample_U], kind="stable")
-    num_instance = int(left_S[~is_class_S].sum())
-    for what, number in (("instance", num_instance), ("class", len(sample_U) - num_instance)):
-        if not number:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Share:
+    """Uses `first`..`first + count - 1`, of which an epoch has the next `quota / _QUOTA_UNIT`, round and round.
+
+    A use comes in each of as many epochs as the quota takes to go round: in every second one, if it is half of them.
+    """
+
+    first: int
+    count: int
+    quota: int
+
+    def before(self, epoch_E: Integers) -> Integers:
+        """[E]: how many have been used before each of these epochs begins. Rounded up, so the first epoch has some."""
+        return -(-epoch_E * self.quota // _QUOTA_UNIT)
+
+    def uses(self, epoch: int) -> Integers:
+        """Those of an epoch."""
+        start, end = self.before(np.array([epoch, epoch + 1])).tolist()
+        return (self.first + np.arange(start, end) % self.count).astype(np.int32)
+
+
+def _uses(repeats_S: npt.NDArray[Any], is_class_S: npt.NDArray[np.bool_], held_out: Integers, config: TrainConfig) -> _Uses:
+    repeats_S = repeats_S.copy()
+    repeats_S[held_out] = 0
+    whole_S = np.floor(repeats_S).astype(np.int64)
+    part_S = np.round(repeats_S - whole_S, 9)
+    sample_U, repeat_U = np.repeat(np.arange(len(whole_S), dtype=np.int32), whole_S), _counted(whole_S).astype(np.int32)
+    is_other_U = is_class_S[sample_U] if config.class_ratio is not None else np.zeros(len(sample_U), np.bool_)
+    num_always = int(len(sample_U) - is_other_U.sum())
+    shares, turning = _shares(repeats_S, part_S, num_always, config.seed)
+    num_class = 0
+    if config.class_ratio is not None:
+        if part_S[is_class_S].any():
             raise ConfigError(
-                f"train.class_ratio {config.class_ratio:g}: the cache holds no {what} images. "
-                f"Set `role: {what}` on a source in data.sources, or leave train.class_ratio out."
+                f"train.class_ratio {config.class_ratio:g} says how often class images come, and `repeats` of their sources "
+                f"only how often one comes beside another: give sources with `role: class` whole repeats."
             )
-    num_class = round(config.class_ratio * num_instance)
-    if not num_class:
-        raise ConfigError(
-            f"train.class_ratio {config.class_ratio:g}: an epoch of {num_instance} uses of instance images would have no "
-            f"class image. Raise it to {1 / num_instance:.2g} or more, or leave it out."
-        )
+        mean = num_always + sum(share.quota / _QUOTA_UNIT for share in shares)
+        num_class = _class_uses(config.class_ratio, mean, int(is_other_U.sum()))
     return _Uses(
-        sample_U=sample_U[instances_first],
-        repeat_U=repeat_U[instances_first],
-        num_always=num_instance,
+        sample_U=np.concatenate([sample_U[~is_other_U], turning, sample_U[is_other_U]]),
+        repeat_U=np.concatenate([repeat_U[~is_other_U], whole_S[turning].astype(np.int32), repeat_U[is_other_U]]),
+        num_always=num_always,
+        shares=shares,
         num_class=num_class,
         seed=config.seed,
     )
+
+
+def _shares(
+    repeats_S: npt.NDArray[Any], part_S: npt.NDArray[Any], first: int, seed: int
+) -> tuple[tuple[_Share, ...], Integers]:
+    """What takes turns, for each of the repeats that are not whole, and the samples of these uses one after the other."""
+    shares, samples = [], [np.zeros(0, np.int32)]
+    for repeats in np.unique(repeats_S[part_S > 0]).tolist():
+        members = np.flatnonzero(repeats_S == repeats).astype(np.int32)
+        quota = math.ceil(round(float(part_S[members[0]]) * len(members), 6) * _QUOTA_UNIT)
+        shares.append(_Share(first=first, count=len(members), quota=quota))
+        samples.append(members[keyed_permutation(len(members), seed, repeats, "turns")])
+        first += len(members)
+    return tuple(shares), np.concatenate(samples)
+
+
+def _class_uses(ratio: float, num_instance: float, num_class: int) -> int:
+    """How many uses of class images an epoch has for so many of instance images."""
+    for what, number in (("instance", num_instance), ("class", num_class)):
+        if not number:
+            raise ConfigError(
+                f"train.class_ratio {ratio:g}: the cache holds no {what} images. "
+                f"Set `role: {what}` on a source in data.sources, or leave train.class_ratio out."
+            )
+    if not round(ratio * num_instance):
+        raise ConfigError(
+            f"train.class_ratio {ratio:g}: an epoch of {num_instance:g} uses of instance images would have no "
+            f"class image. Raise it to {1 / num_instance:.2g} or more, or leave it out."
+        )
+    return round(ratio * num_instance)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -363,7 +468,10 @@ def _fingerprint(
         _integers(pc.list_value_length(samples["text_lengths"])),
         held_out,
     ]
-    columns += [_integers(samples[name]) for name in ("bucket_width", "bucket_height", "repeats")]
+    columns += [_integers(samples[name]) for name in ("bucket_width", "bucket_height")]
+    # As integers where they are whole, whatever the column's type.
+    is_whole = pc.all(pc.equal(samples["repeats"], pc.floor(samples["repeats"]))).as_py() is not False
+    columns.append(_integers(samples["repeats"]) if is_whole else samples["repeats"].to_numpy())
     if by_length:
         columns.append(_integers(pc.list_flatten(samples["text_lengths"])))
     if config.class_ratio is not None:

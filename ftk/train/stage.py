@@ -146,7 +146,7 @@ def dry_run(run: Run) -> dict[str, Any]:
         "step": found.step if found else 0,
         "steps": config.train.steps,
         "samples_an_epoch": order.samples_an_epoch,
-        "epochs": round(config.train.steps / order.steps_an_epoch, 2),
+        "epochs": round(order.epochs_of(config.train.steps), 2),
         "samples_dropped_an_epoch": order.num_dropped,
         "samples_held_out": len(order.held_out),
         "num_frozen_parameters": sizes.num_frozen_parameters,

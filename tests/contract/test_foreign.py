@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from ftk.cache import gc
 from ftk.cache import stage as cache
 from ftk.cache.store import CacheStore
 from ftk.configs.load import validate
@@ -245,6 +246,18 @@ def test_predictions_with_references_equal_the_official_pipelines(make_run: Call
         torch.testing.assert_close(velocity, theirs, atol=1e-5, rtol=0)
         noisy = noisy + (following - now) * velocity
     torch.testing.assert_close(noisy, pipeline._unpack_latents(latents, 64, 96, 8), atol=1e-4, rtol=0)
+
+
+def test_garbage_of_a_cache_with_references_is_collected(make_run: Callable[..., Run]) -> None:
+    encode(make_run()).close()
+    run = make_run(source={"suffix": ", please"})
+    with closing(encode(run)) as store:
+        before = store.table
+    report = gc.run(Path(run.paths.cache), remove=True)
+    assert report.garbage
+    with closing(CacheStore.open(run.paths.cache)) as store:
+        assert store.table.to_pylist() == before.to_pylist()
+        assert store.references(0)
 
 
 def test_a_micro_batch_has_one_size_and_one_list_of_reference_sizes(make_run: Callable[..., Run]) -> None:

@@ -519,7 +519,7 @@ MISTAKES = [
     (["train.schedule={name: cosine, rules: '1:100,0.1'}"], "no effect without `name: piecewise_constant`"),
     (["train.validation={patience: 3}"], "`patience` has no effect without `share`"),
     (["train.validation.share=0.6"], "less than or equal to 0.5"),
-    (["train.global_batch_size=3"], "global_batch_size 3 is not a multiple of micro_batch_size 2"),
+    (["train.global_batch_size=1"], "micro_batch_size 2 is larger than global_batch_size 1"),
     (["train.class_ratio=1"], "the cache holds no class images"),
     (["train.remainder=drop", "train.micro_batch_size=12", "train.global_batch_size=12"], "drop leaves nothing"),
     (["train.trackers=[tensorbord]"], "Did you mean `tensorboard`?"),

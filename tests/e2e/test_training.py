@@ -269,6 +269,30 @@ def test_class_images_weigh_what_the_run_file_says_and_come_as_often(ftk, worksp
         assert weights == [0.25 if roles[draw.sample] == "class" else 1.0 for draw in micro_batch]
 
 
+def test_repeats_that_are_not_whole_pass_through_every_stage(ftk, workspace, tmp_path, pictures):
+    shutil.copytree(pictures, tmp_path / "others")
+    sources = [{"path": str(tmp_path / "pictures"), "repeats": 2}, {"path": str(tmp_path / "others"), "repeats": 0.5}]
+    run_file = workspace(data={"sources": sources, "resolutions": [64], "workers": 1}, train=TRAIN)
+    assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
+    again = json.loads(ftk("prepare", run_file, "--json").out)
+    assert again["num_shards_reused"] == again["num_shards"] == 2
+    tables = sorted((tmp_path / "work/prepared/shards").glob("*.parquet"))
+    assert [str(pq.read_schema(path).field("repeats").type) for path in tables] == ["int32", "double"]
+    summary = json.loads(ftk("inspect", tmp_path / "work/prepared", "--json").out)
+    assert [source["repeats"] for source in summary["sources"]] == [0.5, 2]
+    assert ftk("gc", tmp_path / "work/cache", "--yes").code == 0
+    build = build_trainer(load_run(run_file), RunDelivery)
+    assert build.inputs.store.sample(0).repeats == 2
+    order = build.inputs.order
+    assert order.samples_an_epoch == 2 * 12 + 6
+    epochs = [
+        [draw.sample for index in range(order.steps_of(1)) for batch in order.step(first + index) for draw in batch]
+        for first in (0, order.steps_of(1))
+    ]
+    assert sorted(sample for epoch in epochs for sample in epoch if sample >= 12) == list(range(12, 24))
+    assert all(sorted(sample for sample in epoch if sample < 12) == sorted(2 * list(range(12))) for epoch in epochs)
+
+
 def test_every_setting_of_training_is_in_its_guide():
     guide = (DOCS / "train.md").read_text() + (DOCS / "cluster.md").read_text()
 

@@ -1,6 +1,8 @@
 import itertools
+import math
 import os
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +11,7 @@ from counting import steps_of
 from pydantic import ValidationError
 
 from ftk import storage
-from ftk.cache.view import SAMPLE_SCHEMA
+from ftk.cache import view
 from ftk.configs.schema import TrainConfig
 from ftk.errors import CacheError, ConfigError
 from ftk.pipeline.shard_writer import sample_key
@@ -43,7 +45,8 @@ def row(number, **changes):
 
 
 def table_of(rows):
-    table = pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)
+    repeats = pa.int32() if all(isinstance(each["repeats"], int) for each in rows) else pa.float64()
+    table = pa.Table.from_pylist(rows, schema=view.sample_schema(repeats, has_references=False))
     # As the cache's reader gives it.
     return table.set_column(table.column_names.index("role"), "role", table["role"].dictionary_encode())
 
@@ -84,12 +87,13 @@ class Reference:
     def __init__(self, rows, **settings):
         config = TrainConfig(**settings)
         self.rows, self.config, self.seed = rows, config, config.seed
-        uses = [(sample, repeat) for sample, each in enumerate(rows) for repeat in range(each["repeats"])]
+        uses = [(sample, repeat) for sample, each in enumerate(rows) for repeat in range(int(each["repeats"]))]
         self.always, self.others, self.num_class = uses, [], 0
         if config.class_ratio is not None:
             self.always = [use for use in uses if rows[use[0]]["role"] == "instance"]
             self.others = [use for use in uses if rows[use[0]]["role"] == "class"]
-            self.num_class = round(config.class_ratio * len(self.always))
+            mean = sum(each["repeats"] for each in rows if each["role"] == "instance")
+            self.num_class = round(config.class_ratio * mean)
 
     def words(self, length, *key, first=0):
         random = np.random.Philox(key=int(storage.digest([self.seed, *key]), 16))
@@ -109,7 +113,18 @@ class Reference:
         turns = [turn - drawn[0][1] for _, turn in drawn]
         repeats = [self.rows[sample]["repeats"] * turn for ((sample, _), _), turn in zip(drawn, turns, strict=True)]
         found = [(sample, repeat + more) for ((sample, repeat), _), more in zip(drawn, repeats, strict=True)]
-        return [*self.always, *found], turns[-1] + 1 if turns else 1
+        return [*self.always, *self.taking_turns(epoch), *found], turns[-1] + 1 if turns else 1
+
+    def taking_turns(self, epoch):
+        """The uses by which repeats are more than whole: the next ones of a circle, as many as their share."""
+        found = []
+        for repeats in sorted({each["repeats"] for each in self.rows if each["repeats"] % 1}):
+            members = [sample for sample, each in enumerate(self.rows) if each["repeats"] == repeats]
+            circle = [members[place] for place in keyed_order(self.words(len(members), repeats, "turns"))]
+            share = Fraction(str(repeats)) % 1 * len(members)
+            drawn = range(math.ceil(epoch * share), math.ceil((epoch + 1) * share))
+            found += [(circle[place % len(circle)], int(repeats)) for place in drawn]
+        return found
 
     def caption(self, sample, word):
         number = len(self.rows[sample]["text_lengths"])
@@ -159,7 +174,7 @@ class Reference:
         for number in range(num_last, self.config.global_batch_size if self.config.remainder == "fill" else 0):
             sample, repeat, caption = by_chance[number % len(by_chance)]
             copy = 1 + (number - num_last) // len(by_chance)
-            found.append((sample, repeat + copy * turns * self.rows[sample]["repeats"], caption))
+            found.append((sample, repeat + copy * turns * math.ceil(self.rows[sample]["repeats"]), caption))
         return found
 
     def cut(self, step):
@@ -186,7 +201,15 @@ def random_rows(random):
     return rows
 
 
-@pytest.mark.parametrize("case", range(24))
+def with_parts(rows, random):
+    """Instance images repeated so many times, and a part."""
+    return [
+        {**each, "repeats": float(random.choice([0.5, 1.5, 0.25, 3.0]))} if each["role"] == "instance" else each
+        for each in rows
+    ]
+
+
+@pytest.mark.parametrize("case", range(36))
 def test_the_sequence_is_that_of_a_plain_implementation(case):
     random = np.random.default_rng(case)
     micro = int(random.integers(1, 5))
@@ -196,10 +219,10 @@ def test_the_sequence_is_that_of_a_plain_implementation(case):
         "global_batch_size": micro + int(random.integers(0, 9)),
         "remainder": ["smaller", "fill", "drop"][case % 3],
         "group_by": ["bucket", "text_length"][case // 3 % 2],
-        "class_ratio": [None, 0.7, None, 3.1][case // 6],
+        "class_ratio": [None, 0.7, None, 3.1][case // 6 % 4],
         "caption_dropout": float(random.choice([0, 0.3, 1])),
     }
-    rows = random_rows(random)
+    rows = random_rows(random) if case < 24 else with_parts(random_rows(random), random)
     reference = Reference(rows, **settings)
     expected = [reference.cut(step) for epoch in range(5) for step in reference.epoch(epoch)]
     try:
@@ -209,14 +232,60 @@ def test_the_sequence_is_that_of_a_plain_implementation(case):
         return
     ours = [[[(d.epoch, d.sample, d.repeat, d.caption) for d in b] for b in order.step(i)] for i in range(len(expected))]
     assert ours == expected
-    assert order.steps_an_epoch == len(reference.epoch(0))
     assert order.samples_an_epoch == sum(map(len, reference.epoch(0)))
+    assert order.steps_of(5) == len(expected)
 
 
 def test_every_use_of_every_sample_comes_once_an_epoch():
     for epoch in range(3):
         uses = Counter((draw.sample, draw.repeat) for draw in draws_of(make_order(), epoch))
         assert uses == Counter([(i, 0) for i in range(11)] + [(10, 1), (10, 2)])
+
+
+@pytest.mark.parametrize(
+    ("repeats", "num_images", "counts"),
+    [
+        (0.5, 6, [3, 3, 3, 3]), (0.5, 5, [3, 2, 3, 2]), (1.5, 4, [6, 6, 6, 6]), (0.25, 4, [1, 1, 1, 1]),
+        (0.1, 3, [1, 0, 0, 1, 0]), (2.0, 3, [6, 6, 6]), (0.75, 4, [3, 3, 3, 3]), (1 / 3, 6, [2, 2, 2, 2]),
+    ],
+)  # fmt: skip
+def test_images_of_part_repeats_take_turns_from_epoch_to_epoch(repeats, num_images, counts):
+    rows = [row(i, repeats=repeats) for i in range(num_images)] + [row(9, repeats=1.0)]
+    order = make_order(rows, global_batch_size=2, micro_batch_size=1)
+    epochs = [Counter() for _ in range(60)]
+    for index in range(order.steps_of(60)):
+        for draw in itertools.chain.from_iterable(order.step(index)):
+            epochs[draw.epoch].update([draw.sample])
+    assert [sum(epoch.values()) - 1 for epoch in epochs][: len(counts)] == counts
+    assert all(epoch[num_images] == 1 for epoch in epochs)
+    assert all(int(repeats) <= epoch[sample] <= math.ceil(repeats) for epoch in epochs for sample in range(num_images))
+    # Within any row of 1/repeats epochs each image is seen, and none more than once more often than another.
+    length = math.ceil(1 / repeats)
+    for first in range(60 - length):
+        seen = sum(epochs[first : first + length], Counter())
+        times = [seen[sample] for sample in range(num_images)]
+        assert min(times) >= 1
+        assert max(times) - min(times) <= 1
+
+
+def test_whole_repeats_are_the_same_whatever_their_type():
+    ints, floats = ([row(i, repeats=kind(1 + i % 3)) for i in range(7)] for kind in (int, float))
+    orders = make_order(ints), make_order(floats)
+    assert orders[0].fingerprint == orders[1].fingerprint
+    assert [orders[0].step(index) for index in range(9)] == [orders[1].step(index) for index in range(9)]
+
+
+def test_part_repeats_of_class_images_do_not_go_with_a_ratio():
+    rows = [row(0), row(1, role="class", repeats=0.5)]
+    with pytest.raises(ConfigError, match=r"class_ratio 1 says how often class images come"):
+        make_order(rows, class_ratio=1.0)
+
+
+def test_steps_and_epochs_are_told_from_one_another():
+    order = make_order([row(i, repeats=0.5) for i in range(9)], global_batch_size=2, micro_batch_size=1)
+    # 5 and 4 uses: 3 and 2 steps
+    assert [order.steps_of(epochs) for epochs in (0.01, 0.34, 1, 2, 3, 3.5)] == [1, 1, 3, 5, 8, 9]
+    assert [order.epochs_of(steps) for steps in (3, 4, 5, 8)] == [1, 1.5, 2, 3]
 
 
 def test_a_micro_batch_holds_one_bucket():
@@ -519,6 +588,7 @@ def test_the_fingerprint_sees_all_that_changes_the_sequence():
         (lengths, {"group_by": "text_length"}),
         ([*rows[:-1], {**rows[-1], "key": "other"}], {}),
         ([*rows[:-1], {**rows[-1], "repeats": 2}], {}),
+        ([*rows[:-1], {**rows[-1], "repeats": 1.5}], {}),
         ([*rows[:-1], {**rows[-1], "bucket_width": 512}], {}),
         ([*rows[:-1], {**rows[-1], "bucket_height": 512}], {}),
         ([*rows[:-1], {**rows[-1], "text_lengths": [11]}], {"group_by": "text_length"}),
