@@ -33,7 +33,7 @@ from ftk.models import base as models
 from ftk.models.components.loading import locate
 from ftk.pipeline.images import ImageTask, PreparedImage, prepare_image
 from ftk.pipeline.sources.base import Blob
-from ftk.pipeline.stage import image_recipe
+from ftk.pipeline.stage import image_recipes
 from ftk.run import resolve
 
 FAMILY = "qwen-image"
@@ -73,7 +73,7 @@ def prepared(data: bytes, resolution: int) -> dict[str, bytes]:
         "model": {"family": FAMILY, "path": "unused"},
         "data": {"sources": [{"path": "."}], "resolutions": [resolution]},
     }
-    recipe = image_recipe(resolve(validate(RunConfig, tree, "the benchmark's run file")))
+    (recipe,) = image_recipes(resolve(validate(RunConfig, tree, "the benchmark's run file"))).values()
     files = {}
     for name, (image_format, quality) in FORMATS.items():
         own = replace(recipe, image_format=image_format, quality=quality)

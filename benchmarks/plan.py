@@ -91,7 +91,7 @@ def plan_once(source: str, workspace: str) -> dict[str, Any]:
         "data": {"sources": [{"path": source}], "workers": 1},
     }
     run = resolve(validate(RunConfig, tree, "the benchmark's run file"))
-    job = PrepareJob(directory=run.paths.prepared, recipe=stage.image_recipe(run), data=run.config.data)
+    job = PrepareJob(directory=run.paths.prepared, recipes=stage.image_recipes(run), data=run.config.data)
     cpu, started = time.process_time(), time.perf_counter()
     source_units.look(run.config.data)
     planned = stage._planned(job, source_units.find_duplicates(run.config.data), stage.WHOLE)

@@ -45,7 +45,7 @@ from ftk.pipeline.decode import open_image
 from ftk.pipeline.images import ImageRecipe, ImageTask, PreparedImage, prepare_image
 from ftk.pipeline.render import Rendering
 from ftk.pipeline.sources.base import Blob
-from ftk.pipeline.stage import image_recipe
+from ftk.pipeline.stage import image_recipes
 from ftk.run import resolve
 
 LANCZOS = Image.Resampling.LANCZOS
@@ -336,7 +336,7 @@ def encoded(pictures: Iterable[Image.Image], **options: Any) -> list[bytes]:
 
 def items(files: Iterable[bytes], resolution: int) -> list[Item]:
     """Files, each with its nearest bucket."""
-    recipe = image_recipe(resolve(run_config(resolution, ".", ".")))
+    (recipe,) = image_recipes(resolve(run_config(resolution, ".", "."))).values()
     found = []
     for data in files:
         opened = open_image(data)
@@ -612,7 +612,7 @@ def _command_seconds(side: str, pictures: Path, out: Path, workers: int) -> floa
 
 def pool(pictures: Path, out: Path, workers: int) -> None:
     """The Pillow loop as a program: a pool of processes, JPEG of quality 95 out."""
-    recipe = image_recipe(resolve(run_config(1024, ".", ".")))
+    (recipe,) = image_recipes(resolve(run_config(1024, ".", "."))).values()
     with multiprocessing.get_context("fork").Pool(workers) as processes:
         tasks = [(path, out / path.name, recipe) for path in sorted(pictures.iterdir())]
         for _ in processes.imap_unordered(_pool_one, tasks):

@@ -7,7 +7,7 @@ from typing import Any
 
 from ftk import locations
 from ftk.configs.load import load
-from ftk.configs.schema import RunConfig, SigmaConfig
+from ftk.configs.schema import GenerateConfig, RunConfig, SampleConfig, SigmaConfig
 from ftk.errors import ConfigError
 from ftk.methods import base as methods
 from ftk.methods.adapters.targets import check_group
@@ -98,11 +98,21 @@ class Run:
         Raises:
             ConfigError: the family has no images of this size.
         """
-        settings, multiple = self.config.sample, self.family.geometry.pixel_multiple
-        edge = self.config.data.resolutions[0] // multiple * multiple
-        width, height = settings.width or edge, settings.height or edge
+        return self.drawn_size(self.config.data.resolutions_in_use[0], self.config.sample, "sample")
+
+    def drawn_size(self, resolution: int | str, settings: SampleConfig | GenerateConfig, where: str) -> tuple[int, int]:
+        """(width, height) in px of images that are drawn: as the settings say, or the first size of a resolution.
+
+        Raises:
+            ConfigError: the family has no images of this size.
+        """
+        multiple = self.family.geometry.pixel_multiple
+        width, height = models.sizes_of(self.family, resolution)[0]
+        if isinstance(resolution, int):
+            width = height = resolution // multiple * multiple
+        width, height = settings.width or width, settings.height or height
         if width % multiple or height % multiple:
-            raise ConfigError(f"sample: {width} x {height} px; {self.family.name} needs multiples of {multiple} px.")
+            raise ConfigError(f"{where}: {width} x {height} px; {self.family.name} needs multiples of {multiple} px.")
         return width, height
 
     def with_config(self, config: RunConfig) -> "Run":

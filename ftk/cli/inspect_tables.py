@@ -1,7 +1,7 @@
 """What `ftk inspect` prints: a prepared dataset, a cache and runs as tables."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,15 @@ def print_prepared(summary: "PreparedSummary") -> None:
     tables = (_totals(summary), _buckets(summary.buckets), _captions(summary), _sources(summary), _rejects(summary))
     duplicates = _duplicates(summary) if summary.duplicates else None
     _print([*tables, _caption_notes(summary), duplicates], f"To look at the samples: ftk inspect {summary.directory} --html")
+
+
+def print_buckets(counted: Mapping[str, int]) -> None:
+    """The table of buckets alone, from samples by WIDTHxHEIGHT."""
+    from ftk.pipeline.prepared_summary import named_buckets
+
+    table = _buckets(named_buckets(counted))
+    if table is not None:
+        _print([table])
 
 
 def print_cache(summary: "CacheSummary") -> None:
@@ -57,7 +66,7 @@ def print_runs(summaries: Sequence["RunSummary"]) -> None:
     _print([table], f"To see more of one: ftk inspect {summaries[0].directory}")
 
 
-def _print(tables: Iterable[Any], advice: str) -> None:
+def _print(tables: Iterable[Any], advice: str = "") -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -68,7 +77,8 @@ def _print(tables: Iterable[Any], advice: str) -> None:
             table.title = None
             console.print(table)
             console.print()
-    console.print(advice, markup=False, soft_wrap=True)
+    if advice:
+        console.print(advice, markup=False, soft_wrap=True)
 
 
 def _table(title: str, *columns: str, header: bool = True) -> Any:
@@ -173,10 +183,12 @@ def _first(names: Sequence[str], number: int) -> str:
 def _sources(summary: "PreparedSummary") -> Any:
     if not summary.sources:
         return None
-    table = _table("sources", "source", "#samples", "#rejects", "#repeats", "role")
+    settings = ["its own settings"] if any(source.settings for source in summary.sources) else []
+    table = _table("sources", "source", "#samples", "#rejects", "#repeats", "role", *settings)
     for source in summary.sources:
         repeats = "-" if source.repeats is None else f"{source.repeats:,}"
-        table.add_row(_text(source.name), f"{source.num_samples:,}", f"{source.num_rejects:,}", repeats, source.role or "-")
+        cells = [f"{source.num_samples:,}", f"{source.num_rejects:,}", repeats, source.role or "-"]
+        table.add_row(_text(source.name), *cells, *([_text(source.settings or "-")] if settings else []))
     return table
 
 

@@ -29,7 +29,7 @@ def prepare(
     if make_class_images:
         _check_class_images(resolved.config, part)
     if dry_run:
-        show("prepare", stage.dry_run(resolved, share), json)
+        _show_plan(stage.dry_run(resolved, share), json)
         return
     if make_class_images:
         stage.check(resolved)
@@ -37,6 +37,17 @@ def prepare(
 
         draw_class_images.run(resolved)
     show("prepare", stage.run(resolved, share), json)
+
+
+def _show_plan(plan: dict[str, Any], json: bool) -> None:
+    """The plan; for people with its buckets as `ftk inspect` shows those of a finished dataset."""
+    if json:
+        show("prepare", plan, json)
+        return
+    from ftk.cli.inspect_tables import print_buckets
+
+    show("prepare", {name: value for name, value in plan.items() if name != "buckets"}, json)
+    print_buckets(plan["buckets"])
 
 
 def _check_class_images(config: Any, part: str) -> None:

@@ -6,19 +6,33 @@ with the method's and the family's own models.
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from ftk import locations
+from ftk.configs.resolutions import Resolution
 from ftk.contracts import Role
 from ftk.errors import did_you_mean
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Crop = Literal["center", "random", "focus"]
 HUB_ID = r"^[A-Za-z0-9][\w.-]*/[\w.-]+$"
 _FILE_SUFFIXES = frozenset({".tar", ".gz", ".tgz", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"})
+
+Merged = TypeVar("Merged", "CaptionsConfig", "DataConfig")
 
 
 def _compiles(value: str) -> str:
@@ -42,6 +56,12 @@ def _require_default(section: Section, name: str, needed: str) -> None:
     """Refuse a setting that does nothing; its default does no harm, and a resolved file writes it out."""
     if getattr(section, name) != type(section).model_fields[name].default:
         raise ValueError(f"`{name}` has no effect without `{needed}`")
+
+
+def _refuse_idle(section: "CaptionsConfig | DataConfig") -> None:
+    for name, reason in section.idle().items():
+        if getattr(section, name) != type(section).model_fields[name].default:
+            raise ValueError(reason)
 
 
 def _require_text(prompt: str) -> None:
@@ -117,6 +137,37 @@ class GenerateConfig(Section):
         return self
 
 
+class CaptionSettings(Section):
+    """The settings of captions, each taken by itself."""
+
+    tag_shuffles: int = Field(default=0, ge=0, le=64, description="shuffled variants of each caption's tags, beside itself")
+    tag_separator: str = Field(default=",", min_length=1)
+    keep_tags: int = Field(default=1, ge=0, description="leading tags that a shuffle leaves in place")
+    long_chars: int = Field(default=2000, ge=1, description="longer captions are kept, and counted in the report")
+
+
+class CaptionsConfig(CaptionSettings):
+    """What is done to captions, whatever source they come from."""
+
+    def idle(self) -> dict[str, str]:
+        """By name, why a setting does nothing beside the others."""
+        names = () if self.tag_shuffles else ("tag_separator", "keep_tags")
+        return {name: f"`{name}` has no effect without `tag_shuffles`" for name in names}
+
+    @model_validator(mode="after")
+    def _settings_take_effect(self) -> Self:
+        _refuse_idle(self)
+        return self
+
+
+class SourceCaptions(CaptionSettings):
+    """What one source says itself of its captions; the rest is as `data.captions` says."""
+
+    @model_serializer(mode="wrap")
+    def _only_what_was_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if name in self.model_fields_set}
+
+
 class SourceConfig(BaseModel):
     """Where images come from. Settings of one kind of source (`format`) are kept, and validated by that kind itself."""
 
@@ -141,6 +192,28 @@ class SourceConfig(BaseModel):
         default=(), description="input images of an edit model, named as `controls` are; they keep a size of their own"
     )
     generate: GenerateConfig | None = Field(default=None, description="class images to draw where the folder has too few")
+    resolutions: tuple[Resolution, ...] | None = Field(
+        default=None, min_length=1, description="of this source, in place of data.resolutions"
+    )
+    crop: Crop | None = Field(default=None, description="of this source, in place of data.crop")
+    crops: int | None = Field(default=None, ge=1, le=64, description="of this source, in place of data.crops")
+    flip: bool | None = Field(default=None, description="of this source, in place of data.flip")
+    caption_settings: SourceCaptions | None = Field(
+        default=None, description="of this source, in place of those in data.captions; `captions` where that names no columns"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _captions_may_be_settings(cls, tree: Any) -> Any:
+        # Tables, tars and Hub datasets list their columns of captions under this name.
+        if not isinstance(tree, dict) or not isinstance(tree.get("captions"), Mapping):
+            return tree
+        if tree.get("caption_settings") is not None:
+            raise ValueError("`captions` and `caption_settings` both hold settings: write them once")
+        return {
+            **{name: value for name, value in tree.items() if name != "captions"},
+            "caption_settings": tree["captions"] or None,
+        }
 
     @model_validator(mode="before")
     @classmethod
@@ -168,10 +241,22 @@ class SourceConfig(BaseModel):
             raise ValueError("`generate` draws no masks and no other images: leave `masks`, `controls` and `references` out")
         return self
 
+    @field_validator("resolutions")
+    @classmethod
+    def _resolutions_differ(cls, value: tuple[Resolution, ...] | None) -> tuple[Resolution, ...] | None:
+        return value if value is None else _each_once(value)
+
     @property
     def settings(self) -> dict[str, Any]:
         """What only this kind of source knows."""
         return dict(self.model_extra or {})
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """What it says itself in place of the settings of `data`; of captions a mapping, which may be empty."""
+        captions = self.caption_settings.model_dump() if self.caption_settings else {}
+        settings = {name: getattr(self, name) for name in OF_SOURCES if getattr(self, name) is not None}
+        return {**settings, "captions": captions}
 
     @property
     def source_name(self) -> str:
@@ -182,28 +267,14 @@ class SourceConfig(BaseModel):
         return self.name or next((name for name in names if name and not set("*?[{") & set(name)), "images")
 
 
-class CaptionsConfig(Section):
-    """What is done to captions, whatever source they come from."""
-
-    tag_shuffles: int = Field(default=0, ge=0, le=64, description="shuffled variants of each caption's tags, beside itself")
-    tag_separator: str = Field(default=",", min_length=1)
-    keep_tags: int = Field(default=1, ge=0, description="leading tags that a shuffle leaves in place")
-    long_chars: int = Field(default=2000, ge=1, description="longer captions are kept, and counted in the report")
-
-    @model_validator(mode="after")
-    def _settings_take_effect(self) -> Self:
-        if not self.tag_shuffles:
-            _require_default(self, "tag_separator", "tag_shuffles")
-            _require_default(self, "keep_tags", "tag_shuffles")
-        return self
-
-
 class DataConfig(Section):
     """How images become samples."""
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
-    resolutions: tuple[int, ...] = Field(
-        default=(1024,), min_length=1, description="square edge (px) whose area a bucket keeps"
+    resolutions: tuple[Resolution, ...] = Field(
+        default=(1024,),
+        min_length=1,
+        description="edges (px) of squares whose area a bucket keeps; WIDTHxHEIGHT: that very size; native: the family's own",
     )
     max_aspect: float = Field(default=2.0, ge=1.0, le=16.0, description="longest side over shortest of the widest bucket")
     bucket_step: int | None = Field(
@@ -214,7 +285,7 @@ class DataConfig(Section):
     )
     upscale_limit: float = Field(default=1.5, gt=1.0, description="largest enlargement of a side under `upscale: limit`")
     min_size: int = Field(default=1, ge=1, description="px; an image with a shorter side is rejected")
-    crop: Literal["center", "random", "focus"] = Field(
+    crop: Crop = Field(
         default="center", description="random: anywhere, fixed by the image's content; focus: libvips' attention crop"
     )
     crops: int = Field(default=1, ge=1, le=64, description="crops of each image under `crop: random`, each a sample")
@@ -266,19 +337,104 @@ class DataConfig(Section):
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise ValueError(f"two sources are called {', '.join(doubled)}: give each a `name:` of its own")
-        if len(set(self.resolutions)) != len(self.resolutions):
-            raise ValueError("`resolutions` names the same edge twice")
         return self
+
+    @field_validator("resolutions")
+    @classmethod
+    def _resolutions_differ(cls, value: tuple[Resolution, ...]) -> tuple[Resolution, ...]:
+        return _each_once(value)
 
     @model_validator(mode="after")
     def _settings_take_effect(self) -> Self:
-        if self.crops > 1 and self.crop != "random":
-            raise ValueError(f"`crops: {self.crops}` needs `crop: random`: every {self.crop} crop of an image is the same")
         if self.upscale != "limit":
             _require_default(self, "upscale_limit", "upscale: limit")
         if self.quality is not None and self.image_format == "png":
             raise ValueError("`quality` has no effect on PNG: leave it out, or choose `image_format: jpeg`")
         return self
+
+    def idle(self) -> dict[str, str]:
+        """By name, why a setting of buckets and crops does nothing beside the others."""
+        reasons = {}
+        if self.crop != "random":
+            reasons["crops"] = f"`crops: {self.crops}` needs `crop: random`: every {self.crop} crop of an image is the same"
+        if not any(isinstance(resolution, int) for resolution in self.resolutions):
+            names = ("max_aspect", "bucket_step")
+            reasons |= {name: f"`{name}` has no effect without an edge in `resolutions`" for name in names}
+        return reasons
+
+    @model_validator(mode="after")
+    def _settings_of_sources_go_together(self) -> Self:
+        if not self._has_overrides:
+            _refuse_idle(self)
+        merged = [self.of(source) for source in self.sources]
+        own = [source.overrides for source in self.sources]
+        for name in (*OF_SOURCES, "max_aspect", "bucket_step"):
+            _refuse_unused(name, self, merged, own)
+        for name in CaptionsConfig.model_fields:
+            _refuse_unused(name, self.captions, [each.captions for each in merged], [each["captions"] for each in own])
+        return self
+
+    @property
+    def _has_overrides(self) -> bool:
+        return any(source.overrides != {"captions": {}} for source in self.sources)
+
+    def of(self, source: SourceConfig) -> "DataConfig":
+        """The settings as they are for one of the sources: its own come before those of all.
+
+        A common setting that does nothing beside the source's own has its default there.
+
+        Raises:
+            ValueError: one of its own does nothing.
+        """
+        if not self._has_overrides:
+            return self
+        own = source.overrides
+        try:
+            return _merged(self, {**own, "captions": _merged(self.captions, own["captions"])})
+        except ValueError as error:
+            raise ValueError(f"source {source.source_name}: {error}") from None
+
+    @property
+    def resolutions_in_use(self) -> tuple[Resolution, ...]:
+        """Those of all sources, each once; the common ones come first where any source has them."""
+        merged = [self.of(source).resolutions for source in self.sources]
+        common = self.resolutions if self.resolutions in merged else ()
+        return tuple(dict.fromkeys([*common, *(resolution for each in merged for resolution in each)]))
+
+
+OF_SOURCES = tuple(name for name in DataConfig.model_fields if name in SourceConfig.model_fields)
+"""Settings of `data` that a source may have of its own."""
+
+
+def _each_once(resolutions: tuple[Resolution, ...]) -> tuple[Resolution, ...]:
+    for resolution in resolutions:
+        if resolutions.count(resolution) > 1:
+            what = "edge" if isinstance(resolution, int) else "size"
+            raise ValueError(f"`resolutions` names the same {what} twice: {resolution}")
+    return resolutions
+
+
+def _refuse_unused(name: str, common: Section, merged: Sequence[Section], own: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a common setting that has an effect in no source; one that every source replaces waits for other sources."""
+    value = getattr(common, name)
+    if value == type(common).model_fields[name].default or all(name in each for each in own):
+        return
+    if all(getattr(each, name) != value for each in merged):
+        raise ValueError(f"`{name}` has no effect in any source, beside what the sources say themselves")
+
+
+def _merged(common: Merged, own: Mapping[str, Any]) -> Merged:
+    """`own` settings over common ones, without those common ones that do nothing beside them.
+
+    Raises:
+        ValueError: one of its own does nothing.
+    """
+    merged = common.model_copy(update=own)
+    fields = type(common).model_fields
+    inherited = {name: fields[name].default for name in merged.idle() if name not in own}
+    merged = merged.model_copy(update=inherited)
+    _refuse_idle(merged)
+    return merged
 
 
 class CacheConfig(Section):

@@ -16,6 +16,7 @@ from PIL import Image
 import ftk
 from ftk import storage
 from ftk.configs.load import parse_yaml, redact
+from ftk.configs.resolutions import label
 from ftk.configs.schema import CardConfig, ModelConfig
 from ftk.deliver import metadata
 from ftk.deliver.metadata import Subject
@@ -221,7 +222,7 @@ def _training(subject: Subject) -> dict[str, str]:
         "its settings": f"{settings}; the strength alpha / rank is in the tensors"
         if metadata.network_of(subject)
         else settings,
-        "resolutions": ", ".join(f"{edge} px" for edge in subject.config.data.resolutions),
+        "resolutions": ", ".join(map(label, subject.config.data.resolutions_in_use)),
         "steps": f"{subject.step:,}",
         "batch size": str(train.global_batch_size),
         "learning rate": f"{train.learning_rate:g}, {_words(train.schedule.name)}",

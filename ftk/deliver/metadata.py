@@ -108,7 +108,7 @@ def of(subject: Subject) -> dict[str, str]:
         "ftk_method": config.method.name,
         "ftk_method_settings": json.dumps(redact(settings_of(subject)), sort_keys=True),
         "ftk_step": str(subject.step),
-        "ftk_resolutions": ", ".join(map(str, config.data.resolutions)),
+        "ftk_resolutions": ", ".join(map(str, config.data.resolutions_in_use)),
         "ftk_batch_size": str(config.train.global_batch_size),
         "ftk_learning_rate": f"{config.train.learning_rate:g}",
         "ftk_seed": str(config.train.seed),
@@ -126,12 +126,12 @@ def of(subject: Subject) -> dict[str, str]:
 
 def _model_spec(subject: Subject, triggers: str) -> dict[str, str]:
     """ModelSpec 1.0.1. Its date would differ from run to run; its hash is what the Hub computes itself."""
-    card, edge = subject.config.card, subject.config.data.resolutions[0]
+    card, (width, height) = subject.config.card, _first_size(subject)
     objective = subject.run.family.load_schedule(subject.model).objective
     kind = "" if subject.is_whole else f"/{subject.run.method.name if not network_of(subject) else 'lora'}"
     return {
         **model_spec(f"{_published(subject)['modelspec.architecture']}{kind}", title(subject)),
-        "modelspec.resolution": f"{edge}x{edge}",
+        "modelspec.resolution": f"{width}x{height}",
         "modelspec.description": card.description or "",
         "modelspec.author": card.author or "",
         "modelspec.license": license_name(card),
@@ -151,17 +151,22 @@ def model_spec(architecture: str, title: str) -> dict[str, str]:
 
 
 def _kohya(subject: Subject) -> dict[str, str]:
-    train, edge = subject.config.train, subject.config.data.resolutions[0]
+    train, (width, height) = subject.config.train, _first_size(subject)
     names = {name: value for name, value in _published(subject).items() if name.startswith("ss_")}
     return {
         **names,
         **network_of(subject),
         "ss_sd_model_name": base_name(subject.config.model, subject.config.card),
-        "ss_resolution": f"({edge}, {edge})",
+        "ss_resolution": f"({width}, {height})",
         "ss_steps": str(subject.step),
         "ss_learning_rate": f"{train.learning_rate:g}",
         "ss_seed": str(train.seed),
     }
+
+
+def _first_size(subject: Subject) -> tuple[int, int]:
+    """(width, height) in px of the first resolution; there is room for one in these formats."""
+    return models.sizes_of(subject.run.family, subject.config.data.resolutions_in_use[0])[0]
 
 
 def network_of(subject: Subject) -> dict[str, str]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from pydantic import BaseModel, ConfigDict
 
 from ftk.configs import load
+from ftk.configs.resolutions import NATIVE, parse_size
 from ftk.configs.schema import ModelConfig
 from ftk.errors import ConfigError
 from ftk.models.components.geometry import LatentGeometry, ReferenceRule
@@ -185,6 +186,9 @@ class Family(Protocol):
     """Class names of the repeated blocks: for checkpointing, compiling, offloading and sharding."""
     sigma_defaults: Mapping[str, Any]
     """Settings under `train.sigma` that hold unless the run file says otherwise."""
+    native_sizes: tuple[tuple[int, int], ...]
+    """(width, height) in px that the model's makers publish, `resolutions: [native]`; images are drawn at the first unless
+    another is asked for. Empty where there is no such list."""
     references: ReferenceRule | None
     """How input images are sized, of a model that edits images; None of one that takes no input image."""
 
@@ -381,6 +385,24 @@ def parse(config: ModelConfig) -> Family:
     load.validate(both, config.model_dump(exclude_unset=True), f"model {config.family}", prefix="model.")
     made: Family = type(family)(family.Config.model_validate(config.settings))  # type: ignore[call-arg]
     return made
+
+
+def sizes_of(family: Family, resolution: int | str) -> tuple[tuple[int, int], ...]:
+    """(width, height) in px that one of `resolutions` names; of an edge, the square.
+
+    Raises:
+        ConfigError: the family publishes no sizes.
+    """
+    if isinstance(resolution, int):
+        return ((resolution, resolution),)
+    if resolution != NATIVE:
+        return (parse_size(resolution),)
+    if not family.native_sizes:
+        raise ConfigError(
+            f"resolutions: `{NATIVE}` stands for the sizes that a model's makers publish, and {family.name} has none. "
+            f"Name edges (1024) or sizes (1024x768)."
+        )
+    return family.native_sizes
 
 
 def published_names(family: Family, directory: Path) -> Mapping[str, str]:

@@ -23,6 +23,15 @@ if TYPE_CHECKING:
     import torch
 
 NUM_TIME_IDS = 6
+NATIVE_SIZES = (
+    *((1024, 1024), (1024, 960), (1088, 960), (1088, 896), (1152, 896), (1152, 832), (1216, 832), (1280, 768), (1344, 768)),
+    *((1344, 704), (1408, 704), (1472, 704), (1536, 640), (1600, 640), (1664, 576), (1728, 576), (1792, 576), (1856, 512)),
+    *((1920, 512), (1984, 512), (2048, 512)),
+    *((960, 1024), (960, 1088), (896, 1088), (896, 1152), (832, 1152), (832, 1216), (768, 1280), (768, 1344), (704, 1408)),
+    *((704, 1472), (640, 1536), (640, 1600), (576, 1664), (576, 1728), (576, 1792), (512, 1856), (512, 1920), (512, 1984)),
+    (512, 2048),
+)
+"""(width, height) in px that the model was trained at: Podell et al., appendix I. 704 x 1344 is not among them."""
 _TEXT_ITEM = ("embeds", "pooled", "input_ids", "input_ids_2")
 
 
@@ -44,6 +53,7 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
     encoder_version = 2
     text_token_bytes = 8192
     text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    native_sizes = NATIVE_SIZES
     target_groups = unet.target_groups("proj_in", "proj_out")
     trainable_encoders = ("text_encoder", "text_encoder_2")
     single_file: Mapping[str, Sequence[Layout]] = {

@@ -44,6 +44,7 @@ class StableDiffusion(latent_diffusion.LatentDiffusion):
     encoder_version = 2
     text_token_bytes = 3072
     text_components = ("text_encoder", "tokenizer")
+    native_sizes = ((512, 512),)
     target_groups = unet.target_groups()
     trainable_encoders = ("text_encoder",)
     single_file: Mapping[str, Sequence[Layout]] = {

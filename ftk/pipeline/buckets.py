@@ -2,7 +2,9 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,30 @@ def place(width: int, height: int, sizes: list[tuple[int, int]]) -> Placement:
     aspect = width / height
     nearest = min(sizes, key=lambda size: (abs(math.log(size[0] / size[1] / aspect)), -size[0] * size[1], size))
     return cover(width, height, nearest)
+
+
+def place_exactly(width: int, height: int, sizes: Sequence[tuple[int, int]]) -> Placement:
+    """The size of a given list that loses least to the crop, which is central.
+
+    Of several of one aspect ratio it is the largest that the image need not be enlarged for, or else the smallest. Of two
+    that lose the same, one to the left and right and one above and below, the upright.
+    """
+
+    def kept_share(size: tuple[int, int]) -> Fraction:
+        ratio = Fraction(size[0] * height, size[1] * width)
+        return min(ratio, 1 / ratio)
+
+    most = max(map(kept_share, sizes))
+    upright = min(Fraction(*size) for size in sizes if kept_share(size) == most)
+    fitting = sorted((size for size in sizes if Fraction(*size) == upright), key=lambda size: size[0])
+    smaller = [size for size in fitting if size[0] <= width and size[1] <= height]
+    return cover(width, height, smaller[-1] if smaller else fitting[0])
+
+
+def nearest_multiple(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """The size whose sides are multiples of so many px and that is nearest; of two as near the smaller."""
+    width, height = (max(1, -(-(2 * side - multiple) // (2 * multiple))) * multiple for side in size)
+    return width, height
 
 
 def cover(width: int, height: int, bucket: tuple[int, int]) -> Placement:

@@ -158,7 +158,7 @@ def _look(run: Run, source: SourceConfig, generate: GenerateConfig) -> ClassImag
     return ClassImages(
         source=source,
         generate=generate,
-        size=_size(run, source, generate),
+        size=run.drawn_size(run.config.data.of(source).resolutions[0], generate, f"source {source.source_name}: generate"),
         caption=_caption(source, generate),
         num_found=len(images),
         taken=frozenset(posixpath.splitext(name)[0] for folder, name in map(posixpath.split, images) if folder == FOLDER),
@@ -183,15 +183,3 @@ def _caption(source: SourceConfig, generate: GenerateConfig) -> str:
     if isinstance(caption, captions.Problem):
         raise ConfigError(f"data.sources: source {source.source_name}: {caption.detail}. Write what the class is called.")
     return caption
-
-
-def _size(run: Run, source: SourceConfig, generate: GenerateConfig) -> tuple[int, int]:
-    multiple = run.family.geometry.pixel_multiple
-    edge = run.config.data.resolutions[0] // multiple * multiple
-    width, height = generate.width or edge, generate.height or edge
-    if width % multiple or height % multiple:
-        raise ConfigError(
-            f"data.sources: source {source.source_name}: generate: {width} x {height} px; {run.family.name} needs "
-            f"multiples of {multiple} px."
-        )
-    return width, height

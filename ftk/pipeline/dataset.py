@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ftk import storage
-from ftk.configs.schema import RunConfig
+from ftk.configs.schema import OF_SOURCES, RunConfig, SourceConfig
 from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, RejectReason, SampleRow, ShardRecord
 from ftk.errors import DatasetError
 from ftk.pipeline import light_webdataset
@@ -64,16 +64,30 @@ _NOT_THE_SAMPLES = {"path", "format", "name", "generate"}
 
 def recipe(config: RunConfig) -> dict[str, Any]:
     """What the configuration says about the samples, without where anything lies: later stages compare it."""
-    settings = {
-        source.source_name: source.model_dump(
-            # Only where there are some: a dataset without references has the recipe that it always had.
-            mode="json",
-            exclude=_NOT_THE_SAMPLES if source.references else {*_NOT_THE_SAMPLES, "references"},
-        )
-        for source in config.data.sources
-    }
+    settings = {source.source_name: _source_recipe(source) for source in config.data.sources}
     plain = {**config.data.model_dump(mode="json", include=set(_FROM_DATA)), "sources": settings}
     return without_places(plain, config)
+
+
+def _source_recipe(source: SourceConfig) -> dict[str, Any]:
+    """What is optional only where it is there: a dataset without it has the recipe that it always had."""
+    optional = {"references", *OF_SOURCES, "caption_settings"}
+    unused = {name for name in optional if not getattr(source, name) and getattr(source, name) is not False}
+    return source.model_dump(mode="json", exclude=_NOT_THE_SAMPLES | unused)
+
+
+def own_settings(source: Mapping[str, Any]) -> str:
+    """What a source's settings say in place of those of `data`, as it is shown to people; empty where they say nothing."""
+    captions = source.get("caption_settings") or {}
+    settings = {name: source[name] for name in OF_SOURCES if source.get(name) is not None}
+    settings |= {f"captions.{name}": value for name, value in captions.items()}
+    return ", ".join(f"{name} {_plain(value)}" for name, value in settings.items())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return " + ".join(map(str, value))
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def without_places(stored: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ftk import locations, storage
 from ftk.contracts import RejectReason
 from ftk.models.components.geometry import ReferenceRule
 from ftk.pipeline import decode, resize
-from ftk.pipeline.buckets import Placement, follow, place, random_crops
+from ftk.pipeline.buckets import Placement, follow, place, place_exactly, random_crops
 from ftk.pipeline.decode import Opened, Unfit
 from ftk.pipeline.image_encoding import PNG, copied_suffix, encode, encoding_of
 from ftk.pipeline.perceptual import perceptual_hash
@@ -41,7 +41,8 @@ _SHAPE_TOLERANCE = 0.01
 class ImageRecipe:
     """What decides the pixels, apart from the image: the part of the configuration that workers need.
 
-    `sizes` are the buckets (width, height) of each resolution; the rest is as in `DataConfig`.
+    `sizes` are the buckets (width, height) of each edge, `exact_sizes` those that are named one by one, of which an image goes
+    to one; the rest is as in `DataConfig`.
     """
 
     sizes: tuple[tuple[tuple[int, int], ...], ...]
@@ -58,6 +59,7 @@ class ImageRecipe:
     animated: str
     max_pixels: int
     max_input_aspect: float
+    exact_sizes: tuple[tuple[int, int], ...] = ()
     references: ReferenceRule | None = None
 
 
@@ -330,6 +332,8 @@ def _placements(opened: Opened, recipe: ImageRecipe) -> list[Placement]:
     width, height = opened.width, opened.height
     limit = {"always": float("inf"), "limit": recipe.upscale_limit, "never": 1.0}[recipe.upscale]
     nearest = [place(width, height, list(sizes)) for sizes in recipe.sizes]
+    if recipe.exact_sizes:
+        nearest.append(place_exactly(width, height, recipe.exact_sizes))
     reached = [placement for placement in nearest if placement.enlargement(width, height) <= limit]
     if not reached:
         least = min(nearest, key=lambda placement: placement.enlargement(width, height))

@@ -41,7 +41,8 @@ def page(dataset: PreparedDataset) -> tuple[prepared_summary.PreparedSummary, by
         summary=summary,
         name=page_parts.short_name(dataset.directory),
         recipe=json.dumps(dataset.manifest.recipe, indent=2, ensure_ascii=False),
-        long_chars=prepared_summary.caption_settings(dataset.manifest).get("long_chars"),
+        long_chars=_long_chars(dataset.manifest),
+        has_own_settings=any(source.settings for source in summary.sources),
         sizes=_size_plot(scan, summary.buckets),
         lengths=prepared_summary.length_bins(scan.characters.joined()),
         sheets=[(bucket, sheets[f"{bucket.width}x{bucket.height}"]) for bucket in summary.buckets],
@@ -164,6 +165,15 @@ def _pair_cards(
                 cards[row["key"]] = _card(dataset, SampleRow(**row))
                 progress.advance(1)
     return [{**pair, "earlier": cards.get(pair["like"]), "later": cards.get(pair["key"])} for pair in pairs]
+
+
+def _long_chars(manifest: PreparedManifest) -> int | None:
+    """Above how many characters a caption counts as long; None where sources differ in it."""
+    numbers = {
+        prepared_summary.caption_settings(manifest, source).get("long_chars")
+        for source in (None, *manifest.recipe.get("sources", {}))
+    }
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 def _some_rejects(manifest: PreparedManifest) -> list[Reject]:

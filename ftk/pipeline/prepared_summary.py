@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from ftk import storage
 from ftk.contracts import PreparedManifest, Reject, ShardRecord, UnmatchedCaption
 from ftk.errors import DatasetError
-from ftk.pipeline.dataset import PreparedDataset
+from ftk.pipeline.dataset import PreparedDataset, own_settings
 from ftk.progress import track
 
 EXAMPLES = 3
@@ -60,13 +60,14 @@ class CaptionSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceSummary:
-    """One source; role and repeats are None when it gave no sample."""
+    """One source; role and repeats are None when it gave no sample. `settings`: its own, in place of those of `data`."""
 
     name: str
     num_samples: int
     num_rejects: int
     repeats: int | float | None
     role: str | None
+    settings: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,11 +191,12 @@ def scan(dataset: PreparedDataset, wanted: Collection[str] = ()) -> Scan:
     """One pass over all tables; `wanted` are keys whose shards are to be found."""
     scan = Scan()
     keys = pa.array(sorted(wanted), pa.string())
-    separator = caption_settings(dataset.manifest).get("tag_separator") or ","
     with track("read", len(dataset.manifest.shards), "shard") as progress:
         for shard in dataset.manifest.shards:
             table = samples(dataset, shard, _COLUMNS)
-            scan.add(table, separator)
+            # A shard holds samples of one source.
+            source = table["source"][0].as_py() if len(table) else None
+            scan.add(table, caption_settings(dataset.manifest, source).get("tag_separator") or ",")
             found = table["key"].filter(pc.is_in(table["key"], value_set=keys))
             scan.shard_of.update(dict.fromkeys(found.to_pylist(), shard.name))
             progress.advance(1)
@@ -248,7 +250,7 @@ def summary(dataset: PreparedDataset, scan: Scan, pairs: list[dict[str, Any]]) -
         num_near_duplicates=manifest.num_near_duplicates,
         crop_loss=_spread(losses),
         original_megapixels=_spread(megapixels),
-        buckets=_buckets(manifest),
+        buckets=named_buckets(manifest.buckets),
         captions=CaptionSummary(
             num_captions=len(scan.characters.joined()),
             captions_a_sample=dict(sorted(scan.captions_a_sample.items())),
@@ -267,11 +269,10 @@ def _spread(numbers: npt.NDArray[Any]) -> Spread | None:
     return Spread(least=float(numbers.min()), median=float(np.median(numbers)), most=float(numbers.max()))
 
 
-def _buckets(manifest: PreparedManifest) -> list[BucketSummary]:
-    sizes = (name.split("x") for name in manifest.buckets)
-    return buckets(
-        [(int(width), int(height), number) for (width, height), number in zip(sizes, manifest.buckets.values(), strict=True)]
-    )
+def named_buckets(counted: Mapping[str, int]) -> list[BucketSummary]:
+    """Of samples by WIDTHxHEIGHT: from the tallest to the widest."""
+    sizes = (name.split("x") for name in counted)
+    return buckets([(int(width), int(height), number) for (width, height), number in zip(sizes, counted.values(), strict=True)])
 
 
 def buckets(counted: Sequence[tuple[int, int, int]]) -> list[BucketSummary]:
@@ -304,11 +305,20 @@ def _shared(leading_tags: Counter[str], num_captions: int) -> dict[str, int]:
 def _sources(manifest: PreparedManifest, counted: Counter[tuple[str, str, int | float]]) -> list[SourceSummary]:
     rejected = Counter(reject.source for reject in rejects(manifest))
     without_samples = sorted(rejected.keys() - {name for name, _, _ in counted})
+    rows: list[tuple[str, str | None, int | float | None, int]] = [
+        (*group, number) for group, number in sorted(counted.items())
+    ]
+    rows += [(name, None, None, 0) for name in without_samples]
     return [
-        SourceSummary(name=name, num_samples=number, num_rejects=rejected[name], repeats=repeats, role=role)
-        for (name, role, repeats), number in sorted(counted.items())
-    ] + [
-        SourceSummary(name=name, num_samples=0, num_rejects=rejected[name], repeats=None, role=None) for name in without_samples
+        SourceSummary(
+            name=name,
+            num_samples=number,
+            num_rejects=rejected[name],
+            repeats=repeats,
+            role=role,
+            settings=own_settings(source_settings(manifest, name)),
+        )
+        for name, role, repeats, number in rows
     ]
 
 
@@ -328,6 +338,16 @@ def rejects_by_reason(manifest: PreparedManifest) -> list[RejectSummary]:
     ]
 
 
-def caption_settings(manifest: PreparedManifest) -> Mapping[str, Any]:
-    settings = manifest.recipe.get("captions")
-    return settings if isinstance(settings, dict) else {}
+def caption_settings(manifest: PreparedManifest, source: str | None = None) -> Mapping[str, Any]:
+    """As the recipe has them for all, or for one source with its own in their place."""
+    settings = _mapping(manifest.recipe.get("captions"))
+    return settings if source is None else {**settings, **_mapping(source_settings(manifest, source).get("caption_settings"))}
+
+
+def source_settings(manifest: PreparedManifest, source: str) -> Mapping[str, Any]:
+    """What the recipe says of a source."""
+    return _mapping(_mapping(manifest.recipe.get("sources")).get(source))
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}

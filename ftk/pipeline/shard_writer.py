@@ -4,14 +4,14 @@ import hashlib
 import json
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ftk import locations, storage
-from ftk.configs.schema import DataConfig
+from ftk.configs.schema import DataConfig, SourceConfig
 from ftk.contracts import Reject, RejectReason, SampleRow, ShardRecord
 from ftk.pipeline import captions, dataset, decode, images, outcomes, source_units
 from ftk.pipeline.engine import Lost, WorkerPool
@@ -31,11 +31,15 @@ _FETCH_SHARE = 0.75
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareJob:
-    """What all units of a run have in common. Plain values: it can be sent to another machine."""
+    """What all units of a run have in common, the recipes by source. Plain values: it can be sent to another machine."""
 
     directory: Path
-    recipe: images.ImageRecipe
+    recipes: Mapping[str, images.ImageRecipe]
     data: DataConfig
+
+    def recipe_fingerprint(self, unit: SourceUnit) -> str:
+        """Stands for everything but the records themselves that shapes the unit's shards."""
+        return unit.recipe_fingerprint(self.recipes[unit.source.source_name], self.data.of(unit.source))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +166,7 @@ def _receipt(job: PrepareJob, unit: SourceUnit, name: str, deep: bool) -> Receip
         kept = tuple(storage.checked(Outcome, each) for each in plain.get("outcomes", []))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    if record.name != name or record.recipe_fingerprint != unit.recipe_fingerprint(job.recipe, job.data):
+    if record.name != name or record.recipe_fingerprint != job.recipe_fingerprint(unit):
         return None
     if plain.get("conditions") != _conditions(job, record.rejects):
         return None
@@ -275,6 +279,7 @@ class _Shard:
 
     def __init__(self, job: PrepareJob, unit: SourceUnit, name: str) -> None:
         self.job, self.unit, self.name = job, unit, name
+        self.captions = job.data.of(unit.source).captions
         self.rows: list[SampleRow] = []
         self.rejects: list[Reject] = []
         self.lines: list[list[Any]] = []
@@ -355,11 +360,11 @@ class _Shard:
 
     def record(self, is_last: bool) -> ShardRecord:
         tar, table, _ = shard_files(self.job.directory, self.name)
-        long_chars = self.job.data.captions.long_chars
+        long_chars = self.captions.long_chars
         return ShardRecord(
             name=self.name,
             is_last=is_last,
-            recipe_fingerprint=self.unit.recipe_fingerprint(self.job.recipe, self.job.data),
+            recipe_fingerprint=self.job.recipe_fingerprint(self.unit),
             contents_fingerprint=source_units.contents_digest(self.lines),
             num_inputs=len(self.lines),
             num_samples=len(self.rows),
@@ -390,7 +395,7 @@ def _make_shard(
     shard = _Shard(job, unit, piece.name)
     items = piece.reusing(unit, reachability)
     with storage.committing(tar_path) as file, dataset.tar_writer(file) as tar:
-        for item, result in worked(items, job, images.prepare_image, pool, len(unit.source.references), reachability):
+        for item, result in worked(items, job, unit.source, images.prepare_image, pool, reachability):
             shard.add(tar, item, result)
             advance(1)
         if reachability.stopped and not shard.num_made:
@@ -404,15 +409,15 @@ def _make_shard(
 def worked(
     items: Iterable[Record | Reject | Reused],
     job: PrepareJob,
+    source: SourceConfig,
     function: Callable[[images.ImageTask], Result],
     pool: WorkerPool,
-    num_references: int,
     reachability: Reachability,
 ) -> Iterator[tuple[Record | Reject | Reused, Result | Lost | None]]:
     """Each input, and what `function` made of it if it is a record; in order, holding no more inputs than are in flight.
 
     Args:
-        num_references: how many of a record's controls, the last ones, are references.
+        source: where the inputs come from; the last of a record's controls are its references.
         reachability: counts the remote inputs.
     """
     waiting: deque[Record | Reject | Reused] = deque()
@@ -421,13 +426,13 @@ def worked(
         for item in items:
             waiting.append(item)
             if isinstance(item, Record):
-                first = len(item.controls) - num_references
+                first = len(item.controls) - len(source.references)
                 yield images.ImageTask(
                     image=item.image,
                     mask=item.mask,
                     controls=item.controls[:first],
                     references=item.controls[first:],
-                    recipe=job.recipe,
+                    recipe=job.recipes[source.source_name],
                     fetch_seconds=_FETCH_SHARE * job.data.worker_seconds,
                 )
 
@@ -460,7 +465,7 @@ def _rows(shard: _Shard, record: Record, prepared: images.PreparedImage) -> Iter
             flipped=variant.flipped,
             copied=variant.copied,
             perceptual_hash=prepared.perceptual_hash,
-            captions=captions.finish(record.captions, source, shard.job.data.captions, key),
+            captions=captions.finish(record.captions, source, shard.captions, key),
             repeats=source.repeats * record.repeats,
             role=source.role,
             num_controls=len(variant.controls),

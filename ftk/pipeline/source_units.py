@@ -50,15 +50,17 @@ class SourceUnit:
         return storage.digest([self.source.source_name, self.partition.payload])
 
     def recipe_fingerprint(self, recipe: ImageRecipe, data: DataConfig) -> str:
-        """Stands for everything but the records themselves that shapes this unit's shards."""
+        """Stands for everything but the records themselves that shapes this unit's shards; `data` as it is for its source."""
         source = self.source.model_dump(mode="json", include={"repeats", "role", "trigger", "prefix", "suffix"})
         captions = data.captions.model_dump(mode="json")
         duplicates = sorted(self.duplicates.items())
-        shape = {name: value for name, value in asdict(recipe).items() if name != "references"}
+        shape = {name: value for name, value in asdict(recipe).items() if name not in ("references", "exact_sizes")}
         parts = [self.source.source_name, source, captions, data.shard_samples, duplicates, shape]
         if self.source.references:
             assert recipe.references is not None
             parts.append([len(self.source.references), asdict(recipe.references)])
+        if recipe.exact_sizes:
+            parts.append({"exact_sizes": recipe.exact_sizes})
         return storage.digest([PREPARED_SCHEMA, IMAGES_VERSION, CHECKS_VERSION, CAPTIONS_VERSION, *parts])
 
 

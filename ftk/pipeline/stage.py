@@ -15,12 +15,14 @@ import pyarrow.compute as pc
 
 from ftk import locations, storage
 from ftk.configs.load import default_workers
-from ftk.configs.schema import DataConfig, RunConfig
+from ftk.configs.schema import DataConfig, RunConfig, SourceConfig
 from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, RejectReason, ShardRecord
 from ftk.errors import ConfigError, SourceError, TooManyRejects
+from ftk.models.base import Family, sizes_of
 from ftk.pipeline import class_images, dataset, duplicates, images, shard_writer, source_units
-from ftk.pipeline.buckets import bucket_sizes
+from ftk.pipeline.buckets import bucket_sizes, nearest_multiple
 from ftk.pipeline.class_images import ClassImages
+from ftk.pipeline.dataset import own_settings
 from ftk.pipeline.engine import WHOLE, JobPart, WorkerPool, map_units
 from ftk.pipeline.reachability import Reachability
 from ftk.pipeline.shard_writer import Made, PrepareJob
@@ -77,7 +79,7 @@ def run(run: Run, part: JobPart = WHOLE) -> PrepareReport:
         EnvironmentFault: disk, memory, network, or another writer.
     """
     config = run.config
-    job = PrepareJob(directory=run.paths.prepared, recipe=image_recipe(run), data=config.data)
+    job = PrepareJob(directory=run.paths.prepared, recipes=image_recipes(run), data=config.data)
     wanted = check(run)
     class_images.refuse_changes(wanted, config.model)
     class_images.refuse_missing(wanted)
@@ -108,37 +110,62 @@ def check(run: Run) -> tuple[ClassImages, ...]:
     Raises:
         ConfigError, SourceError: a source is missing or empty, or a setting does not go with the family.
     """
-    image_recipe(run)
+    image_recipes(run)
     wanted = class_images.wanted(run)
     source_units.look(class_images.listable(run.config.data, wanted))
     return wanted
 
 
-def image_recipe(run: Run) -> images.ImageRecipe:
-    """The buckets and image settings that the configuration and the family's geometry come to."""
-    multiple, data = run.family.geometry.pixel_multiple, run.config.data
-    step = data.bucket_step or multiple
-    if step % multiple:
-        raise SourceError(f"data.bucket_step {step} is not a multiple of {multiple}, which {run.family.name} needs.")
-    small = [edge for edge in data.resolutions if edge < step]
-    if small:
-        raise SourceError(f"data.resolutions {small[0]} is smaller than one bucket step of {step} px.")
-    with_references = next((source.source_name for source in data.sources if source.references), None)
+def image_recipes(run: Run) -> dict[str, images.ImageRecipe]:
+    """By source, the buckets and image settings that the configuration and the family's geometry come to.
+
+    Raises:
+        ConfigError, SourceError: a setting does not go with the family.
+    """
+    with_references = next((source.source_name for source in run.config.data.sources if source.references), None)
     if with_references is not None and run.family.references is None:
         raise ConfigError(
             f"data.sources: source {with_references} has `references`, and {run.family.name} takes no input images: those are "
             f"for edit models. Leave it out; what a control network reads is named under `controls`."
         )
+    return {source.source_name: _image_recipe(run, source) for source in run.config.data.sources}
+
+
+def _image_recipe(run: Run, source: SourceConfig) -> images.ImageRecipe:
+    data, multiple = run.config.data.of(source), run.family.geometry.pixel_multiple
+    where = f"data.sources: source {source.source_name}: resolutions" if source.resolutions else "data.resolutions"
+    step = data.bucket_step or multiple
+    if step % multiple:
+        raise SourceError(f"data.bucket_step {step} is not a multiple of {multiple}, which {run.family.name} needs.")
+    edges = [resolution for resolution in data.resolutions if isinstance(resolution, int)]
+    small = [edge for edge in edges if edge < step]
+    if small:
+        raise SourceError(f"{where}: {small[0]} is smaller than one bucket step of {step} px.")
+    settings = {name for name in images.ImageRecipe.__slots__ if name not in ("sizes", "exact_sizes", "references")}
     return images.ImageRecipe(
-        sizes=tuple(tuple(bucket_sizes(resolution, step, data.max_aspect)) for resolution in data.resolutions),
+        sizes=tuple(tuple(bucket_sizes(edge, step, data.max_aspect)) for edge in edges),
+        exact_sizes=_exact_sizes(run.family, data, where),
         references=run.family.references,
-        **data.model_dump(include={name for name in images.ImageRecipe.__slots__ if name not in ("sizes", "references")}),
+        **data.model_dump(include=settings),
     )
+
+
+def _exact_sizes(family: Family, data: DataConfig, where: str) -> tuple[tuple[int, int], ...]:
+    """The sizes that are named one by one, or by the family's list; their order means nothing."""
+    multiple = family.geometry.pixel_multiple
+    exact = {size for each in data.resolutions if not isinstance(each, int) for size in sizes_of(family, each)}
+    for width, height in sorted(exact):
+        nearest = nearest_multiple((width, height), multiple)
+        if nearest != (width, height):
+            raise ConfigError(
+                f"{where}: {width}x{height} is not a size of {family.name}, whose images have sides that are multiples of "
+                f"{multiple} px. The nearest is {nearest[0]}x{nearest[1]}."
+            )
+    return tuple(sorted(exact))
 
 
 def dry_run(run: Run, part: JobPart = WHOLE) -> dict[str, Any]:
     """What `run` would make, from listings, captions and image headers alone; writes nothing."""
-    recipe = image_recipe(run)
     wanted = class_images.wanted(run)
     class_images.refuse_changes(wanted, run.config.model)
     data = class_images.listable(run.config.data, wanted)
@@ -146,7 +173,7 @@ def dry_run(run: Run, part: JobPart = WHOLE) -> dict[str, Any]:
     buckets: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
     notes = Notes()
-    job = PrepareJob(directory=run.paths.prepared, recipe=recipe, data=data)
+    job = PrepareJob(directory=run.paths.prepared, recipes=image_recipes(run), data=data)
     reachability = Reachability(data.max_unreachable_fraction)
     with _pool(data) as pool, track("plan", None, "image") as progress:
         for unit in source_units.units(data, source_units.find_duplicates(data)):
@@ -154,8 +181,8 @@ def dry_run(run: Run, part: JobPart = WHOLE) -> dict[str, Any]:
             if not part.has(unit.number):
                 continue
             num_inputs = 0
-            records, num_references = source_units.records(unit), len(unit.source.references)
-            for item, probe in shard_writer.worked(records, job, images.probe_image, pool, num_references, reachability):
+            records = source_units.records(unit)
+            for item, probe in shard_writer.worked(records, job, unit.source, images.probe_image, pool, reachability):
                 num_inputs += 1
                 if reachability.stopped:
                     raise reachability.error()
@@ -172,6 +199,9 @@ def dry_run(run: Run, part: JobPart = WHOLE) -> dict[str, Any]:
             counts["num_inputs"] += num_inputs
             counts["num_shards"] += max(1, -(-num_inputs // data.shard_samples))
     return {
+        "source_settings": [
+            f"{source.source_name}: {text}" for source in data.sources if (text := own_settings(source.model_dump(mode="json")))
+        ],
         "num_class_images_to_draw": {one.source.source_name: one.num_missing for one in wanted if one.num_missing},
         "num_inputs": counts["num_inputs"],
         "num_samples": buckets.total(),

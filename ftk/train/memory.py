@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from ftk.configs.schema import RunConfig, TrainConfig
 from ftk.errors import ConfigError
-from ftk.models.base import Activations, Family, Model
+from ftk.models.base import Activations, Family, Model, sizes_of
 from ftk.progress import human_bytes
 
 if TYPE_CHECKING:
@@ -193,11 +193,12 @@ def _reference_pixels(samples: pa.Table) -> pa.Array:
 
 
 def assumed_workload(config: RunConfig, family: Family, world_size: int = 1) -> Workload:
-    """Before there is a cache: the largest resolution, and the longest text that the family takes."""
-    side = max(config.data.resolutions) // family.geometry.factor
+    """Before there is a cache: the largest of all resolutions, and the longest text that the family takes."""
+    sizes = [size for resolution in config.data.resolutions_in_use for size in sizes_of(family, resolution)]
+    width, height = max(sizes, key=lambda size: size[0] * size[1])
     return Workload(
-        height=side,
-        width=side,
+        height=height // family.geometry.factor,
+        width=width // family.geometry.factor,
         text_tokens=family.max_text_tokens,
         micro_batch_size=config.train.micro_batch_size,
         world_size=world_size,

@@ -21,6 +21,7 @@ from ftk.models import base
 from ftk.models.base import Conditions, Family, Model, TrainsEncoders
 from ftk.models.components import model_folder
 from ftk.models.components.geometry import SampleGeometry
+from ftk.pipeline.buckets import nearest_multiple
 from ftk.run import resolve
 
 CPU = torch.device("cpu")
@@ -55,6 +56,30 @@ def _draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def _pixels(batch: int, height: int = 48, width: int = 32) -> torch.Tensor:
     return _draw(batch, 3, height, width, seed=5).clamp(-1, 1)
+
+
+def test_native_sizes_are_ones_that_the_family_has(family: Family) -> None:
+    assert family.native_sizes
+    assert len(set(family.native_sizes)) == len(family.native_sizes)
+    multiple = family.geometry.pixel_multiple
+    assert all(side % multiple == 0 for size in family.native_sizes for side in size)
+
+
+def test_the_native_sizes_of_sdxl_hold_the_buckets_that_diffusers_knows_of_its_training() -> None:
+    from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_1024_BIN
+
+    # PixArt took over SDXL's list, as (height, width), but for some of the longest.
+    known = {(int(width), int(height)) for height, width in ASPECT_RATIO_1024_BIN.values()}
+    assert known <= set(base.get("sdxl").native_sizes)
+    assert len(base.get("sdxl").native_sizes) == 40
+
+
+def test_the_size_named_for_an_odd_one_of_qwen_image_is_what_its_pipeline_draws() -> None:
+    from diffusers import QwenImagePipeline
+
+    tokens = torch.zeros(1, (1472 // 16) * (1140 // 16), 64)
+    drawn = QwenImagePipeline._unpack_latents(tokens, 1140, 1472, 8)
+    assert (drawn.shape[-1] * 8, drawn.shape[-2] * 8) == nearest_multiple((1472, 1140), 16) == (1472, 1136)
 
 
 def _latents(family: Family, batch: int, height: int = 4, width: int = 6) -> torch.Tensor:

@@ -5,8 +5,19 @@ import math
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ftk.pipeline.buckets import Placement, bucket_sizes, cover, follow, place, random_crops
+from ftk.pipeline.buckets import (
+    Placement,
+    bucket_sizes,
+    cover,
+    follow,
+    nearest_multiple,
+    place,
+    place_exactly,
+    random_crops,
+)
 
 SETTINGS = list(itertools.product([64, 500, 512, 1000, 1024], [8, 16, 32], [1.0, 1.5, 2.0, 4.0]))
 
@@ -185,3 +196,84 @@ def test_a_mask_of_another_shape_is_central_where_the_image_says_nothing() -> No
     own = follow(leader, 1000, 1500)
     assert own.slack == (0, 500)
     assert (own.crop_x, own.crop_y) == (0, 250)
+
+
+# Properties that hold for any image and any sizes.
+
+SIDES = st.integers(1, 20_000)
+BUCKETS = st.tuples(st.integers(1, 200).map(lambda n: 16 * n), st.integers(1, 200).map(lambda n: 16 * n))
+LISTS = st.lists(BUCKETS, min_size=1, max_size=12, unique=True)
+settings.register_profile("unit", max_examples=150, deadline=None, derandomize=True, database=None)
+settings.load_profile("unit")
+
+
+def _bucket(placement: Placement) -> tuple[int, int]:
+    return placement.bucket_width, placement.bucket_height
+
+
+def _lost(width: int, height: int, size: tuple[int, int]) -> float:
+    """The share of an image that the crop to a size leaves out, from the definition: the largest rectangle of its shape."""
+    ratio = size[0] / size[1]
+    return 1 - min(width, height * ratio) * min(height, width / ratio) / (width * height)
+
+
+@given(SIDES, SIDES, LISTS)
+def test_an_image_goes_to_the_size_that_loses_least(width: int, height: int, sizes: list[tuple[int, int]]) -> None:
+    chosen = _bucket(place_exactly(width, height, sizes))
+    assert chosen in sizes
+    assert _lost(width, height, chosen) <= min(_lost(width, height, size) for size in sizes) + 1e-9
+
+
+@given(SIDES, SIDES, LISTS)
+def test_the_order_of_the_sizes_means_nothing(width: int, height: int, sizes: list[tuple[int, int]]) -> None:
+    assert place_exactly(width, height, sizes) == place_exactly(width, height, sizes[::-1])
+
+
+@given(SIDES, SIDES, BUCKETS, st.sets(st.integers(1, 8), min_size=1))
+def test_of_sizes_of_one_shape_the_largest_that_the_image_fills_is_taken(
+    width: int, height: int, size: tuple[int, int], factors: set[int]
+) -> None:
+    sizes = [(size[0] * factor, size[1] * factor) for factor in factors]
+    filled = [each for each in sizes if each[0] <= width and each[1] <= height]
+    assert _bucket(place_exactly(width, height, sizes)) == (max(filled) if filled else min(sizes))
+
+
+@given(BUCKETS, LISTS)
+def test_an_image_of_a_listed_size_is_left_as_it_is(size: tuple[int, int], others: list[tuple[int, int]]) -> None:
+    placement = place_exactly(*size, [size, *others])
+    assert _bucket(placement) == size
+    assert (placement.resize_width, placement.resize_height, placement.slack) == (*size, (0, 0))
+
+
+@given(SIDES, SIDES, LISTS)
+def test_any_resize_covers_its_bucket_and_no_crop_leaves_the_image(
+    width: int, height: int, sizes: list[tuple[int, int]]
+) -> None:
+    for placement in (place_exactly(width, height, sizes), place(width, height, sizes)):
+        assert _inside(placement)
+        assert 0 in placement.slack
+        for crop in random_crops(placement, CONTENT, 3):
+            assert _inside(crop)
+            assert _bucket(crop) == _bucket(placement)
+
+
+@given(SIDES, SIDES, st.integers(32, 2048), st.sampled_from([8, 16, 64]), st.floats(1, 4))
+def test_an_edge_gives_a_bucket_of_its_own_with_the_nearest_aspect(
+    width: int, height: int, edge: int, step: int, max_aspect: float
+) -> None:
+    sizes = bucket_sizes(max(edge, step), step, max_aspect)
+    chosen = _bucket(place(width, height, sizes))
+    assert chosen in sizes
+    assert _lost(width, height, chosen) <= min(_lost(width, height, size) for size in sizes) + 1e-9
+
+
+@given(SIDES, SIDES, st.sampled_from([8, 16, 64]))
+def test_the_nearest_size_is_a_multiple_and_none_is_nearer(width: int, height: int, multiple: int) -> None:
+    for side, near in zip((width, height), nearest_multiple((width, height), multiple), strict=True):
+        assert near % multiple == 0
+        assert near >= multiple
+        assert abs(near - side) <= min(abs(other - side) for other in range(multiple, side + 2 * multiple, multiple))
+
+
+def test_a_square_image_between_two_turned_sizes_becomes_upright() -> None:
+    assert _bucket(place_exactly(700, 700, [(1664, 928), (928, 1664)])) == (928, 1664)

@@ -184,6 +184,15 @@ def test_equal_runs_write_equal_bytes(about: Make, tmp_path: Path) -> None:
     assert metadata.of(subject) == metadata.of(about())
 
 
+def test_sizes_and_settings_of_sources_are_in_card_and_metadata(about: Make) -> None:
+    sources = [{"path": "a", "resolutions": ["native"]}, {"path": "b"}]
+    subject = about(data={"sources": sources, "resolutions": ["512x288", 768]})
+    found = metadata.of(subject)
+    assert found["ftk_resolutions"] == "512x288, 768, native"
+    assert (found["modelspec.resolution"], found["ss_resolution"]) == ("512x288", "(512, 288)")
+    assert card._training(subject)["resolutions"] == "512x288 px, 768 px, native"
+
+
 def test_metadata_of_a_lora(about: Make) -> None:
     found = metadata.of(about(card={"license": "other", "license_name": "Mine", "license_link": "https://x"}))
     expected = {

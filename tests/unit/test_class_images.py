@@ -232,3 +232,15 @@ def test_the_run_file_and_the_recipe_of_the_guide_are_valid() -> None:
         assert classes.generate is not None
         assert classes.generate.count == 200
         assert (config.train.class_ratio, config.train.loss.prior_weight) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("resolutions", "size"), [([100], (64, 64)), (["512x320", 64], (512, 320)), (["native"], (512, 512))], ids=str
+)
+def test_class_images_are_drawn_at_the_first_size_of_their_source(
+    tmp_path: Path, resolutions: list[Any], size: tuple[int, int]
+) -> None:
+    folder = tmp_path / "dogs"
+    own = resolve(_config(folder, {"resolutions": resolutions}))
+    (found,) = class_images.wanted(own)
+    assert found.size == size

@@ -249,6 +249,16 @@ def test_without_a_cache_the_largest_resolution_and_text_are_assumed() -> None:
     assert (found.width, found.height, found.text_tokens) == (96, 96, 1024)
 
 
+def test_without_a_cache_the_largest_size_of_any_source_is_assumed() -> None:
+    sources = [{"path": "p"}, {"path": "q", "resolutions": ["native"]}]
+    tree = {"run": "r", "model": {"family": "qwen-image", "path": "x"}, "data": {"sources": sources, "resolutions": [1024]}}
+    found = memory.assumed_workload(RunConfig.model_validate(tree), FAMILY)
+    assert (found.width, found.height) == (1328 // 8, 1328 // 8)
+    tree["data"] = {"sources": [{"path": "p"}], "resolutions": ["1664x928", 512]}
+    found = memory.assumed_workload(RunConfig.model_validate(tree), FAMILY)
+    assert (found.width, found.height) == (208, 116)
+
+
 def test_advice_names_the_figures_and_what_is_left_to_change(full_size: Any) -> None:
     plan = planned(full_size, gpu(139), memory={"device_gib": 139})
     text = memory.advice(plan, WORKLOAD, FAMILY)

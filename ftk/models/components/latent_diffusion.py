@@ -45,6 +45,7 @@ class LatentDiffusion:
     max_text_tokens = clip.TOKENS
     pads_texts = True
     sigma_defaults: Mapping[str, Any] = {}
+    native_sizes: tuple[tuple[int, int], ...]
     references: ReferenceRule | None = None
     latent_components = ("vae",)
     text_components: tuple[str, ...]

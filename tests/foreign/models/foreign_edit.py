@@ -67,6 +67,7 @@ class ForeignEdit:
     denoiser_attribute = "transformer"
     block_classes = (_DOUBLE, _SINGLE)
     sigma_defaults: Mapping[str, Any] = {"sampling": "logit_normal", "logit_mean": 0.5, "shift": 3.0}
+    native_sizes = ()
     references = ReferenceRule(multiple=16)
     trainable_encoders = ("text_encoder",)
     encoder_targets = clip.TARGETS
