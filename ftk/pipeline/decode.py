@@ -13,17 +13,18 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import PIL
 from PIL import AvifImagePlugin, ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from ftk.contracts import RejectReason
+from ftk.pipeline import jpeg, png
 
 # One core a worker: the stage runs as many workers as there are cores.
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SWAPPING_ORIENTATIONS = frozenset({5, 6, 7, 8})
 _UPRIGHT_BY = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -133,6 +134,14 @@ def is_animated(opened: Opened) -> bool:
         return opened.image.format not in _STILL_FORMATS and bool(getattr(opened.image, "is_animated", False))
 
 
+def is_plain_png(opened: Opened) -> bool:
+    """Whether the file is an 8-bit gray or RGB PNG without transparency or animation."""
+    image = opened.image
+    # Byte 24 of a PNG is its bit depth: Pillow's mode does not tell 16 bits from 8.
+    is_8_bit = image.format == "PNG" and len(opened.data) > 24 and opened.data[24] == 8
+    return is_8_bit and image.mode in ("L", "RGB") and "transparency" not in image.info and not is_animated(opened)
+
+
 def decode(opened: Opened, background: tuple[int, int, int], *, max_pixels: int, to_srgb: bool) -> Pixels:
     """All pixels of the first frame; transparency is laid over `background`, in sRGB.
 
@@ -143,8 +152,11 @@ def decode(opened: Opened, background: tuple[int, int, int], *, max_pixels: int,
     Raises:
         Unfit: the file is damaged or cut, or its values have no defined 8-bit meaning.
     """
+    plain_HWC, profile = _decoded_plainly(opened), opened.image.info.get("icc_profile")
+    if plain_HWC is not None:
+        pixels = Pixels(array_HWC=plain_HWC, profile=profile)
+        return _in_srgb(pixels) if to_srgb else pixels
     image = _loaded(opened, max_pixels)
-    profile: bytes | None = image.info.get("icc_profile")
     if image.mode.startswith(("I", "F")):
         gray = _deep_gray(image)
         pixels = _over_background(gray, _deep_opacity(image), background, profile)
@@ -168,7 +180,8 @@ def decode_mask(opened: Opened, *, max_pixels: int) -> tuple[Pixels, bool]:
     The mask is the alpha channel where that alone has a shape: everything visible has one colour. Otherwise it is the luma,
     and alpha is ignored.
     """
-    image = _loaded(opened, max_pixels)
+    plain_HWC = _decoded_plainly(opened)
+    image = _loaded(opened, max_pixels) if plain_HWC is None else as_image(plain_HWC)
     alpha = _drawn_in_alpha(image)
     if alpha is not None:
         array = alpha
@@ -297,7 +310,7 @@ def _mend_transparency(image: Image.Image, data: bytes) -> None:
 
 
 def _tagged_orientation(image: Image.Image, data: bytes) -> int:
-    header = _png_without_pixels(data) if image.format == "PNG" else None
+    header = png.without_pixels(data) if image.format == "PNG" else None
     try:
         described = Image.open(io.BytesIO(header)) if header else image
         # Not image.getexif(): for a PNG that decodes all of it, to look for an EXIF chunk behind the pixels.
@@ -307,23 +320,18 @@ def _tagged_orientation(image: Image.Image, data: bytes) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _png_without_pixels(data: bytes) -> bytes | None:
-    """A PNG of all chunks but the pixels, when there are chunks with metadata behind them; None otherwise."""
-    chunks: list[bytes] = []
-    is_behind_pixels = has_late_metadata = False
-    position = len(PNG_SIGNATURE)
-    while position + 12 <= len(data):
-        (length,) = struct.unpack_from(">I", data, position)
-        kind, end = data[position + 4 : position + 8], position + 12 + length
-        if end > len(data):
-            break
-        if kind in (b"IDAT", b"fdAT", b"fcTL", b"acTL"):
-            is_behind_pixels |= kind == b"IDAT"
-        else:
-            has_late_metadata |= is_behind_pixels and kind in (b"eXIf", b"iTXt", b"zTXt", b"tEXt")
-            chunks.append(data[position:end])
-        position = end
-    return b"".join((PNG_SIGNATURE, *chunks)) if has_late_metadata else None
+def _decoded_plainly(opened: Opened) -> np.ndarray | None:
+    """The pixels of a JPEG or plain PNG; None of another format, or of a file that only Pillow may decode."""
+    is_png = is_plain_png(opened)
+    if not is_png and opened.image.format not in ("JPEG", "MPO"):
+        return None
+    try:
+        array_HWC = png.decode(opened.data) if is_png else jpeg.decode(opened.data)
+    except jpeg.DamagedJpegError as error:
+        reason = RejectReason.TRUNCATED if "premature end" in str(error) else RejectReason.UNREADABLE
+        raise Unfit(reason, f"pixels are missing or damaged: {error}") from None
+    expected = (opened.image.height, opened.image.width, len(opened.image.getbands()))
+    return array_HWC if array_HWC is not None and array_HWC.shape == expected else None
 
 
 def _loaded(opened: Opened, max_pixels: int) -> Image.Image:
@@ -341,9 +349,27 @@ def _loaded(opened: Opened, max_pixels: int) -> Image.Image:
             RejectReason.UNREADABLE,
             f"its header says {size[0]} x {size[1]}, its pixels are {image.size[0]} x {image.size[1]}",
         )
+    if image.format == "PNG" and _lacks_rows(image, opened.data):
+        raise Unfit(RejectReason.TRUNCATED, "its compressed pixels end before its last row")
     if image.mode not in _MODES:
         raise Unfit(RejectReason.UNREADABLE, f"pixel format {image.mode} has no defined 8-bit RGB: convert the image")
     return image
+
+
+def _lacks_rows(image: Image.Image, data: bytes) -> bool:
+    """Whether a PNG that Pillow decoded holds fewer pixels than its header says.
+
+    Pillow leaves the rows that are missing at zero, without a word. So the stream is measured only where the last row is
+    zero, or rows are interlaced.
+    """
+    width, height = image.size
+    extremes: Any = image.crop((0, height - 1, width, height)).getextrema()
+    highest = [channel[1] for channel in extremes] if isinstance(extremes[0], tuple) else [extremes[1]]
+    # Apple has PNGs of its own, which begin with another chunk than their header.
+    if data[12:16] != b"IHDR" or (any(highest) and not png.is_interlaced(data)):
+        return False
+    with _decoder_faults():
+        return not png.has_all_rows(data)
 
 
 def _is_transparent(image: Image.Image) -> bool:

@@ -1,15 +1,14 @@
 """The bytes that a sample's pixels are stored as, and when the source's own bytes will do."""
 
 import io
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from ftk.pipeline import resize
-from ftk.pipeline.decode import PNG_SIGNATURE, Opened
+from ftk.pipeline import png, resize
+from ftk.pipeline.decode import Opened
 
 _SUFFIXES = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 _JPEG_QUALITY = 95
@@ -98,14 +97,10 @@ def _is_bare_webp(opened: Opened) -> bool:
 
 def _is_bare_png(opened: Opened) -> bool:
     data = opened.data
-    position = len(PNG_SIGNATURE)
-    kinds: set[bytes] = set()
-    while position + 12 <= len(data):
-        (length,) = struct.unpack_from(">I", data, position)
-        kinds.add(data[position + 4 : position + 8])
-        position += 12 + length
+    chunks = list(png.chunks(data))
     bits, colour_type = data[24], data[25]
-    return position == len(data) and kinds <= _BARE_PNG_CHUNKS and (bits, colour_type) == (8, 2)
+    is_bare = {kind for kind, _, _ in chunks} <= _BARE_PNG_CHUNKS and (bits, colour_type) == (8, 2)
+    return is_bare and chunks[-1][2] + 4 == len(data)
 
 
 def _webp_chunks(data: bytes) -> Iterator[bytes]:

@@ -28,7 +28,7 @@ from ftk.pipeline.sources.base import Blob
 
 IMAGES_VERSION = 2
 """Raised whenever equal inputs and recipe would give other pixels; part of every fingerprint."""
-CHECKS_VERSION = 1
+CHECKS_VERSION = 2
 """Raised whenever an input that was a sample would be a reject, or the reverse: part of each shard's fingerprint, but of no
 image's name, so that samples which stay the same need not be encoded again."""
 _FAINT = 8

@@ -36,7 +36,7 @@ class Rendering:
         image = opened.image
         self._profile: bytes | None = None if is_mask else image.info.get("icc_profile")
         is_plain_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
-        self._streams = (is_plain_jpeg or _is_plain_png(opened)) and not (linear and self._profile)
+        self._streams = (is_plain_jpeg or decode.is_plain_png(opened)) and not (linear and self._profile)
         self._has_full_colour = is_plain_jpeg and image.mode == "RGB" and _has_full_colour(image)
 
     def at(self, width: int, height: int) -> Image.Image:
@@ -75,13 +75,6 @@ class Rendering:
             pixels, self.is_alpha = decode.decode_mask(self.opened, max_pixels=self._max_pixels)
             return pixels
         return decode.decode(self.opened, self._background, max_pixels=self._max_pixels, to_srgb=self._linear)
-
-
-def _is_plain_png(opened: Opened) -> bool:
-    image = opened.image
-    # Byte 24 of a PNG is its bit depth: Pillow's mode does not tell 16 bits from 8.
-    is_8_bit = image.format == "PNG" and len(opened.data) > 24 and opened.data[24] == 8
-    return is_8_bit and image.mode in ("L", "RGB") and "transparency" not in image.info and not decode.is_animated(opened)
 
 
 def _has_full_colour(image: Image.Image) -> bool:

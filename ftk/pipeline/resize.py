@@ -1,17 +1,12 @@
-"""Antialiased resizing with libvips, the same for every format; where a crop should look; and a fast PNG.
-
-libvips is imported inside the functions, by the first call: worker processes are forked from one that has this module
-loaded, and a library with threads must not be running then. One thread: the stage runs as many workers as there are cores.
-"""
+"""Antialiased resizing with libvips, the same for every format; where a crop should look; and a fast PNG."""
 
 import functools
-import logging
-import os
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ftk.pipeline import jpeg, light_vips
 from ftk.pipeline.decode import as_image
 
 # (shrink, factor): a JPEG that shrinks by `factor` or more in all is shrunk by so much on its DCT while it is decoded. That
@@ -34,35 +29,39 @@ def shrink_on_load(factor: float, *, has_full_colour: bool) -> int:
 
 
 def png_at(data: bytes, stored: tuple[int, int], size: tuple[int, int], *, linear: bool) -> np.ndarray | None:
-    """As `jpeg_at`, of an 8-bit gray or RGB PNG without transparency: libvips inflates it twice as fast as Pillow."""
-    return _loaded_at("pngload_buffer", data, stored, size, shrink=1, linear=linear)
+    """As `jpeg_at`, of an 8-bit gray or RGB PNG without transparency: libvips inflates it twice as fast as Pillow.
+
+    Its full picture is at no time in memory.
+    """
+    vips = light_vips.load()
+    try:
+        image = vips.Image.pngload_buffer(data, fail_on="error", access="sequential")
+        if (image.width, image.height) != stored or image.bands not in (1, 3) or image.format != "uchar":
+            return None
+        return _reduced(image, size, (size[0] / stored[0], size[1] / stored[1]), linear=linear)
+    except vips.Error:
+        return None
 
 
 def jpeg_at(data: bytes, stored: tuple[int, int], size: tuple[int, int], *, shrink: int, linear: bool) -> np.ndarray | None:
-    """The pixels of an 8-bit gray or RGB JPEG at a smaller `size`, as stored, without its full picture in memory.
+    """The pixels of an 8-bit gray or RGB JPEG at a smaller `size`, as stored, without its full picture in memory if shrunk.
 
-    None when libvips finds anything wrong with it, or another size than `stored`: a full decode then says what it is.
+    None when there is anything wrong with it, or it has another size than `stored`: a full decode then says what it is.
     """
-    return _loaded_at("jpegload_buffer", data, stored, size, shrink=shrink, linear=linear)
-
-
-def _loaded_at(
-    loader: str, data: bytes, stored: tuple[int, int], size: tuple[int, int], *, shrink: int, linear: bool
-) -> np.ndarray | None:
-    vips = _vips()
-    options = {"shrink": shrink} if shrink > 1 else {}
     try:
-        image = getattr(vips.Image, loader)(data, fail_on="error", access="sequential", **options)
-        is_expected = (image.width, image.height) == (stored[0] // shrink, stored[1] // shrink)
-        if not is_expected or image.bands not in (1, 3) or image.format != "uchar":
-            return None
-        if stored[0] % shrink or stored[1] % shrink:
-            # libvips leaves out a last column or row that stands for fewer than `shrink` pixels. Put back, it keeps the
-            # scale right for the others; what it brings in excess is cut off below.
-            image = image.embed(0, 0, -(-stored[0] // shrink), -(-stored[1] // shrink), extend="copy")
-        return _reduced(image, size, (size[0] * shrink / stored[0], size[1] * shrink / stored[1]), linear=linear)
-    except vips.Error:
+        array_HWC = jpeg.decode(data, shrink)
+    except jpeg.DamagedJpegError:
         return None
+    expected = (-(-stored[1] // shrink), -(-stored[0] // shrink))
+    if array_HWC is None or array_HWC.shape[:2] != expected or array_HWC.shape[2] not in (1, 3):
+        return None
+    height, width, channels = array_HWC.shape
+    image = light_vips.load().Image.new_from_memory(array_HWC, width, height, channels, "uchar")
+    if stored[0] % shrink or stored[1] % shrink:
+        # A last column or row that stands for fewer than `shrink` pixels is a copy of the one before it: its own value is
+        # in part made up. It keeps the scale right for the others; what it brings in excess is cut off below.
+        image = image.crop(0, 0, stored[0] // shrink, stored[1] // shrink).embed(0, 0, width, height, extend="copy")
+    return _reduced(image, size, (size[0] * shrink / stored[0], size[1] * shrink / stored[1]), linear=linear)
 
 
 def resize(array_HWC: np.ndarray, size: tuple[int, int], *, linear: bool) -> np.ndarray:
@@ -75,14 +74,14 @@ def resize(array_HWC: np.ndarray, size: tuple[int, int], *, linear: bool) -> np.
         return array_HWC
     if size[0] > width or size[1] > height:
         return _enlarged(array_HWC, size, linear=linear)
-    image = _vips().Image.new_from_memory(array_HWC, width, height, channels, "uchar")
+    image = light_vips.load().Image.new_from_memory(array_HWC, width, height, channels, "uchar")
     return _reduced(image, size, (size[0] / width, size[1] / height), linear=linear)
 
 
 def attention(image: Image.Image, width: int, height: int) -> tuple[int, int]:
     """Where libvips' attention crop of this size lies: (x, y) of its corner; it seeks edges, skin and saturated colours."""
     pixels = np.asarray(image)
-    source = _vips().Image.new_from_memory(pixels, image.width, image.height, 3, "uchar").copy(interpretation="srgb")
+    source = light_vips.load().Image.new_from_memory(pixels, image.width, image.height, 3, "uchar").copy(interpretation="srgb")
     _, focus = source.smartcrop(width, height, interesting="attention", attention_x=True, attention_y=True)
     return focus["attention_x"] - width // 2, focus["attention_y"] - height // 2
 
@@ -90,29 +89,17 @@ def attention(image: Image.Image, width: int, height: int) -> tuple[int, int]:
 def png(array_HWC: np.ndarray) -> bytes:
     """A PNG of gray or RGB pixels, without metadata; 2.4 times as fast as Pillow's fastest useful level, and smaller."""
     height, width, channels = array_HWC.shape
-    image = _vips().Image.new_from_memory(np.ascontiguousarray(array_HWC), width, height, channels, "uchar")
+    image = light_vips.load().Image.new_from_memory(np.ascontiguousarray(array_HWC), width, height, channels, "uchar")
     image = image.copy(interpretation="srgb" if channels == 3 else "b-w")
     data: bytes = image.pngsave_buffer(compression=2, filter="up", keep="none")
     return data
-
-
-@functools.cache
-def _vips() -> Any:
-    os.environ["VIPS_CONCURRENCY"] = "1"
-    import pyvips
-
-    # libjpeg's remarks on damaged files: what becomes of those is in the table of rejects.
-    logging.getLogger("pyvips").setLevel(logging.CRITICAL)
-    # Every image is seen once: remembered operations would only hold memory.
-    pyvips.cache_set_max(0)
-    return pyvips
 
 
 def _reduced(image: Any, size: tuple[int, int], scale: tuple[float, float], *, linear: bool) -> np.ndarray:
     width, height = size
     if linear:
         to_light, from_light = _light_tables()
-        image = image.maplut(_vips().Image.new_from_memory(to_light, 256, 1, 1, "ushort"))
+        image = image.maplut(light_vips.load().Image.new_from_memory(to_light, 256, 1, 1, "ushort"))
     image = image.resize(scale[0], vscale=scale[1], kernel="lanczos3", gap=_GAP)
     values = np.frombuffer(image.write_to_memory(), np.uint16 if linear else np.uint8)
     array = values.reshape(image.height, image.width, image.bands)[:height, :width]

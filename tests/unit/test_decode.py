@@ -12,7 +12,7 @@ import pytest
 from PIL import ExifTags, Image, ImageCms
 
 from ftk.contracts import RejectReason
-from ftk.pipeline import decode
+from ftk.pipeline import decode, png
 from ftk.pipeline.decode import Unfit, is_animated, open_image
 from ftk.pipeline.render import Rendering
 
@@ -72,7 +72,7 @@ def _png(width: int, height: int, row: bytes, bits: int = 8, colour: int = 2, tr
     header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
     extra = _chunk(b"tRNS", transparent) if transparent is not None else b""
     rows = _chunk(b"IDAT", zlib.compress((b"\0" + row) * height))
-    return decode.PNG_SIGNATURE + header + extra + rows + _chunk(b"IEND", b"")
+    return png.SIGNATURE + header + extra + rows + _chunk(b"IEND", b"")
 
 
 def _display_p3() -> bytes:
@@ -508,7 +508,7 @@ def test_a_transparent_colour_can_draw_a_mask_too(encoded: Encoded) -> None:
     deep = np.asarray(halves).astype(">u2")
     rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in deep))
     header = _chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 64, 16, 0, 0, 0, 0))
-    data = decode.PNG_SIGNATURE + header + _chunk(b"tRNS", b"\0\0") + _chunk(b"IDAT", rows) + _chunk(b"IEND", b"")
+    data = png.SIGNATURE + header + _chunk(b"tRNS", b"\0\0") + _chunk(b"IDAT", rows) + _chunk(b"IEND", b"")
     assert np.array_equal(_pixels(data, is_mask=True), expected)
 
 
