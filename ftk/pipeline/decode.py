@@ -328,7 +328,7 @@ def _decoded_plainly(opened: Opened) -> np.ndarray | None:
     try:
         array_HWC = png.decode(opened.data) if is_png else jpeg.decode(opened.data)
     except jpeg.DamagedJpegError as error:
-        reason = RejectReason.TRUNCATED if "premature end" in str(error) else RejectReason.UNREADABLE
+        reason = RejectReason.TRUNCATED if "premature end" in str(error).lower() else RejectReason.UNREADABLE
         raise Unfit(reason, f"pixels are missing or damaged: {error}") from None
     expected = (opened.image.height, opened.image.width, len(opened.image.getbands()))
     return array_HWC if array_HWC is not None and array_HWC.shape == expected else None

@@ -79,7 +79,10 @@ def _with_usual_scan(data: bytes) -> bytes:
 
 
 def _by_turbojpeg(data: bytes, shrink: int, *, strict: bool) -> np.ndarray:
-    height, width, stored_as, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    try:
+        height, width, stored_as, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    except LookupError:
+        raise ValueError("a header or subsampling that TurboJPEG does not know") from None
     colours = {"Gray": "GRAY", "CMYK": "CMYK", "YCCK": "CMYK"}.get(stored_as, "RGB")
     least = (-(-height // shrink), -(-width // shrink)) if shrink > 1 else (0, 0)
     pixels: np.ndarray = simplejpeg.decode_jpeg(

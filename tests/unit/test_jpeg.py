@@ -131,6 +131,12 @@ def test_a_jpeg_that_lacks_only_its_end_marker_is_a_sample(kind: str, encoded: E
             assert result.variants[0].data == expected.variants[0].data
 
 
+def test_what_is_no_jpeg_is_left_to_others() -> None:
+    for data in (b"", b"\xff\xd8", b"\xff\xd8garbage", b"\x89PNG\r\n\x1a\n"):
+        assert jpeg.decode(data) is None
+        assert jpeg.decode(data, shrink=2) is None
+
+
 def test_odd_headers_do_not_cost_the_picture(encoded: Encoded) -> None:
     data = _file("4:2:0", encoded)
     scan, tables = data.index(b"\xff\xda"), data.index(b"\xff\xdb")
