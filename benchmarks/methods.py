@@ -113,7 +113,7 @@ def make_run(root: Path, arm: Arm, *, rate: float, seed: int, steps: int, name: 
     tree["data"]["sources"][1]["path"] = str(root / "class")
     training = tree["train"]
     training |= {"steps": steps, "learning_rate": rate, "seed": seed, "checkpoint_every": steps, "log_every": steps}
-    training["schedule"] = {"name": "constant", "warmup_steps": 20}  # a shorter run is a part of a longer one
+    training["schedule"] = {"name": "constant", "warmup": 20}  # a shorter run is a part of a longer one
     del training["validation"], tree["sample"]
     if not arm.has_class_images:
         del tree["data"]["sources"][1], training["class_ratio"]

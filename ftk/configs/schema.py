@@ -582,11 +582,20 @@ class OptimizerConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
+_HAS_NO_END = ("constant", "piecewise_constant")
+
+
 class ScheduleConfig(Section):
-    """The learning rate over the steps; the schedules of diffusers' `get_scheduler`."""
+    """The learning rate over the steps; the curves of diffusers' `get_scheduler`."""
 
     name: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"] = "constant"
-    warmup_steps: int = Field(default=0, ge=0)
+    steps: int | None = Field(default=None, ge=1, description="length of the curve; that of the run by default")
+    warmup: Annotated[int, Field(strict=True, ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0, description="steps in which the rate rises from 0, or a share of the curve's length: 0.05"
+    )
+    minimum: float = Field(
+        default=0.0, ge=0, lt=1, description="where the curve ends, as a share of the learning rate: 0.1 is a tenth of it"
+    )
     cycles: int = Field(default=1, ge=1, description="of cosine_with_restarts")
     power: float = Field(default=1.0, gt=0, description="of polynomial")
     rules: str = Field(default="", description="of piecewise_constant: `1:100,0.1:200,0.01` is factor 1 up to step 100, ...")
@@ -594,7 +603,14 @@ class ScheduleConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _a_name_will_do(cls, tree: Any) -> Any:
-        return {"name": tree} if isinstance(tree, str) else tree
+        if isinstance(tree, str):
+            return {"name": tree}
+        if not isinstance(tree, dict) or "warmup_steps" not in tree:
+            return tree
+        # The name that `warmup` had when it was a number of steps alone.
+        if "warmup" in tree:
+            raise ValueError("`warmup_steps` is another name of `warmup`: leave it out")
+        return {"warmup" if key == "warmup_steps" else key: value for key, value in tree.items()}
 
     @model_validator(mode="after")
     def _settings_take_effect(self) -> Self:
@@ -602,13 +618,35 @@ class ScheduleConfig(Section):
             if self.name != owner:
                 _require_default(self, name, f"name: {owner}")
         if self.name == "piecewise_constant":
-            if not re.fullmatch(r"(\d+(\.\d+)?:\d+,)*\d+(\.\d+)?", self.rules):
-                raise ValueError("`rules` is FACTOR:STEP,FACTOR:STEP,...,FACTOR, for example 1:100,0.1")
-            ends = [int(rule.split(":")[1]) for rule in self.rules.split(",")[:-1]]
-            if ends != sorted(set(ends)):
-                raise ValueError(f"the steps in `rules` must grow; they are {', '.join(map(str, ends))}")
-            _require_default(self, "warmup_steps", "a schedule other than piecewise_constant, which says its own")
+            self._check_rules()
+        if self.name in _HAS_NO_END:
+            _require_default(self, "minimum", f"a schedule that falls; {self.name} does not")
+            if not self._warms_up_by_share:
+                _require_default(self, "steps", f"a schedule that has an end; {self.name} has none")
+        if self.steps is not None and self.num_warmup(self.steps) >= self.steps:
+            raise ValueError(f"`warmup` {self.warmup} takes all of the schedule's `steps`, {self.steps}")
         return self
+
+    def _check_rules(self) -> None:
+        if not re.fullmatch(r"(\d+(\.\d+)?:\d+,)*\d+(\.\d+)?", self.rules):
+            raise ValueError("`rules` is FACTOR:STEP,FACTOR:STEP,...,FACTOR, for example 1:100,0.1")
+        ends = [int(rule.split(":")[1]) for rule in self.rules.split(",")[:-1]]
+        if ends != sorted(set(ends)):
+            raise ValueError(f"the steps in `rules` must grow; they are {', '.join(map(str, ends))}")
+        _require_default(self, "warmup", "a schedule other than piecewise_constant, which says its own")
+
+    @property
+    def _warms_up_by_share(self) -> bool:
+        return isinstance(self.warmup, float) and self.warmup > 0
+
+    @property
+    def depends_on_run(self) -> bool:
+        """Whether another number of steps of the run makes another curve of it."""
+        return self.steps is None and (self.name not in _HAS_NO_END or self._warms_up_by_share)
+
+    def num_warmup(self, run_steps: int) -> int:
+        """Steps of the warm-up."""
+        return self.warmup if isinstance(self.warmup, int) else round(self.warmup * (self.steps or run_steps))
 
 
 class ValidationConfig(Section):

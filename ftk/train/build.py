@@ -12,6 +12,7 @@ import torch
 
 from ftk import devices
 from ftk.cache import fingerprint
+from ftk.configs.schema import ScheduleConfig, TrainConfig
 from ftk.methods import base as methods
 from ftk.models.base import Model, load_model
 from ftk.progress import track
@@ -207,6 +208,7 @@ def _restore(trainer: Trainer, directory: Path, settings: dict[str, Any], allow_
         found = checkpoint.latest(directory) if ranks.is_main else None
         if found is not None:
             checkpoint.refuse_changed_settings(found, settings, allow_change)
+            _tell_of_jump(trainer.config, found)
             weights, state = found.tensors()
             facts = {"step": found.step, "num_samples_seen": found.num_samples_seen, "optimizer": found.optimizer_facts}
             LOGGER.info("resuming from %s", found.path)
@@ -221,7 +223,19 @@ def _restore(trainer: Trainer, directory: Path, settings: dict[str, Any], allow_
 def _restore_part(trainer: Trainer, found: checkpoint.Checkpoint | None, settings: dict[str, Any], allow_change: bool) -> bool:
     if found is not None:
         checkpoint.refuse_changed_settings(found, settings, allow_change)
+        if trainer.ranks.is_main:
+            _tell_of_jump(trainer.config, found)
         trainer.optimizer.restore(*found.tensors(trainer.optimizer.rows), found.optimizer_facts)
         trainer.step, trainer.num_samples_seen = found.step, found.num_samples_seen
         LOGGER.info("resuming from %s", found.path)
     return found is not None
+
+
+def _tell_of_jump(config: TrainConfig, found: checkpoint.Checkpoint) -> None:
+    """Warn if the learning rate of the run that goes on is not that of the run that was begun."""
+    train = found.settings.get("train", {})
+    begun = {name: train.get(name, getattr(config, name)) for name in ("steps", "learning_rate")}
+    schedule = ScheduleConfig.model_validate(train.get("schedule", config.schedule))
+    notice = optim.notice_of_jump(found.step, config.model_copy(update={**begun, "schedule": schedule}), config)
+    if notice is not None:
+        LOGGER.warning("%s", notice)

@@ -79,9 +79,9 @@ class Checkpoint:
 def exact_settings(config: TrainConfig, others: Mapping[str, Any]) -> dict[str, Any]:
     """What a resumed run must share with the one it continues, so that it ends where an uninterrupted one would.
 
-    A longer constant schedule is the same run; a longer cosine is another curve.
+    A longer constant schedule is the same run; a longer cosine is another curve, unless it has a length of its own.
     """
-    free = _FREE | ({"steps"} if config.schedule.name in ("constant", "piecewise_constant") else set())
+    free = _FREE | (set() if config.schedule.depends_on_run else {"steps"})
     train = config.model_dump(mode="json", exclude=free)
     train["validation"] = {name: value for name, value in train["validation"].items() if name not in _FREE_VALIDATION}
     train["memory"] = {name: value for name, value in train["memory"].items() if name in _EXACT_MEMORY}

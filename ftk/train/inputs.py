@@ -139,9 +139,11 @@ def check_optimizer(run: Run) -> None:
     """Check optimizer, schedule and learning rates as far as it can be done without the weights.
 
     Raises:
-        ConfigError: what `optim.check` refuses; or rates of the method's own where the optimizer has one for all.
+        ConfigError: what `optim.check` and `optim.check_length` refuse; or rates of the method's own where the optimizer has
+            one for all.
     """
     optim.check(run.config.train)
+    optim.check_length(run.config.train)
     rates = {factor for _, factor in methods.parameter_groups(run.method, run.settings)} - {0, 1}
     if rates and optimizers.finds_rate(run.config.train):
         listed, optimizer = ", ".join(f"{rate:g}" for rate in sorted(rates)), run.config.train.optimizer.name

@@ -2,63 +2,96 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from ftk.configs.schema import ScheduleConfig, TrainConfig
-from ftk.errors import CheckpointError
+from ftk.errors import CheckpointError, ConfigError
 from ftk.train import optimizers
 from ftk.train.optimizer_state import is_plain, names_in, pack, unpack
 from ftk.train.ranks import Ranks, Rows, part, rows
 
 LOGGER = logging.getLogger("ftk")
 _EMA = "ema"
+_AS_GOOD_AS_0 = 1e-6
 _NOT_STATE = frozenset({"params", "lr", "initial_lr"})
 
 
 def check(config: TrainConfig) -> None:
-    """Check optimizer and schedule as far as it can be done without the parameters; a doubtful choice is logged.
+    """Check the optimizer as far as it can be done without the parameters; a doubtful choice is logged.
 
     Raises:
-        ConfigError: an optimizer, setting or schedule that `MasterOptimizer` or `schedule` would refuse.
+        ConfigError: an optimizer or setting that `MasterOptimizer` would refuse.
     """
     choice = optimizers.choose(config)
     for group in optimizers.try_out(choice, config).param_groups:
         pack({key: value for key, value in group.items() if key not in _NOT_STATE}, "in its groups", {})
-    schedule(config.schedule, config.steps)
-    if config.schedule.warmup_steps > config.steps:
-        LOGGER.warning(
-            "train.schedule.warmup_steps %d: the run ends before, after %d steps", config.schedule.warmup_steps, config.steps
-        )
     hint = optimizers.hint(config)
     if hint is not None:
         LOGGER.warning("%s", hint)
 
 
-def schedule(config: ScheduleConfig, total_steps: int) -> Callable[[int], float]:
+def check_length(config: TrainConfig) -> None:
+    """Compare the schedule with the number of steps of the run; a doubtful choice is logged.
+
+    Raises:
+        ConfigError: the schedule ends before the run does, at a learning rate of 0.
+    """
+    settings, rate = config.schedule, schedule(config.schedule, config.steps)
+    if settings.steps is not None and settings.steps < config.steps and rate(settings.steps) < _AS_GOOD_AS_0:
+        raise ConfigError(
+            f"train.schedule.steps {settings.steps}: the learning rate is 0 after that, and the run has {config.steps} steps. "
+            f"Set train.schedule.minimum to a share of the learning rate to go on with, or leave train.schedule.steps out."
+        )
+    if settings.num_warmup(config.steps) > config.steps:
+        LOGGER.warning("train.schedule.warmup %d: the run ends before, after %d steps", settings.warmup, config.steps)
+
+
+def schedule(config: ScheduleConfig, run_steps: int) -> Callable[[int], float]:
     """The factor on the learning rate for the update that follows `step` finished ones, as diffusers' `get_scheduler`.
 
-    A polynomial ends at 1e-7 of the learning rate.
+    Above a minimum m it is m + (1 - m) times theirs, once it is warm (as transformers' `cosine_with_min_lr`); after the
+    schedule's own steps it stays where it ended. A polynomial ends at 1e-7 of the learning rate.
     """
     from diffusers.optimization import get_scheduler
 
+    num_steps, num_warmup = config.steps or run_steps, config.num_warmup(run_steps)
     scheduler = get_scheduler(
         "constant_with_warmup" if config.name == "constant" else config.name,
         torch.optim.SGD([torch.zeros(1)], lr=1.0),
         step_rules=config.rules,
-        num_warmup_steps=config.warmup_steps,
-        num_training_steps=total_steps,
+        num_warmup_steps=num_warmup,
+        num_training_steps=num_steps,
         num_cycles=config.cycles,
         power=config.power,
     )
     (rule,) = scheduler.lr_lambdas
 
     def factor(step: int) -> float:
-        return float(rule(step))
+        if step < num_warmup or config.name in ("constant", "piecewise_constant"):
+            return float(rule(step))
+        # A cosine would rise again.
+        return config.minimum + (1 - config.minimum) * float(rule(min(step, num_steps)))
 
     return factor
+
+
+def notice_of_jump(step: int, before: TrainConfig, now: TrainConfig) -> str | None:
+    """What to tell of the learning rate after `step` updates, where a run goes on under another schedule; None if nothing."""
+    rates = [
+        config.learning_rate * schedule(config.schedule, config.steps)(index)
+        for config in (before, now)
+        for index in (step - 1, step)
+    ]
+    if not step or all(math.isclose(old, new, rel_tol=1e-6) for old, new in zip(rates[:2], rates[2:], strict=True)):
+        return None
+    return (
+        f"the learning rate jumps: step {step} had {rates[0]:.3g} and would have {rates[2]:.3g} under the new schedule; step "
+        f"{step + 1} would have had {rates[1]:.3g} and now has {rates[3]:.3g}"
+    )
 
 
 class MovingAverage:

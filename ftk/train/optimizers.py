@@ -93,7 +93,7 @@ _REFUSED = {
     "maximize": "a loss is minimised",
     "differentiable": "nothing is differentiated through an update",
 }
-_REFUSED_IF_AVERAGING = {"warmup_steps": "the warm-up is `train.schedule.warmup_steps`"}
+_REFUSED_IF_AVERAGING = {"warmup_steps": "the warm-up is `train.schedule.warmup`"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,13 +292,14 @@ def _own_warmup(config: TrainConfig, *, takes_warmup: bool) -> dict[str, Any]:
     if schedule.name != "constant":
         raise ConfigError(
             f"train.schedule: {name} replaces the schedule by an average of the weights; found {schedule.name!r}. "
-            f"Set `schedule: constant`; `warmup_steps` may stay."
+            f"Set `schedule: constant`; `warmup` may stay."
         )
     if config.ema_decay is not None:
         raise ConfigError(f"train.ema_decay: {name} averages the weights itself. Leave `ema_decay` out.")
-    if schedule.warmup_steps and not takes_warmup:
-        raise ConfigError(f"train.schedule.warmup_steps: {name} has no warm-up. Leave `warmup_steps` out.")
-    return {"warmup_steps": schedule.warmup_steps} if takes_warmup and schedule.warmup_steps else {}
+    num_warmup = schedule.num_warmup(config.steps)
+    if num_warmup and not takes_warmup:
+        raise ConfigError(f"train.schedule.warmup: {name} has no warm-up. Leave `warmup` out.")
+    return {"warmup_steps": num_warmup} if takes_warmup and num_warmup else {}
 
 
 def _split(names: Iterable[str], groups: Sequence[ParameterGroupConfig]) -> list[tuple[ParameterGroupConfig | None, list[str]]]:

@@ -168,6 +168,25 @@ def test_a_changed_setting_is_refused_by_name_and_fresh_sets_the_old_run_aside(f
     assert (tmp_path / "work/runs/test.old-1/checkpoints/00000009").is_dir()
 
 
+def test_a_schedule_made_longer_tells_of_the_jump_and_one_with_a_length_of_its_own_has_none(ftk, cached):
+    train = {**TRAIN, "learning_rate": 0.01, "schedule": "cosine", "steps": 4}
+    run_file = cached(train=train)
+    assert ftk("train", run_file).code == 0
+    refused = ftk("train", run_file, "--set", "train.steps=8")
+    assert refused.code == 2
+    assert "train.steps: checkpoint 4, now 8" in refused.err
+    longer = ftk("train", run_file, "--set", "train.steps=8", "--allow-change")
+    assert longer.code == 0
+    assert "the learning rate jumps: step 4 had 0.00146 and would have 0.00691 under the new schedule" in longer.err
+    own = ["--set", "run=own", "--set", "train.schedule={name: cosine, steps: 4, minimum: 0.1}"]
+    assert ftk("train", run_file, *own).code == 0
+    longer = ftk("train", run_file, *own, "--set", "train.steps=8")
+    assert longer.code == 0
+    assert "jumps" not in longer.err
+    rates = [row["learning_rate"] for row in read_metrics(run_file.parent / "work/runs/own")]
+    assert rates[4:] == pytest.approx([0.001] * 4)
+
+
 def test_a_second_writer_is_told_who_holds_the_run(ftk, workspace, tmp_path):
     run_file = workspace()
     assert ftk("run", run_file).code == 0

@@ -131,6 +131,12 @@ def test_a_checkpoint_of_another_order_of_samples_is_refused_in_words(tmp_path, 
 def test_a_longer_curve_is_another_curve():
     short, long = (TrainConfig(schedule="cosine", steps=steps) for steps in (5, 6))
     assert checkpoint.exact_settings(short, {}) != checkpoint.exact_settings(long, {})
+    # A warm-up that is a share of the run grows with it; a curve with a length of its own does not.
+    short, long = (TrainConfig(schedule={"warmup": 0.2}, steps=steps) for steps in (5, 6))
+    assert checkpoint.exact_settings(short, {}) != checkpoint.exact_settings(long, {})
+    own = {"name": "cosine", "steps": 9, "warmup": 0.2}
+    short, long = (TrainConfig(schedule=own, steps=steps) for steps in (5, 6))
+    assert checkpoint.exact_settings(short, {}) == checkpoint.exact_settings(long, {})
 
 
 WHOLE = {

@@ -76,9 +76,9 @@ def test_a_typo_at_the_top_names_the_nearest_section(tmp_path: Path) -> None:
 
 
 def test_a_typo_two_sections_deep_names_the_nearest_key(tmp_path: Path) -> None:
-    message = _message(tmp_path, train={"schedule": {"warmup_step": 5}})
-    assert "`train.schedule.warmup_step`" in message
-    assert "Did you mean `warmup_steps`?" in message
+    message = _message(tmp_path, train={"schedule": {"warmpu": 5}})
+    assert "`train.schedule.warmpu`" in message
+    assert "Did you mean `warmup`?" in message
 
 
 def test_a_typo_in_the_list_of_sources_names_its_position_and_the_nearest_key(tmp_path: Path) -> None:
@@ -134,6 +134,12 @@ def test_a_micro_batch_that_is_larger_than_a_step_is_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("section", "told"),
     [
+        ({"schedule": {"minimum": 0.1}}, "`minimum` has no effect without `a schedule that falls; constant does not`"),
+        ({"schedule": {"steps": 5}}, "`steps` has no effect without `a schedule that has an end; constant has none`"),
+        ({"schedule": {"name": "cosine", "steps": 5, "warmup": 5}}, "`warmup` 5 takes all of the schedule's `steps`, 5"),
+        ({"schedule": {"name": "cosine", "warmup": 1.0}}, "less than 1"),
+        ({"schedule": {"name": "cosine", "warmup": 2, "warmup_steps": 2}}, "`warmup_steps` is another name of `warmup`"),
+        ({"schedule": {"name": "cosine", "minimum": 1}}, "less than 1"),
         ({"sigma": {"logit_mean": 1.0}}, "`logit_mean` has no effect without `sampling: logit_normal`"),
         ({"sigma": {"shift": -1.0}}, "a shift is a number above 0"),
         ({"sigma": {"minimum": 0.5, "maximum": 0.4}}, "`minimum` 0.5 is not below `maximum` 0.4"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load, save
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from ftk.configs.schema import RunConfig, ScheduleConfig, TrainConfig
 from ftk.errors import CheckpointError, ConfigError
@@ -102,7 +103,7 @@ def assert_equal(found, wanted):
     ],
 )
 def test_schedules_equal_those_of_diffusers(settings, theirs, warmup):
-    ours = optim.schedule(ScheduleConfig(warmup_steps=warmup, **settings), 40)
+    ours = optim.schedule(ScheduleConfig(warmup=warmup, **settings), 40)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     reference = get_scheduler(**{
         "name": settings["name"], "optimizer": optimizer, "num_warmup_steps": warmup, "num_training_steps": 40, **theirs
@@ -117,6 +118,70 @@ def test_schedules_equal_those_of_diffusers(settings, theirs, warmup):
     assert max(factors) == 1.0
     assert (factors[0] == 0.0) == (warmup > 0)
     assert (factors[-1] == 1.0) == (settings["name"] == "constant")
+
+
+def test_a_minimum_is_that_of_transformers():
+    ours = optim.schedule(ScheduleConfig(name="cosine", warmup=5, minimum=0.1), 40)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    reference = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 5, 40, min_lr_rate=0.1)
+    for step in range(40):
+        assert ours(step) == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        reference.step()
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial"])
+def test_a_schedule_has_a_length_of_its_own_and_stays_where_it_ends(name):
+    ours = optim.schedule(ScheduleConfig(name=name, steps=20, minimum=0.25), 50)
+    alone = optim.schedule(ScheduleConfig(name=name, minimum=0.25), 20)
+    assert [ours(step) for step in range(20)] == [alone(step) for step in range(20)]
+    assert {round(ours(step), 6) for step in range(20, 50)} == {0.25}
+    assert min(ours(step) for step in range(50)) >= 0.25
+
+
+@pytest.mark.parametrize(
+    ("settings", "run_steps", "expected"),
+    [
+        ({"warmup": 0.1}, 200, 20), ({"warmup": 0.1, "steps": 50, "name": "cosine"}, 200, 5), ({"warmup": 7}, 200, 7),
+        ({"warmup": 0.5, "steps": 50}, 200, 25), ({"warmup_steps": 7}, 200, 7), ({"warmup": 0.0}, 200, 0),
+    ],
+)  # fmt: skip
+def test_a_warm_up_is_a_number_of_steps_or_a_share_of_the_schedule(settings, run_steps, expected):
+    config = ScheduleConfig(**settings)
+    assert config.num_warmup(run_steps) == expected
+    factor = optim.schedule(config, run_steps)
+    if expected:
+        assert [factor(step) for step in (0, expected)] == [0.0, 1.0]
+        assert factor(expected - 1) < 1
+
+
+def test_a_schedule_that_ends_at_nothing_before_the_run_is_refused():
+    short = {"name": "cosine", "steps": 4}
+    with pytest.raises(ConfigError, match=r"steps 4: the learning rate is 0 after that, and the run has 8 steps.*minimum"):
+        optim.check_length(TrainConfig(steps=8, schedule=short))
+    optim.check_length(TrainConfig(steps=8, schedule={**short, "minimum": 0.1}))
+    optim.check_length(TrainConfig(steps=4, schedule=short))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "rates"),
+    [
+        # The rates of the cosine by hand: (1 + cos(pi 3/4)) / 2, (1 + cos(pi 3/8)) / 2, 0 and 1/2 of 0.01.
+        ({"schedule": "cosine", "steps": 4}, {"schedule": "cosine", "steps": 8}, ["0.00146", "0.00691", "had 0 and", "0.005"]),
+        ({"schedule": "constant"}, {"schedule": "constant", "learning_rate": 0.02}, ["0.01", "0.02"]),
+        ({"schedule": "constant"}, {"schedule": "constant", "steps": 8}, None),
+        (
+            {"schedule": {"name": "cosine", "steps": 8}, "steps": 4},
+            {"schedule": {"name": "cosine", "steps": 8}, "steps": 8},
+            None,
+        ),
+    ],
+)
+def test_a_learning_rate_that_jumps_is_told_with_both_rates(before, now, rates):
+    configs = [TrainConfig(**{"learning_rate": 0.01, "steps": 4, **settings}) for settings in (before, now)]
+    notice = optim.notice_of_jump(4, *configs)
+    assert (notice is None) == (rates is None)
+    assert all(rate in (notice or "") for rate in rates or ())
 
 
 def test_piecewise_rules_hold_up_to_their_steps():
@@ -333,7 +398,7 @@ def test_without_an_average_the_weights_themselves_are_delivered():
 def test_schedule_free_is_the_librarys_own_with_its_own_warm_up():
     from schedulefree import AdamWScheduleFree
 
-    ours = MasterOptimizer(make_parameters(), config_of("schedule-free", schedule=ScheduleConfig(warmup_steps=4)))
+    ours = MasterOptimizer(make_parameters(), config_of("schedule-free", schedule=ScheduleConfig(warmup=4)))
     theirs = make_parameters()
     library = AdamWScheduleFree(theirs.values(), lr=0.05, warmup_steps=4)
     library.train()
@@ -435,9 +500,9 @@ def test_the_defaults_of_every_optimizer_pass_the_check(name, capsys):
         ),
         ({"optimizer": {"name": "schedule-free"}, "schedule": "cosine"}, r"train\.schedule: schedule-free .* found 'cosine'"),
         ({"optimizer": {"name": "schedule-free"}, "ema_decay": 0.9}, r"ema_decay: schedule-free averages the weights itself"),
-        ({"optimizer": {"name": "schedule-free", "warmup_steps": 9}}, r"the warm-up is `train\.schedule\.warmup_steps`"),
+        ({"optimizer": {"name": "schedule-free", "warmup_steps": 9}}, r"the warm-up is `train\.schedule\.warmup`"),
         (
-            {"optimizer": {"name": "schedulefree.RAdamScheduleFree"}, "schedule": {"name": "constant", "warmup_steps": 3}},
+            {"optimizer": {"name": "schedulefree.RAdamScheduleFree"}, "schedule": {"name": "constant", "warmup": 3}},
             r"RAdamScheduleFree has no warm-up",
         ),
     ],
@@ -468,9 +533,11 @@ def test_a_missing_extra_names_its_pip_command(name, module, extra, monkeypatch)
 
 
 def test_a_rate_that_does_not_suit_and_a_warm_up_without_end_are_said(caplog):
-    optim.check(TrainConfig(optimizer="adafactor", steps=5, schedule={"name": "constant", "warmup_steps": 9}))
+    config = TrainConfig(optimizer="adafactor", steps=5, schedule={"name": "constant", "warmup": 9})
+    optim.check(config)
+    optim.check_length(config)
     assert "with adafactor 0.01 is customary" in caplog.text
-    assert "warmup_steps 9: the run ends before, after 5 steps" in caplog.text
+    assert "warmup 9: the run ends before, after 5 steps" in caplog.text
     caplog.clear()
     optim.check(TrainConfig(optimizer="adafactor", learning_rate=1e-3))
     optim.check(TrainConfig())
