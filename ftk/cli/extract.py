@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def extract(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The model before: a folder or a Hub id.", show_default=False)],
-    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The model after.", show_default=False)],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The model after, or an adapter.", show_default=False)],
     family: Annotated[str, typer.Option("--family", help="For example qwen-image.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder for the LoRA.", show_default=False)],
     rank: Annotated[int, typer.Option("--rank", help="Of each layer; with --energy the highest.")] = 16,
@@ -24,13 +24,15 @@ def extract(
         float | None,
         typer.Option("--energy", help="Take the lowest rank that keeps this share of a layer's squared change, such as 0.95."),
     ] = None,
-    targets: Annotated[str, typer.Option("--targets", help="A group, `all`, '[to_q, to_k]' or '{regex: EXPRESSION}'.")] = "all",
+    targets: Annotated[
+        str, typer.Option("--targets", help="Of the denoiser: a group, `all`, '[to_q, to_k]' or '{regex: EXPRESSION}'.")
+    ] = "all",
     form: Annotated[str, typer.Option("--format", help="diffusers, peft, comfyui or kohya.")] = "diffusers",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Of the factors.")] = "float32",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where to decompose.")] = "auto",
     json: Json = False,
 ) -> None:
-    """Write a LoRA that makes one model of another, by truncated SVD of what differs; say what it keeps and what it cannot."""
+    """Extract a LoRA from the difference between two models (truncated SVD), and report how much of it the LoRA captures."""
     from ftk.deliver import extract as stage
 
     report = stage.run(

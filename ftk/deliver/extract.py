@@ -1,4 +1,4 @@
-"""`ftk extract`: a LoRA from the difference of two models, such as a full fine-tune or a merged adapter of any method.
+"""`ftk extract`: a LoRA from the difference of two models, such as a full fine-tune, or from an adapter of another kind.
 
 The difference D of a layer's two weights becomes B A, the nearest there is of a rank (`low_rank.py`). Energy is the share of
 |D|^2 that B A holds, measured on the rounded factors. Tensors are read one at a time: neither model is ever in memory.
@@ -7,12 +7,11 @@ The difference D of a layer's two weights becomes B A, the nearest there is of a
 import re
 import tempfile
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 import ftk
 from ftk import devices, locations, storage
@@ -20,20 +19,22 @@ from ftk.cache.fingerprint import weights_digest
 from ftk.configs import load
 from ftk.configs.schema import CardConfig, ModelConfig
 from ftk.deliver import card, metadata
-from ftk.deliver.low_rank import decompose, squared_norm
+from ftk.deliver.differences import Differences, OfAdapter, OfModels, Sums, Weights
+from ftk.deliver.low_rank import decompose
 from ftk.errors import ConfigError, ModelError
 from ftk.methods import base as methods
 from ftk.methods import lora
-from ftk.methods.adapters import targets
-from ftk.methods.adapters.targets import TargetPattern, Targets, denoiser_component
+from ftk.methods.adapters import adapter_files, targets
+from ftk.methods.adapters.targets import TargetPattern, Targets, TrainedComponent, denoiser_component
 from ftk.methods.base import Export
 from ftk.models import base as models
-from ftk.models.base import DENOISER, Family
-from ftk.models.components import loading, model_folder, single_file, weights
-from ftk.progress import track
+from ftk.models.base import DENOISER, Family, TrainsEncoders
+from ftk.models.components import loading, model_folder, single_file
+from ftk.progress import ProgressBar, track
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 _FILE = "diffusion_pytorch_model.safetensors"
+_ENCODER_FILE = "model.safetensors"
 _LISTED = 10
 
 
@@ -97,54 +98,33 @@ class ExtractReport:
     left_out: list[LeftOut]
 
 
-@dataclass(slots=True)
-class _Sums:
-    """Squared norms, added up: of the base, of the change, and of what the factors leave of it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """A component that may have changed: its shapes, which of its layers may be extracted, and how it differs."""
 
-    base: float = 0.0
-    change: float = 0.0
-    rest: float = 0.0
-    ranks: list[int] = field(default_factory=list)
-
-    def add(self, other: "_Sums") -> None:
-        self.base += other.base
-        self.change += other.change
-        self.rest += other.rest
-        self.ranks += other.ranks
-
-    def report(self, name: str) -> LayerEnergy:
-        return LayerEnergy(
-            name=name,
-            num_layers=len(self.ranks),
-            rank=_span(self.ranks),
-            energy=self.energy,
-            change=_ratio(self.change, self.base),
-        )
+    name: str
+    module: Any
+    layers: Set[str]
+    differences: Differences
 
     @property
-    def energy(self) -> float:
-        return max(0.0, 1.0 - self.rest / self.change)
+    def prefix(self) -> str:
+        """What stands before the names of its layers in the report."""
+        return "" if self.name == DENOISER else f"{self.name}."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Extracted:
-    """The factors of each layer that was extracted and their norms, and the norms of all other tensors that differ."""
+    """The factors of each layer of a component that was extracted and their norms, and the norms of all else that differs."""
 
+    part: _Part
     factors: dict[str, lora.Factors]
-    sums: dict[str, _Sums]
-    others: dict[str, _Sums]
-
-    @property
-    def total(self) -> _Sums:
-        """Of all layers that were extracted."""
-        total = _Sums()
-        for one in self.sums.values():
-            total.add(one)
-        return total
+    sums: dict[str, Sums]
+    others: dict[str, Sums]
 
 
 def run(config: ExtractConfig) -> ExtractReport:
-    """Decompose the difference of two models' denoisers, and write the LoRA.
+    """Decompose the difference of two models, or what an adapter does to one, and write the LoRA.
 
     Raises:
         ConfigError: a target or a format that does not fit, or `out` holds something.
@@ -159,60 +139,113 @@ def run(config: ExtractConfig) -> ExtractReport:
 
 def _run(config: ExtractConfig, made: Path) -> ExtractReport:
     family = models.get(config.family)
-    pairs = ((config.base, config.tuned), (config.tuned, config.base))
-    places = [_locate(family, path, other, made) for path, other in pairs]
-    before, after = (_Weights(place / family.denoiser_attribute) for place in places)
-    _refuse_other_shapes(before, after)
-    shapes: Any = family.load_denoiser(places[0], torch.float32, torch.device("meta"))
-    chosen = set(targets.select(denoiser_component(family, shapes, _parsed_targets(config.targets), "--targets"), _refusal))
-    extracted = _extract(config, before, after, chosen)
-    left_out = [*_left_out(extracted.others, shapes), *_other_components(family, places)]
-    if not extracted.factors:
+    base, parts, other_components = _compare(config, family, made)
+    device, dtype = devices.resolve_device(config.device), getattr(torch, config.dtype)
+    with track("extract", sum(len(part.differences.names) for part in parts), "tensor") as progress:
+        extracted = [_extract(config, part, device, dtype, progress) for part in parts]
+    left_out = sorted(
+        (each for one in extracted for each in _left_out(one)), key=lambda each: -(each.change or 0.0)
+    ) + other_components  # fmt: skip
+    written = [one for one in extracted if one.factors]
+    if not written:
         raise ModelError(_nothing(config, left_out))
-    files = [*_write(config, family, places[0], shapes, extracted), _commit_card(config, family, extracted.total)]
+    total = _total(written)
+    files = [*_write(config, family, base, written, total), _commit_card(config, family, written, total)]
     return _report(config, files, extracted, left_out)
 
 
-def _extract(config: ExtractConfig, before: "_Weights", after: "_Weights", chosen: Set[str]) -> _Extracted:
-    device, dtype = devices.resolve_device(config.device), getattr(torch, config.dtype)
-    found = _Extracted(factors={}, sums={}, others={})
-    with track("extract", len(before.shapes), "tensor") as progress:
-        for name in before.shapes:
-            difference, squared = _difference(before, after, name, device)
-            layer, _, kind = name.rpartition(".")
-            if difference is not None and kind == "weight" and layer in chosen:
-                found.factors[layer], rest = decompose(difference, config.rank, config.energy, dtype)
-                found.sums[layer] = _Sums(squared.base, squared.change, rest, [found.factors[layer].rank])
-            elif difference is not None:
-                found.others[name] = squared
-            progress.advance(1)
-    return found
+def _compare(config: ExtractConfig, family: Family, made: Path) -> tuple[Path, list[_Part], list[LeftOut]]:
+    """The folder of the base, the components that can be extracted, and those that differ and cannot."""
+    tuned = locations.local_path(config.tuned)
+    if not adapter_files.is_adapter(tuned, family.denoiser_attribute):
+        pairs = ((config.base, config.tuned), (config.tuned, config.base))
+        places = [_locate(family, path, other, made) for path, other in pairs]
+        names = [DENOISER, *(name for name in _encoders(family) if _has_weights(places, name))]
+        parts = []
+        for name in names:
+            module = _shapes(family, places[0], name)
+            before, after = (_weights(family, place, name, module) for place in places)
+            parts.append(_part(config, family, name, module, OfModels(before, after)))
+        return places[0], parts, _other_components(family, places, names)
+    base = _locate(family, config.base, config.base, made)
+    modules = {
+        name: _shapes(family, base, name) for name in (DENOISER, *_encoders(family)) if _has_component(family, base, name)
+    }
+    file = adapter_files.read(tuned, family, modules, "TUNED", loading.pipeline_class(base))
+    parts = []
+    for name, layers in file.layers.items():
+        before = _weights(family, base, name, modules[name])
+        parts.append(_part(config, family, name, modules[name], OfAdapter(before, layers, tuned)))
+    return base, parts, []
 
 
-class _Weights:
-    """A component's tensors by name, read one at a time from its safetensors files.
+def _encoders(family: Family) -> tuple[str, ...]:
+    return family.trainable_encoders if isinstance(family, TrainsEncoders) else ()
 
-    Raises:
-        ModelError: there are none, or a file is damaged.
-    """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._files: dict[str, Any] = {}
-        try:
-            for path in weights.weight_files(folder, _FILE):
-                opened: Any = safe_open(path, "pt")
-                for name in opened.keys():  # noqa: SIM118 - it is no mapping
-                    self.shapes[name] = tuple(opened.get_slice(name).get_shape())
-                    self._files[name] = opened
-        except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-            raise ModelError(f"{folder}: its weights cannot be read as safetensors: {loading.first_line(error)}") from error
+def _has_component(family: Family, base: Path, name: str) -> bool:
+    return name == DENOISER or _has_weights([base], name)
 
-    def tensor(self, name: str, device: torch.device) -> torch.Tensor:
-        """In fp32 on the device."""
-        tensor: torch.Tensor = self._files[name].get_tensor(name)
-        return tensor.to(device).float()
+
+def _shapes(family: Family, directory: Path, name: str) -> Any:
+    """A component on the `meta` device."""
+    if name == DENOISER:
+        return family.load_denoiser(directory, torch.float32, torch.device("meta"))
+    assert isinstance(family, TrainsEncoders)
+    return family.load_encoder(directory, name, torch.float32, torch.device("meta"))
+
+
+def _weights(family: Family, directory: Path, name: str, module: Any) -> Weights:
+    if name == DENOISER:
+        return Weights(directory / family.denoiser_attribute, _FILE, {})
+    assert isinstance(family, TrainsEncoders)
+    return Weights(directory / name, _ENCODER_FILE, {family.encoder_key(name, key): key for key in module.state_dict()})
+
+
+def _part(config: ExtractConfig, family: Family, name: str, module: Any, differences: Differences) -> _Part:
+    """Of a text encoder every layer: `--targets` names those of the denoiser."""
+    chosen = _parsed_targets(config.targets) if name == DENOISER else targets.EVERYTHING
+    component = _component(family, name, module, chosen)
+    return _Part(name=name, module=module, layers=set(targets.select(component, _refusal)), differences=differences)
+
+
+def _component(family: Family, name: str, module: Any, chosen: Targets) -> TrainedComponent:
+    if name == DENOISER:
+        return denoiser_component(family, module, chosen, "--targets")
+    assert isinstance(family, TrainsEncoders)
+    return TrainedComponent(
+        name=name,
+        module=module,
+        owner=f"{family.name}'s {name}",
+        groups=family.encoder_targets,
+        block_classes=(),
+        targets=chosen,
+        setting="--targets",
+    )
+
+
+def _extract(config: ExtractConfig, part: _Part, device: torch.device, dtype: torch.dtype, progress: ProgressBar) -> _Extracted:
+    extracted = _Extracted(part=part, factors={}, sums={}, others={})
+    for name in part.differences.names:
+        difference, squared = part.differences.difference(name, device)
+        layer, _, kind = name.rpartition(".")
+        if difference is not None and kind == "weight" and layer in part.layers:
+            factors, rest = decompose(difference, config.rank, config.energy, dtype)
+            extracted.factors[layer] = factors
+            extracted.sums[layer] = Sums(squared.base, squared.change, rest, [factors.rank])
+        elif difference is not None:
+            extracted.others[name] = squared
+        progress.advance(1)
+    return extracted
+
+
+def _total(extracted: Sequence[_Extracted]) -> Sums:
+    """Of all layers that were extracted."""
+    total = Sums()
+    for one in extracted:
+        for sums in one.sums.values():
+            total.add(sums)
+    return total
 
 
 def _check(config: ExtractConfig) -> None:
@@ -236,7 +269,15 @@ def _locate(family: Family, path: str, other: str, made: Path) -> Path:
         return local
     has_config = single_file.is_checkpoint(local) and not single_file.is_checkpoint(locations.local_path(other))
     model = ModelConfig(family=family.name, path=path, config=other if has_config else None)
-    return model_folder.locate(family, model, family.denoiser_components, made)
+    components = (*family.denoiser_components, *(name for name in _encoders(family) if _may_have(family, local, name)))
+    return model_folder.locate(family, model, components, made)
+
+
+def _may_have(family: Family, local: Path, name: str) -> bool:
+    """Whether a model has a text encoder: a folder or a file may be without; of the Hub's all are whole."""
+    if single_file.is_checkpoint(local):
+        return name in single_file.open_checkpoint(family, local).parts
+    return not local.is_dir() or _has_weights([local], name)
 
 
 def _parsed_targets(text: str) -> Targets:
@@ -256,56 +297,32 @@ def _refusal(layer: torch.nn.Module) -> str | None:
     return targets.linear_or_convolution(layer)
 
 
-def _refuse_other_shapes(before: _Weights, after: _Weights) -> None:
-    """Refuse models whose tensors have other names or shapes: nothing of one could be subtracted from the other."""
-    names = sorted(before.shapes.keys() | after.shapes.keys())
-    other = [name for name in names if before.shapes.get(name) != after.shapes.get(name)]
-    if not other:
-        return
-    lines = [f"  {name}: {_shape(before, name)} in the base, {_shape(after, name)} in the tuned model" for name in other]
-    more = [f"  and {len(other) - _LISTED} more"] if len(other) > _LISTED else []
-    raise ModelError(
-        f"{before.folder} and {after.folder} are of different architectures: {len(other)} of {len(names)} tensors differ in "
-        "name or shape.\n" + "\n".join([*lines[:_LISTED], *more]) + "\nName the model that the other was trained from."
-    )
+def _write(config: ExtractConfig, family: Family, base: Path, extracted: Sequence[_Extracted], total: Sums) -> list[Path]:
+    adapters = {one.part.name: _adapter(family, one) for one in extracted}
+    header = _metadata(config, family, base, total)
+    return lora.write(adapters, family, Export(directory=config.out, form=config.form, metadata=header))
 
 
-def _shape(weights: _Weights, name: str) -> str:
-    return "x".join(map(str, weights.shapes[name])) if name in weights.shapes else "none"
-
-
-def _difference(before: _Weights, after: _Weights, name: str, device: torch.device) -> tuple[torch.Tensor | None, _Sums]:
-    """tuned - base, None where they are equal, and the squared norms of it and of the base."""
-    base = before.tensor(name, device)
-    difference = after.tensor(name, device) - base
-    change = squared_norm(difference)
-    if change != change or change == float("inf"):
-        raise ModelError(f"{name} holds what is no finite number in {before.folder} or {after.folder}. Nothing was written.")
-    return (difference if change else None), _Sums(squared_norm(base), change)
-
-
-def _write(config: ExtractConfig, family: Family, base: Path, denoiser: Any, extracted: _Extracted) -> list[Path]:
+def _adapter(family: Family, extracted: _Extracted) -> lora.Adapter:
     import peft
 
-    found = extracted.factors
+    factors, part = extracted.factors, extracted.part
     # By their whole names: a short one can be the end of another layer's.
-    ranks = {f"^{re.escape(name)}": one.rank for name, one in found.items()}
+    ranks = {f"^{re.escape(name)}": each.rank for name, each in factors.items()}
     common = max(ranks.values())
     others = {name: rank for name, rank in ranks.items() if rank != common}
-    every_layer = denoiser_component(family, denoiser, TargetPattern(regex=".*"), "--targets")
+    every_layer = _component(family, part.name, part.module, TargetPattern(regex=".*"))
     settings = peft.LoraConfig(
         r=common,
         lora_alpha=common,
-        target_modules=targets.as_peft_targets(every_layer, list(found)),
+        target_modules=targets.as_peft_targets(every_layer, list(factors)),
         rank_pattern=others,
         alpha_pattern=dict(others),
     )
-    adapter = lora.Adapter(module=denoiser, factors=found, settings=settings, dora_scales={})
-    header = _metadata(config, family, base, extracted.total)
-    return lora.write({DENOISER: adapter}, family, Export(directory=config.out, form=config.form, metadata=header))
+    return lora.Adapter(module=part.module, factors=factors, settings=settings, dora_scales={})
 
 
-def _metadata(config: ExtractConfig, family: Family, base: Path, total: _Sums) -> dict[str, str]:
+def _metadata(config: ExtractConfig, family: Family, base: Path, total: Sums) -> dict[str, str]:
     names = dict(models.published_names(family, base))
     architecture = f"{names.pop('modelspec.architecture')}/lora"
     return {
@@ -321,18 +338,20 @@ def _metadata(config: ExtractConfig, family: Family, base: Path, total: _Sums) -
     }
 
 
-def _commit_card(config: ExtractConfig, family: Family, total: _Sums) -> Path:
+def _commit_card(config: ExtractConfig, family: Family, extracted: Sequence[_Extracted], total: Sums) -> Path:
     """README.md."""
     base, tuned = _name(config, config.base), _name(config, config.tuned)
     front = card.front_matter(
         ModelConfig(family=config.family, path=config.base), CardConfig(), relation="adapter", tags=[config.family, "lora"]
     )
+    has_encoders = any(one.part.name != DENOISER for one in extracted)
+    settings = lora.LoraConfig(text_encoder=targets.TextEncoderConfig() if has_encoders else None)
     sections = [
         f"---\n{front}\n---",
         f"# {config.out.absolute().name}",
         f"A LoRA that makes {tuned} of {base} ({config.family}), extracted by singular value decomposition with ftk "
         f"{ftk.__version__}: rank {_span(total.ranks)}, {total.energy:.2%} of the squared change of its layers.",
-        card.how_to_load(methods.get("lora"), lora.LoraConfig(), family, base, config.form),
+        card.how_to_load(methods.get("lora"), settings, family, base, config.form),
     ]
     storage.commit_bytes(config.out / card.CARD, ("\n\n".join(sections) + "\n").encode())
     return config.out / card.CARD
@@ -343,13 +362,13 @@ def _name(config: ExtractConfig, path: str) -> str:
     return metadata.base_name(ModelConfig(family=config.family, path=path), CardConfig())
 
 
-def _left_out(others: Mapping[str, _Sums], denoiser: Any) -> list[LeftOut]:
-    """Tensors that differ and are not extracted, added up by kind; the largest change first."""
-    modules = dict(denoiser.named_modules())
-    groups: dict[tuple[str, str], tuple[int, _Sums]] = {}
-    for name, squared in others.items():
-        key = (_kind(name), _reason(name, modules))
-        count, total = groups.setdefault(key, (0, _Sums()))
+def _left_out(extracted: _Extracted) -> list[LeftOut]:
+    """Tensors of a component that differ and are not extracted, added up by kind."""
+    modules = dict(extracted.part.module.named_modules())
+    groups: dict[tuple[str, str], tuple[int, Sums]] = {}
+    for name, squared in extracted.others.items():
+        key = (extracted.part.prefix + _kind(name), _reason(name, modules))
+        count, total = groups.setdefault(key, (0, Sums()))
         total.add(squared)
         groups[key] = (count + 1, total)
     ordered = sorted(groups.items(), key=lambda item: -item[1][1].change)
@@ -369,11 +388,11 @@ def _reason(name: str, modules: Mapping[str, Any]) -> str:
     return f"a {type(layer).__name__}'s {kind}: a LoRA holds linear layers and convolutions"
 
 
-def _other_components(family: Family, places: Sequence[Path]) -> list[LeftOut]:
-    """VAE and text encoders that are here of both models and differ."""
+def _other_components(family: Family, places: Sequence[Path], compared: Sequence[str]) -> list[LeftOut]:
+    """Others that are here of both models and differ: the VAE, and text encoders that ftk does not train."""
     names = [name for name in (*family.text_components, *family.latent_components) if _has_weights(places, name)]
-    different = [name for name in names if len({weights_digest(place / name) for place in places}) > 1]
-    reason = "another component: ftk extracts the denoiser alone"
+    different = [name for name in names if name not in compared and len({weights_digest(place / name) for place in places}) > 1]
+    reason = "a component that ftk does not train: no LoRA of it could be loaded"
     return [LeftOut(name=name, num_tensors=0, reason=reason, change=None) for name in different]
 
 
@@ -389,25 +408,39 @@ def _nothing(config: ExtractConfig, left_out: Sequence[LeftOut]) -> str:
     return f"{start} They differ only in what was not to be extracted:\n{lines}"
 
 
-def _report(config: ExtractConfig, files: Sequence[Path], extracted: _Extracted, left_out: list[LeftOut]) -> ExtractReport:
-    groups: dict[str, _Sums] = {}
-    for name, one in extracted.sums.items():
-        groups.setdefault(_kind(name), _Sums()).add(one)
-    total = extracted.total
-    outside = sum(one.change for one in extracted.others.values())
-    worst = sorted(extracted.sums.items(), key=lambda item: -item[1].rest)
+def _report(
+    config: ExtractConfig, files: Sequence[Path], extracted: Sequence[_Extracted], left_out: list[LeftOut]
+) -> ExtractReport:
+    layers = {one.part.prefix + name: sums for one in extracted for name, sums in one.sums.items()}
+    groups: dict[str, Sums] = {}
+    for one in extracted:
+        for name, sums in one.sums.items():
+            groups.setdefault(one.part.prefix + _kind(name), Sums()).add(sums)
+    total = _total(extracted)
+    outside = sum(sums.change for one in extracted for sums in one.others.values())
+    worst = sorted(layers.items(), key=lambda item: -item[1].rest)
     return ExtractReport(
         directory=str(config.out),
         format=config.form,
-        files=[path.name for path in files],
+        files=[path.relative_to(config.out).as_posix() for path in files],
         num_bytes=sum(path.stat().st_size for path in files),
-        num_layers=len(extracted.sums),
+        num_layers=len(layers),
         rank=_span(total.ranks),
         energy=total.energy,
-        groups=[one.report(name) for name, one in sorted(groups.items(), key=lambda item: -item[1].change)],
-        worst=[one.report(name) for name, one in worst[:_LISTED]],
+        groups=[_energy(name, sums) for name, sums in sorted(groups.items(), key=lambda item: -item[1].change)],
+        worst=[_energy(name, sums) for name, sums in worst[:_LISTED]],
         left_out_share=outside / (outside + total.change),
         left_out=left_out,
+    )
+
+
+def _energy(name: str, sums: Sums) -> LayerEnergy:
+    return LayerEnergy(
+        name=name,
+        num_layers=len(sums.ranks),
+        rank=_span(sums.ranks),
+        energy=sums.energy,
+        change=_ratio(sums.change, sums.base),
     )
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ftk.deliver import extract, low_rank
 from ftk.deliver.extract import ExtractConfig
-from ftk.errors import ConfigError, ModelError
+from ftk.errors import CheckpointError, ConfigError, ModelError
 from ftk.methods import base as methods
 from ftk.models import base as families
 from ftk.models.base import Conditions, Model
@@ -234,10 +234,75 @@ def test_what_a_lora_cannot_hold_is_named_with_its_size(tuned: Callable[..., tup
 
 def test_another_component_that_differs_is_named(tuned: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     pair = tuned("stable-diffusion", lambda tensors: add_low_rank(tensors, ("to_q",)))
-    file = next((pair[1] / "text_encoder").glob("*.safetensors"))
+    file = next((pair[1] / "vae").glob("*.safetensors"))
     save_file({name: value * 2 for name, value in load_file(file).items()}, file, {"format": "pt"})
     report = extract.run(settings(pair, tmp_path / "lora", family="stable-diffusion"))
-    assert [(one.name, one.change) for one in report.left_out] == [("text_encoder", None)]
+    assert [(one.name, one.change) for one in report.left_out] == [("vae", None)]
+
+
+ENCODERS = {"stable-diffusion": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "peft"])
+@pytest.mark.parametrize("with_denoiser", [True, False])
+def test_text_encoders_are_extracted_too(
+    tuned: Callable[..., tuple[Path, Path]], tmp_path: Path, name: str, form: str, with_denoiser: bool
+) -> None:
+    base, path = pair = tuned(name, lambda tensors: add_low_rank(tensors, ("to_q",) if with_denoiser else ()))
+    for encoder in ENCODERS[name]:
+        file = path / encoder / "model.safetensors"
+        tensors = load_file(file)
+        # diffusers infers the form of a kohya file from out_proj.
+        add_low_rank(tensors, ("self_attn.v_proj", "self_attn.out_proj", "mlp.fc2"))
+        key = next(key for key in tensors if key.endswith("final_layer_norm.bias"))
+        save_file({**tensors, key: tensors[key] + 1e-6}, file, {"format": "pt"})
+    out = tmp_path / "lora"
+    report = extract.run(settings(pair, out, family=name, form=form))
+    assert report.energy > 1 - 1e-6
+    left_out = {one.name.replace("text_model.", "") for one in report.left_out}
+    assert left_out == {f"{encoder}.final_layer_norm.bias" for encoder in ENCODERS[name]}
+    assert {f"{encoder}.encoder.{kind}" for encoder in ENCODERS[name] for kind in ("self_attn.v_proj", "mlp.fc2")} <= {
+        one.name.replace("text_model.", "") for one in report.groups
+    }
+    family = families.get(name)
+    made, theirs = (family.pipeline(model, torch.float32, CPU, vae=None) for model in (base, path))
+    if form == "peft":
+        from peft import PeftModel
+
+        for encoder in ENCODERS[name]:
+            PeftModel.from_pretrained(getattr(made, encoder), out / encoder)
+        if with_denoiser:
+            PeftModel.from_pretrained(made.unet, out)
+    else:
+        made.load_lora_weights(out, weight_name=report.files[0])
+    embeds, wanted = (
+        pipeline.encode_prompt("a red cat", device=CPU, num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
+        for pipeline in (made, theirs)
+    )
+    torch.testing.assert_close(embeds, wanted, atol=2e-5, rtol=0)
+    untouched = family.pipeline(base, torch.float32, CPU, vae=None).encode_prompt(
+        "a red cat", device=CPU, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )[0]
+    assert (untouched - wanted).abs().max() > 1e-3
+    assert ("unet" in (out / "README.md").read_text()) or form != "peft"
+
+
+def test_an_adapter_of_another_kind_becomes_a_lora(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+    """A LoKr of LyCORIS; and a file of another base is refused as everywhere."""
+    base, layer = tiny_models("qwen-image"), "transformer_blocks.0.attn.to_q"
+    out, into = load_file(base / "transformer" / WEIGHTS)[f"{layer}.weight"].shape
+    draw = torch.Generator().manual_seed(2)
+    factors = {"lokr_w1": torch.randn(2, 2, generator=draw), "lokr_w2": torch.randn(out // 2, into // 2, generator=draw)}
+    file = tmp_path / "lokr.safetensors"
+    save_file({f"lycoris_{layer.replace('.', '_')}.{name}": tensor for name, tensor in factors.items()}, file)
+    report = extract.run(settings((base, file), tmp_path / "lora", rank=min(out, into)))
+    assert report.energy > 1 - 1e-6
+    stored = load_file(tmp_path / "lora/pytorch_lora_weights.safetensors")
+    product = stored[f"transformer.{layer}.lora_B.weight"] @ stored[f"transformer.{layer}.lora_A.weight"]
+    torch.testing.assert_close(product, torch.kron(factors["lokr_w1"], factors["lokr_w2"]), atol=1e-4, rtol=0)
+    with pytest.raises(CheckpointError, match="trained on another base model"):
+        extract.run(settings((tiny_models("sdxl"), file), tmp_path / "other", family="sdxl"))
 
 
 def test_models_with_nothing_to_extract_are_refused(tuned: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:

@@ -122,6 +122,21 @@ def in_folder(folder: Path) -> tuple[Path, ...]:
     return (*main, *encoders)
 
 
+def is_adapter(path: Path, denoiser: str) -> bool:
+    """Whether a path holds an adapter and not a model, of which the denoiser is in a folder of this name."""
+    if path.is_dir():
+        has_model = (path / "model_index.json").exists() or (path / denoiser / "config.json").exists()
+        return not has_model and bool(in_folder(path))
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    file: Any
+    try:
+        with safe_open(path, "pt") as file:
+            return any(_split(name)[1] not in (None, "alpha") for name in file.keys())  # noqa: SIM118 - it is no mapping
+    except (SafetensorError, OSError):
+        return False
+
+
 def read(
     path: Path, family: Family, modules: Mapping[str, Any], setting: str, pipeline_class: type | None = None
 ) -> AdapterFile:
