@@ -15,7 +15,7 @@ def train(
     json: Json = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; the run that is there is set aside.")] = False,
     allow_change: Annotated[
-        bool, typer.Option("--allow-change", help="Go on from a checkpoint that was trained with other settings.")
+        bool, typer.Option("--allow-change", help="Go on from a checkpoint of other settings or other data.")
     ] = False,
 ) -> None:
     """Train from the cache with the denoiser alone in memory; resumes by itself from the newest checkpoint."""

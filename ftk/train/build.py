@@ -29,6 +29,7 @@ from ftk.train.inputs import Inputs, open_inputs, with_rates
 from ftk.train.loop import Hook, Trainer
 from ftk.train.order import ORDER_VERSION, keyed_seed
 from ftk.train.ranks import Ranks
+from ftk.train.trained_on import TrainedOn
 
 LOGGER = logging.getLogger("ftk")
 
@@ -63,7 +64,9 @@ def build_trainer(
     optimizer = optim.MasterOptimizer(parameters, with_rates(run), ranks)
     if optimizer.is_split:
         checkpoint.refuse_unshared(directory, ranks)
-    settings = checkpoint.exact_settings(config.train, _identities(inputs))
+    with ranks.unhurried():
+        trained_on = TrainedOn.of(inputs.store) if ranks.is_main else None
+    settings = checkpoint.exact_settings(config.train, _identities(inputs, trained_on))
     trainer = Trainer(
         model=model,
         method=run.method,
@@ -78,7 +81,8 @@ def build_trainer(
     is_even = plan.sharding == "fsdp"
     loader = Loader(order=inputs.order, builder=builder, device=device, rank=ranks.rank, world_size=ranks.size, is_even=is_even)
     recorder, trainer.hooks = _hooks(inputs, builder, settings, make_delivery(inputs, model, ranks), ranks)
-    is_begun = _restore(trainer, directory / "checkpoints", settings, allow_change)
+    check = partial(_check_changes, directory, settings, trained_on, allow_change)
+    is_begun = _restore(trainer, directory / "checkpoints", check)
     if not is_begun and inputs.sizes.start is not None:
         values = {name: weight.cpu() for name, weight in optimizer.weights().items()} | dict(inputs.sizes.start.values)
         optimizer.begin_from(ranks.from_main(values)[0])
@@ -127,13 +131,14 @@ def _load(inputs: Inputs, ranks: Ranks, device: torch.device) -> tuple[Model, di
     return model, parameters
 
 
-def _identities(inputs: Inputs) -> dict[str, Any]:
-    """What else a run is made of: two with the same are the same run."""
+def _identities(inputs: Inputs, trained_on: TrainedOn | None) -> dict[str, Any]:
+    """What else a run is made of: two with the same are the same run. The samples are known to the process that saves."""
     run, plan = inputs.run, inputs.sizes.plan
     family_settings = run.family.config.model_dump(mode="json", exclude_defaults=True)
     return {
         "method": {"name": run.config.method.name, **run.settings.model_dump(mode="json")},
         **({"model": family_settings} if family_settings else {}),
+        **({"data": trained_on.identity} if trained_on else {}),
         "order": {"version": ORDER_VERSION, "fingerprint": inputs.order.fingerprint},
         "latents": inputs.store.manifest.latents_fingerprint,
         "texts": inputs.store.manifest.texts_fingerprint,
@@ -192,22 +197,26 @@ def _start_from_data(trainer: Trainer, inputs: Inputs, loader: Loader, num_batch
     trainer.optimizer.begin_from(trainer.ranks.from_main(values)[0])
 
 
-def _restore(trainer: Trainer, directory: Path, settings: dict[str, Any], allow_change: bool) -> bool:
+def _restore(trainer: Trainer, directory: Path, check: Callable[[checkpoint.Checkpoint | None], None]) -> bool:
     """All processes: the main one's newest checkpoint, if it has one; of what is split each reads its part.
+
+    Args:
+        check: in the main process, refuses a checkpoint of another run.
 
     Returns:
         Whether there is one.
     """
     ranks = trainer.ranks
     if trainer.optimizer.is_split:
-        return _restore_part(trainer, checkpoint.latest(directory, ranks), settings, allow_change)
+        return _restore_part(trainer, checkpoint.latest(directory, ranks), check)
     weights: dict[str, torch.Tensor] = {}
     state: dict[str, torch.Tensor] = {}
     facts: dict[str, Any] | None = None
     with ranks.unhurried():
         found = checkpoint.latest(directory) if ranks.is_main else None
+        if ranks.is_main:
+            check(found)
         if found is not None:
-            checkpoint.refuse_changed_settings(found, settings, allow_change)
             _tell_of_jump(trainer.config, found)
             weights, state = found.tensors()
             facts = {"step": found.step, "num_samples_seen": found.num_samples_seen, "optimizer": found.optimizer_facts}
@@ -220,9 +229,13 @@ def _restore(trainer: Trainer, directory: Path, settings: dict[str, Any], allow_
     return facts is not None
 
 
-def _restore_part(trainer: Trainer, found: checkpoint.Checkpoint | None, settings: dict[str, Any], allow_change: bool) -> bool:
+def _restore_part(
+    trainer: Trainer, found: checkpoint.Checkpoint | None, check: Callable[[checkpoint.Checkpoint | None], None]
+) -> bool:
+    with trainer.ranks.unhurried():
+        if trainer.ranks.is_main:
+            check(found)
     if found is not None:
-        checkpoint.refuse_changed_settings(found, settings, allow_change)
         if trainer.ranks.is_main:
             _tell_of_jump(trainer.config, found)
         trainer.optimizer.restore(*found.tensors(trainer.optimizer.rows), found.optimizer_facts)
@@ -239,3 +252,18 @@ def _tell_of_jump(config: TrainConfig, found: checkpoint.Checkpoint) -> None:
     notice = optim.notice_of_jump(found.step, config.model_copy(update={**begun, "schedule": schedule}), config)
     if notice is not None:
         LOGGER.warning("%s", notice)
+
+
+def _check_changes(
+    directory: Path,
+    settings: dict[str, Any],
+    trained_on: TrainedOn | None,
+    allow_change: bool,
+    found: checkpoint.Checkpoint | None,
+) -> None:
+    """The main process: refuse a checkpoint of other settings or samples, then note what this run trains on."""
+    assert trained_on is not None
+    if found is not None:
+        changes = trained_on.changes(found.settings.get("data", {}), directory)
+        checkpoint.refuse_changed_settings(found, settings, allow_change, changes)
+    trained_on.commit(directory)

@@ -42,6 +42,13 @@ _FREE = {"checkpoint_every", "keep_last", "keep_every", "log_every", "trackers",
 _FREE_VALIDATION = {"every", "samples", "sigmas", "patience"}
 # Where things are computed changes their rounding alone; 8-bit weights are other weights.
 _EXACT_MEMORY = {"base"}
+_ORDER = ("order", "order.version", "order.fingerprint")
+_DIGESTS = {
+    **dict.fromkeys(_ORDER, "samples come in another order"),
+    "latents": "images were encoded with another VAE, or other settings of it",
+    "texts": "captions were encoded with other text encoders, or other settings of them",
+    "denoiser": "the weights of the base model are others",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -306,18 +313,26 @@ def best_step(directory: Path) -> int | None:
     return None if noted is None else noted[0]
 
 
-def refuse_changed_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], allow: bool = False) -> None:
-    """Raise `CheckpointError` with a table if continuing under `settings` would not be what was begun; or log it."""
+def refuse_changed_settings(
+    checkpoint: Checkpoint, settings: Mapping[str, Any], allow: bool = False, data_changes: Sequence[str] = ()
+) -> None:
+    """Raise `CheckpointError` with a table if continuing under `settings` would not be what was begun; or log it.
+
+    Args:
+        data_changes: what is other about the samples, in words: it stands for the settings under `data`.
+    """
     before, now = _flat(checkpoint.settings), _flat(json.loads(json.dumps(settings)))
     _refuse_other_order(checkpoint, before, now, allow)
-    changed = [
-        f"  {name}: checkpoint {before.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    ]
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name) and not name.startswith("data.")]
+    if data_changes or len(names) > 1:
+        # Where samples or settings are others, so is the order: only alone does it tell anything.
+        names = [name for name in names if name not in _ORDER]
+    changed = [f"  data: {', '.join(data_changes)}"] * bool(data_changes)
+    changed += [f"  {_changed(name, before.get(name), now.get(name))}" for name in names]
     if not changed:
         return
-    what = f"{checkpoint.path} (step {checkpoint.step}) was trained with other settings"
+    others = " and ".join(["on other data"] * bool(data_changes) + ["with other settings"] * bool(names))
+    what = f"{checkpoint.path} (step {checkpoint.step}) was trained {others}"
     if allow:
         LOGGER.warning("--allow-change: %s, and goes on as another run than it was:\n%s", what, "\n".join(changed))
         return
@@ -343,6 +358,14 @@ def _refuse_other_order(checkpoint: Checkpoint, before: Mapping[str, Any], now: 
             f"or accept the break with --allow-change."
         )
     LOGGER.warning("--allow-change: %s. The run goes on in the new order.", what)
+
+
+def _changed(name: str, before: Any, now: Any) -> str:
+    """A changed setting; what is known by a digest in words."""
+    words = _DIGESTS.get(name)
+    if words is None and name.startswith("text_encoder") and "." not in name:
+        words = f"the weights of the model's {name} are others"
+    return f"{name}: checkpoint {before!r}, now {now!r}" if words is None else f"{name}: {words}"
 
 
 def damage(path: Path, ranks: Ranks | None = None) -> str | None:

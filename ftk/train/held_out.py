@@ -15,7 +15,7 @@ import xxhash
 from ftk.errors import CacheError, ConfigError
 
 _HASHED_AT_ONCE = 2**16
-_KEY_SUFFIX = r"-?[0-9a-f]{12}$"
+KEY_SUFFIX = r"-?[0-9a-f]{12}$"
 """What `ftk prepare` puts behind the readable part of a key: a hash of path and variant."""
 
 Integers = npt.NDArray[np.integer[Any]]
@@ -79,7 +79,7 @@ def _images(samples: pa.Table) -> Integers:
 
 
 def _file_names(rows: pa.RecordBatch) -> pa.Array:
-    readable = pc.replace_substring_regex(rows["key"].cast(pa.string()), _KEY_SUFFIX, "")
+    readable = pc.replace_substring_regex(rows["key"].cast(pa.string()), KEY_SUFFIX, "")
     size = (rows[name].cast(pa.string()) for name in ("width", "height"))
     return pc.binary_join_element_wise(readable, *size, pc.list_element(rows["texts"], 0), "\n")
 

@@ -187,6 +187,34 @@ def test_a_schedule_made_longer_tells_of_the_jump_and_one_with_a_length_of_its_o
     assert rates[4:] == pytest.approx([0.001] * 4)
 
 
+def test_samples_that_changed_in_mid_run_are_told_in_words(ftk, workspace, tmp_path):
+    run_file = workspace()
+    assert ftk("run", run_file).code == 0
+    pictures = sorted((tmp_path / "pictures").glob("*.txt"))
+    texts = [path.read_text() for path in pictures]
+    pictures[0].write_text("something else")
+    more = ("--set", "train.steps=9")
+    assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
+    refused = ftk("train", run_file, *more)
+    assert refused.code == 2
+    assert "was trained on other data" in refused.err
+    assert "data: 1 caption changed\n" in refused.err
+    image = pictures[1].with_suffix(".png")
+    shutil.copy(image, image.with_stem("new"))
+    pictures[1].with_stem("new").write_text("a new one")
+    assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
+    refused = ftk("train", run_file, *more, "--set", "train.seed=6")
+    assert "was trained on other data and with other settings" in refused.err
+    assert "data: 1 image added, 1 caption changed\n  train.seed: checkpoint 5, now 6\nPut" in refused.err
+    pictures[0].write_text(texts[0])
+    assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0
+    accepted = ftk("train", run_file, *more, "--allow-change")
+    assert accepted.code == 0
+    assert "data: 1 image added\n" in accepted.err
+    again = ftk("train", run_file, "--set", "train.steps=10")
+    assert (again.code, "allow-change" in again.err) == (0, False)
+
+
 def test_a_second_writer_is_told_who_holds_the_run(ftk, workspace, tmp_path):
     run_file = workspace()
     assert ftk("run", run_file).code == 0
