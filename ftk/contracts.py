@@ -108,7 +108,7 @@ class ShardRecord:
     which one ends it. `recipe_fingerprint` stands for every setting that shaped it, `contents_fingerprint` for every input
     byte that went into it. `buckets` maps WIDTHxHEIGHT to samples. `empty_masks` has the image's path for each sample whose
     mask is black all over. `fallback_captions` are the paths of the first images that have no caption of their own and took
-    their source's.
+    their source's. `num_cut_wildcards` counts images with a caption of more variants than were taken.
     """
 
     name: str
@@ -128,6 +128,7 @@ class ShardRecord:
     empty_masks: list[str] = field(default_factory=list)
     num_fallback_captions: int = 0
     fallback_captions: list[str] = field(default_factory=list)
+    num_cut_wildcards: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +156,7 @@ class PreparedManifest:
     num_empty_masks: int = 0
     num_fallback_captions: int = 0
     fallback_captions: list[str] = field(default_factory=list)
+    num_cut_wildcards: int = 0
     num_unmatched_captions: int = 0
     unmatched_captions: list[UnmatchedCaption] = field(default_factory=list)
     hints: list[str] = field(default_factory=list)

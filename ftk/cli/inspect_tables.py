@@ -120,6 +120,7 @@ def _totals(summary: "PreparedSummary") -> Any:
         "masks, controls": f"{summary.num_masks:,}, {summary.num_controls:,}",
         "empty masks": f"{summary.num_empty_masks:,} black all over",
         "long captions": f"{summary.num_long_captions:,}",
+        "cut wildcards": f"{summary.num_cut_wildcards:,} images with more variants than were taken",
         "duplicates": f"{summary.num_duplicates:,} equal, {summary.num_near_duplicates:,} look alike",
     }
     for label, value in rows.items():

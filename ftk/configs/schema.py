@@ -140,6 +140,9 @@ class GenerateConfig(Section):
 class CaptionSettings(Section):
     """The settings of captions, each taken by itself."""
 
+    wildcards: int = Field(
+        default=32, ge=0, le=1024, description="variants of a caption with {a|b} at most; 0: braces are left as they are"
+    )
     tag_shuffles: int = Field(default=0, ge=0, le=64, description="shuffled variants of each caption's tags, beside itself")
     tag_separator: str = Field(default=",", min_length=1)
     keep_tags: int = Field(default=1, ge=0, description="leading tags that a shuffle leaves in place")
@@ -158,6 +161,14 @@ class CaptionsConfig(CaptionSettings):
     def _settings_take_effect(self) -> Self:
         _refuse_idle(self)
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes that were stored before there were wildcards stay equal to those of today."""
+        plain: dict[str, Any] = handler(self)
+        if self.wildcards == type(self).model_fields["wildcards"].default:
+            plain.pop("wildcards", None)
+        return plain
 
 
 class SourceCaptions(CaptionSettings):

@@ -1,4 +1,4 @@
-"""Captions: read, checked, finished with trigger, prefix and shuffled tags.
+"""Captions: read, checked, finished with wildcards, trigger, prefix and shuffled tags.
 
 Never mojibake: what is neither UTF-8 nor marked as UTF-16 or UTF-32 is rejected.
 """
@@ -13,15 +13,18 @@ from ftk import locations, storage
 from ftk.configs.schema import CaptionsConfig, SourceConfig
 from ftk.contracts import RejectReason
 from ftk.errors import ConfigError
+from ftk.pipeline import wildcards
 
 MAX_CAPTION_BYTES = 64 << 10
 MAX_JSON_BYTES = 1 << 20
 JSON_KEYS = ("caption", "captions", "text", "prompt")
-CAPTIONS_VERSION = 2
+CAPTIONS_VERSION = 3
 """Raised when equal inputs give other captions than before: shards are then made again. Their images are not encoded again."""
 
 _CLOSES_UP = tuple(",.;:!?")
 _PLACEHOLDER = "[trigger]"
+KEEP_MARK = "|||"
+"""sd-scripts' usual `keep_tokens_separator`: tags before it are not shuffled, nor those behind a second one."""
 # Of UTF-32 first: the mark of UTF-16 begins it.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
@@ -139,14 +142,6 @@ def fallback(source: SourceConfig) -> str | None:
     return caption
 
 
-def with_trigger(caption: str, trigger: str | None) -> str:
-    """Put the trigger where the caption says `[trigger]`, or before a caption that does not contain it as words."""
-    if not trigger:
-        return caption
-    caption = caption.replace(_PLACEHOLDER, trigger)
-    return caption if _has_words(caption, trigger) else f"{trigger}, {caption}"
-
-
 def _has_words(caption: str, words: str) -> bool:
     """Whether the words stand in the caption by themselves: `man` is not in `a woman`."""
     start = caption.find(words)
@@ -165,30 +160,100 @@ def _joins(before: str, after: str) -> bool:
 
 
 def finish(captions: tuple[str, ...], source: SourceConfig, config: CaptionsConfig, key: str) -> list[str]:
-    """What is trained on: each caption and after it its shuffled variants, with trigger, prefix and suffix; none twice.
+    """What is trained on: each variant of a caption, then its shuffles, with trigger, prefix and suffix; none twice.
 
     The prefix and suffix are never shuffled, and neither is a trigger that was put in front: it is the first of the
-    `keep_tags`. Variants depend on `key`, their number and the tags alone.
+    `keep_tags`. Shuffles depend on `key`, their number and the tags alone.
     """
     finished: list[str] = []
     for caption in captions:
-        for variant in (with_trigger(caption, source.trigger), *_shuffles(caption, source.trigger, config, key)):
-            finished.append(_between(source.prefix, variant, source.suffix))
-    return list(dict.fromkeys(finished))
+        for prefix, text, suffix in wildcards.variants(_pattern(caption, source), config.wildcards):
+            tags = _Tags.of(_trimmed(text), source.trigger, config)
+            for variant in (tags.text, *tags.shuffles(config.tag_shuffles, key)):
+                finished.append(_between(prefix, variant, suffix) if variant else _trimmed(f"{prefix} {suffix}"))
+    # Of `{|a cat}` one variant says nothing; where none says anything the caption stays as it is.
+    return list(dict.fromkeys(filter(_trimmed, finished))) or list(dict.fromkeys(captions))
 
 
-def _shuffles(caption: str, trigger: str | None, config: CaptionsConfig, key: str) -> Iterator[str]:
-    caption = caption.replace(_PLACEHOLDER, trigger) if trigger else caption
-    added = [trigger] if trigger and not _has_words(caption, trigger) else []
-    tags = added + [tag.strip() for tag in caption.split(config.tag_separator) if tag.strip()]
-    num_kept = max(config.keep_tags, len(added))
-    separator = config.tag_separator if config.tag_separator[-1].isspace() else f"{config.tag_separator} "
-    rest = list(enumerate(tags[num_kept:]))
-    for shuffle in range(config.tag_shuffles if len(rest) > 1 else 0):
-        # Sorted by hash, and not drawn: no version of Python or of a library changes the order.
-        order = sorted(rest, key=lambda item: storage.digest([key, shuffle, *item]))
-        if order != rest:
-            yield separator.join([*tags[:num_kept], *(tag for _, tag in order)])
+def num_cut(captions: tuple[str, ...], source: SourceConfig, config: CaptionsConfig) -> int:
+    """How many of the captions have more variants than are taken."""
+    patterns = (_pattern(caption, source) for caption in captions)
+    return sum(wildcards.count(pattern) > config.wildcards > 0 for pattern in patterns)
+
+
+def _pattern(caption: str, source: SourceConfig) -> tuple[str, str, str]:
+    return source.prefix or "", caption, source.suffix or ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tags:
+    """A caption with its trigger, and its tags: `joints[n]` stands between tags n and n + 1, as it was written.
+
+    Those from `first` to before `last` are shuffled.
+    """
+
+    text: str
+    tags: list[str]
+    joints: list[str]
+    first: int
+    last: int
+
+    @classmethod
+    def of(cls, caption: str, trigger: str | None, config: CaptionsConfig) -> "_Tags":
+        caption = caption.replace(_PLACEHOLDER, trigger) if trigger else caption
+        separator = config.tag_separator
+        parts = [_split(part, separator) for part in ([caption] if KEEP_MARK in separator else caption.split(KEEP_MARK))]
+        written = next((joints[0] for _, joints in parts if joints), None)
+        joint = written or (f"{separator} " if separator in _CLOSES_UP else separator)
+        tags, joints = _joined(parts, joint)
+        text = _together(tags, joints) if len(parts) > 1 else caption
+        num_first = len(parts[0][0]) if len(parts) > 1 else config.keep_tags
+        last = len(tags) - sum(len(part) for part, _ in parts[2:])
+        if trigger and not _has_words(caption, trigger):
+            # Before a sentence too: a comma and a space, however it writes its own.
+            joint = ", " if separator == "," else joint
+            text = f"{trigger}{joint}{text}" if text else trigger
+            tags, joints = [trigger, *tags], [joint, *joints] if tags else joints
+            num_first, last = num_first + 1 if len(parts) > 1 else max(num_first, 1), last + 1
+        return cls(text=text, tags=tags, joints=joints, first=min(num_first, last), last=last)
+
+    def shuffles(self, number: int, key: str) -> Iterator[str]:
+        """The tags in so many other orders."""
+        rest = list(enumerate(self.tags[self.first : self.last]))
+        for shuffle in range(number if len(rest) > 1 else 0):
+            # Sorted by hash, and not drawn: no version of Python or of a library changes the order.
+            order = sorted(rest, key=lambda item: storage.digest([key, shuffle, *item]))
+            if order != rest:
+                tags = [*self.tags[: self.first], *(tag for _, tag in order), *self.tags[self.last :]]
+                yield _together(tags, self.joints)
+
+
+def _split(text: str, separator: str) -> tuple[list[str], list[str]]:
+    """(tags, what stands between them); empty tags are left out."""
+    tags: list[str] = []
+    joints: list[str] = []
+    start = end = 0
+    for piece in text.split(separator):
+        if tag := piece.strip():
+            first = start + piece.index(tag[0])
+            joints += [text[end:first]] if tags else []
+            tags.append(tag)
+            end = first + len(tag)
+        start += len(piece) + len(separator)
+    return tags, joints
+
+
+def _joined(parts: Iterable[tuple[list[str], list[str]]], joint: str) -> tuple[list[str], list[str]]:
+    all_tags: list[str] = []
+    all_joints: list[str] = []
+    for tags, joints in parts:
+        all_joints += [*([joint] if all_tags and tags else []), *joints]
+        all_tags += tags
+    return all_tags, all_joints
+
+
+def _together(tags: list[str], joints: list[str]) -> str:
+    return "".join(piece for pair in zip(tags, [*joints, ""], strict=True) for piece in pair)
 
 
 def _between(prefix: str | None, caption: str, suffix: str | None) -> str:

@@ -108,6 +108,7 @@ class PreparedSummary:
     num_near_duplicates: int
     num_fallback_captions: int
     num_unmatched_captions: int
+    num_cut_wildcards: int
     crop_loss: Spread | None
     original_megapixels: Spread | None
     buckets: list[BucketSummary]
@@ -236,6 +237,7 @@ def summary(dataset: PreparedDataset, scan: Scan, pairs: list[dict[str, Any]]) -
     same = (
         *("fingerprint", "num_inputs", "num_samples", "num_rejects", "num_upscaled", "num_copied", "num_empty_masks"),
         *("num_fallback_captions", "fallback_captions", "num_unmatched_captions", "unmatched_captions", "hints"),
+        "num_cut_wildcards",
     )
     return PreparedSummary(
         directory=str(dataset.directory),

@@ -286,6 +286,7 @@ class _Shard:
         self.outcomes: list[Outcome] = []
         self.empty_masks: list[str] = []
         self.num_fallback = 0
+        self.num_cut_wildcards = 0
         self.fallback_names: list[str] = []
         self.num_upscaled = 0
         self.num_made = 0
@@ -315,6 +316,7 @@ class _Shard:
     def _note(self, record: Record, num_empty_masks: int) -> None:
         """Count what the report tells of an image that gives samples."""
         self.empty_masks += [source_units.printable(record)] * num_empty_masks
+        self.num_cut_wildcards += captions.num_cut(record.captions, self.unit.source, self.captions) > 0
         if record.is_fallback:
             self.num_fallback += 1
             if self.num_fallback <= _FALLBACK_EXAMPLES:
@@ -379,6 +381,7 @@ class _Shard:
             empty_masks=self.empty_masks,
             num_fallback_captions=self.num_fallback,
             fallback_captions=self.fallback_names,
+            num_cut_wildcards=self.num_cut_wildcards,
         )
 
 

@@ -61,6 +61,7 @@ class PrepareReport:
     num_empty_masks: int
     num_fallback_captions: int
     num_unmatched_captions: int
+    num_cut_wildcards: int
     buckets: dict[str, int]
     directory: str
     rejects: list[dict[str, str]]
@@ -372,6 +373,7 @@ def _notes_of(shards: Sequence[ShardRecord], notes: Notes) -> dict[str, Any]:
         "num_fallback_captions": sum(shard.num_fallback_captions for shard in shards),
         "fallback_captions": [name for shard in shards for name in shard.fallback_captions][:MOST_EXAMPLES],
         "num_unmatched_captions": notes.num_unmatched_captions,
+        "num_cut_wildcards": sum(shard.num_cut_wildcards for shard in shards),
         "unmatched_captions": list(notes.unmatched_captions),
         "hints": list(notes.hints),
     }

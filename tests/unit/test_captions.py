@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ftk.configs.schema import CaptionsConfig, SourceConfig
 from ftk.contracts import RejectReason
@@ -205,11 +207,19 @@ def test_a_blank_fallback_is_refused() -> None:
     ],
 )
 def test_the_trigger_stands_once(caption: str, trigger: str | None, expected: str) -> None:
-    assert captions.with_trigger(caption, trigger) == expected
+    assert _finish(caption, trigger=trigger) == [expected]
 
 
-def _finish(*texts: str, key: str = "key", shuffles: int = 0, keep: int = 1, separator: str = ",", **source: Any) -> list[str]:
-    config = CaptionsConfig(tag_shuffles=shuffles, keep_tags=keep, tag_separator=separator)
+def _finish(
+    *texts: str,
+    key: str = "key",
+    shuffles: int = 0,
+    keep: int = 1,
+    separator: str = ",",
+    wildcards: int = 32,
+    **source: Any,
+) -> list[str]:
+    config = CaptionsConfig(tag_shuffles=shuffles, keep_tags=keep, tag_separator=separator, wildcards=wildcards)
     return captions.finish(texts, SourceConfig(path="photos", **source), config, key)
 
 
@@ -278,6 +288,96 @@ GOLDEN = ["a, b, c, d", "c, a, b, d", "a, c, b, d"]
 def test_what_cannot_be_shuffled_is_left_alone() -> None:
     assert _finish("a cat", shuffles=8, keep=0) == ["a cat"]
     assert _finish("a, b", shuffles=8, keep=1) == ["a, b"]
-    assert set(_finish("a,b", shuffles=32, keep=0)) == {"a,b", "b, a"}
-    assert set(_finish("a|b", shuffles=32, keep=0, separator="|")) == {"a|b", "b| a"}
+    assert set(_finish("a,b", shuffles=32, keep=0)) == {"a,b", "b,a"}
+    assert set(_finish("a|b", shuffles=32, keep=0, separator="|")) == {"a|b", "b|a"}
     assert set(_finish("a b", shuffles=32, keep=0, separator=" ")) == {"a b", "b a"}
+
+
+@pytest.mark.parametrize(
+    ("text", "separator", "expected"),
+    [
+        ("a|b|c", "|", "|"),
+        ("a | b | c", "|", " | "),
+        ("a,b,c", ",", ","),
+        ("a, b, c", ",", ", "),
+        ("a;b;c", ";", ";"),
+        ("a\nb\nc", "\n", "\n"),
+        ("a ||| b ||| c", "|||", " ||| "),
+    ],
+)
+def test_tags_are_joined_as_they_were_written(text: str, separator: str, expected: str) -> None:
+    variants = _finish(text, shuffles=16, keep=0, separator=separator)
+    assert len(variants) > 3
+    assert {tuple(sorted(variant.split(expected))) for variant in variants} == {("a", "b", "c")}
+
+
+def test_separators_stay_where_they_are() -> None:
+    assert set(_finish("a,b | c", shuffles=32, keep=0)) == {"a,b | c", "b | c,a"}
+    assert set(_finish("a,b, c", shuffles=32, keep=1)) == {"a,b, c", "a,c, b"}
+    assert set(_finish(" a, b, ", shuffles=32, keep=0)) == {"a, b,", "b, a"} | {_finish(" a, b, ")[0]}
+
+
+@pytest.mark.parametrize(
+    ("text", "separator", "expected"),
+    [
+        ("a|b", "|", "sks|a|b"),
+        ("a | b", "|", "sks | a | b"),
+        ("a,b", ",", "sks, a,b"),
+        ("a;b", ";", "sks;a;b"),
+        ("a", ";", "sks; a"),
+    ],
+)
+def test_the_trigger_is_joined_as_a_tag(text: str, separator: str, expected: str) -> None:
+    first, *variants = _finish(text, trigger="sks", separator=separator, shuffles=8)
+    assert first == expected
+    assert all(variant.startswith("sks") for variant in variants)
+
+
+def test_tags_before_the_mark_of_sd_scripts_stay_in_place_and_so_do_those_behind_a_second_one() -> None:
+    text = "1girl, solo ||| red hair, hat, smile ||| night, masterpiece"
+    first, *variants = _finish(text, shuffles=16, keep=0)
+    assert first == "1girl, solo, red hair, hat, smile, night, masterpiece"
+    assert {tuple(sorted(variant.split(", ")[2:5])) for variant in variants} == {("hat", "red hair", "smile")}
+    assert all(variant.startswith("1girl, solo, ") and variant.endswith(", night, masterpiece") for variant in variants)
+    assert len(variants) > 3
+
+
+def test_the_mark_of_sd_scripts_is_never_trained_on() -> None:
+    assert _finish("1girl ||| red hair, hat") == ["1girl, red hair, hat"]
+    assert _finish("1girl|||red hair,hat") == ["1girl,red hair,hat"]
+    assert _finish("||| red hair, hat") == ["red hair, hat"]
+    assert _finish("1girl |||") == ["1girl"]
+    assert _finish("a|b|||c|d", separator="|", shuffles=1, keep=0)[0] == "a|b|c|d"
+    assert _finish("1girl ||| a, b", trigger="sks") == ["sks, 1girl, a, b"]
+    variants = _finish("1girl ||| a, b, c", trigger="sks", shuffles=16, keep=0)
+    assert all(variant.startswith("sks, 1girl, ") for variant in variants)
+    assert len(variants) > 3
+
+
+TAG = st.text(alphabet="ab猫 '-", min_size=1, max_size=6).filter(lambda tag: tag.strip() == tag)
+
+
+@given(st.text())
+def test_checking_a_caption_twice_changes_nothing_more(text: str) -> None:
+    once = captions.check(text, "row 1")
+    if isinstance(once, str):
+        assert captions.check(once, "row 1") == once
+        assert captions.check(once.encode(), "row 1") == once
+        assert captions.check(once.replace("\n", "\r\n"), "row 1") == once
+
+
+@given(st.lists(TAG, min_size=1, max_size=6), st.sampled_from([", ", ",", "|", " | ", "; "]), st.integers(0, 3))
+def test_a_shuffle_has_the_same_tags_and_keeps_the_first(tags: list[str], joint: str, keep: int) -> None:
+    text = joint.join(tags)
+    for variant in _finish(text, shuffles=3, keep=keep, separator=joint.strip()):
+        found = variant.split(joint)
+        assert sorted(found) == sorted(tags)
+        assert found[:keep] == tags[:keep]
+
+
+@given(st.text(alphabet="ab sk, ", max_size=20))
+def test_finishing_a_finished_caption_changes_nothing(text: str) -> None:
+    caption = captions.check(text, "row 1")
+    if isinstance(caption, str):
+        once = _finish(caption, trigger="sks")
+        assert _finish(*once, trigger="sks") == once
