@@ -431,7 +431,7 @@ def _refuse_unused(name: str, common: Section, merged: Sequence[Section], own: S
     if value == type(common).model_fields[name].default or all(name in each for each in own):
         return
     if all(getattr(each, name) != value for each in merged):
-        raise ValueError(f"`{name}` has no effect in any source, beside what the sources say themselves")
+        raise ValueError(f"`{name}` has no effect in any source: their own settings leave no use for it")
 
 
 def _merged(common: Merged, own: Mapping[str, Any]) -> Merged:

@@ -41,8 +41,8 @@ TEMPLATE = (
 PREFIX_TOKENS = 34
 """Tokens of the template before the caption: the pipeline drops them from the embeddings."""
 NATIVE_SIZES = ((1328, 1328), (1664, 928), (928, 1664), (1472, 1104), (1104, 1472), (1584, 1056), (1056, 1584))
-"""(width, height) in px of the model card, which at first had 1472 x 1140 for 4:3: no multiple of 16, the pipeline made
-1472 x 1136 of it."""
+"""(width, height) in px, from the model card. Its first version had 1472 x 1140 for 4:3, which is not a multiple of 16: the
+pipeline rounds it down to 1472 x 1136."""
 _BLOCK = "QwenImageTransformerBlock"
 _IMAGE_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
