@@ -42,6 +42,10 @@ _OTHER_READERS = {
         "LyCORIS: `create_lycoris_from_weights(1.0, 'lycoris.safetensors', denoiser)`; ComfyUI: put it into `models/loras`."
     ),
 }
+_NOT_FOR_DIFFUSERS = (
+    "This file is for ComfyUI alone: diffusers leaves out DoRA's scales (`dora_scale`), and draws something else without them. "
+    "For diffusers: `ftk export RUN.yaml --format diffusers`."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +106,8 @@ def how_to_load(method: Method, settings: Any, family: Family, base: str, form: 
         base: the base model's Hub id, or the name of its folder.
     """
     if form in _OTHER_READERS:
-        return _OTHER_READERS[form]
+        note = f"\n\n{_NOT_FOR_DIFFUSERS}" if form == "comfyui" and getattr(settings, "dora", False) else ""
+        return _OTHER_READERS[form] + note
     if form == method.FORMATS[0]:
         return _python(base, method.usage(family, settings))
     assert isinstance(method, peft_method.PeftMethod)

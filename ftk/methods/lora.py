@@ -284,7 +284,9 @@ def write(adapters: Mapping[str, Adapter], family: Family, export: Export) -> li
     directory, metadata = export.directory, export.metadata
     if export.form in ("comfyui", "kohya"):
         named = _renamed(adapters, export.form, family)
-        return [peft_directory.commit_tensors(directory / formats.NAMED_FILES[export.form], named, metadata)]
+        has_dora = any(adapter.dora_scales for adapter in adapters.values())
+        note = {"ftk_read_by": formats.readers(export.form, "dora" if has_dora else "lora")}
+        return [peft_directory.commit_tensors(directory / formats.NAMED_FILES[export.form], named, {**metadata, **note})]
     if export.form == "peft":
         files = []
         for name, adapter in adapters.items():

@@ -23,6 +23,7 @@ import typer
 import yaml
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from ftk import storage
 from ftk.cache import cache_summary, encode, fetch, fingerprint, plan, shards, stage, verify, view
@@ -576,6 +577,22 @@ def test_the_reader_reads_what_ftk_reads_without_ftk_and_has_twenty_lines(copy):
     for name, tensor in expected.items():
         assert found[name].shape == tuple(tensor.shape)
         assert np.array_equal(found[name].astype(np.float32), tensor.float().numpy()), name
+
+
+@pytest.mark.parametrize("family", families.available())
+def test_the_reader_reads_every_item_of_every_familys_cache(cached, tiny_models, tmp_path, monkeypatch, family):
+    cached(model={"family": family, "path": str(tiny_models(family))})
+    monkeypatch.chdir(tmp_path)
+    reader: dict[str, Any] = {}
+    exec(_blocks("code")["reader"], reader)
+    stored = {}
+    for path in Path("work/cache").glob("*/*/*.safetensors"):
+        stored.update(load_file(path))
+    tensors = {f"{item}.{name}": tensor for item in reader["items"] for name, tensor in reader["read"](item).items()}
+    assert tensors.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert tensors[name].shape == tuple(tensor.shape)
+        assert np.array_equal(tensors[name].astype(np.float64), tensor.double().numpy()), name
 
 
 # Trust.

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -201,6 +202,33 @@ def test_names_of_a_u_net_and_alpha_over_rank(tiny_models: Callable[[str], Path]
         torch.testing.assert_close(
             weight + added.reshape(weight.shape), model.denoiser.get_submodule(module).weight.detach(), atol=1e-6, rtol=1e-5
         )
+
+
+def test_diffusers_loses_most_of_comfyuis_dora_and_the_file_says_so(
+    lora: Callable[..., LoraCase], tiny_model: Path, tmp_path: Path
+) -> None:
+    method, config, model, weight = lora(rank=2, alpha=8.0, dora=True)
+    with torch.no_grad():
+        for name, parameter in model.denoiser.named_parameters():
+            if "lora_magnitude_vector" in name:
+                parameter *= 1.5
+    for form in ("comfyui", "diffusers"):
+        method.export(model, config, Export(directory=tmp_path / form, form=form, metadata={}))
+    with safe_open(tmp_path / "comfyui/comfyui.safetensors", "pt") as file:
+        assert file.metadata()["ftk_read_by"] == "ComfyUI; not diffusers, which leaves out dora_scale"
+    method.merge(model)
+    change = model.denoiser.get_submodule(LAYER).weight.detach() - weight
+    lost = {}
+    for form, file in (("comfyui", "comfyui.safetensors"), ("diffusers", "pytorch_lora_weights.safetensors")):
+        family = families.get("qwen-image")
+        absent = dict.fromkeys((*family.text_components, *family.latent_components))
+        pipeline = family.pipeline(tiny_model, torch.float32, torch.device("cpu"), **absent)
+        pipeline.load_lora_weights(tmp_path / form, weight_name=file)
+        pipeline.fuse_lora()
+        read = pipeline.transformer.get_submodule(LAYER).get_base_layer().weight.detach() - weight
+        lost[form] = float((read - change).norm() / change.norm())
+    assert lost["diffusers"] < 1e-5
+    assert lost["comfyui"] > 0.5
 
 
 def test_comfyuis_dora_computes_what_was_trained(lora: Callable[..., LoraCase], tmp_path: Path) -> None:

@@ -235,7 +235,10 @@ def _loha(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _lokr(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """As ComfyUI has it (comfy/weight_adapter/lokr.py): alpha counts only where a factor is of low rank."""
+    """As ComfyUI has it (comfy/weight_adapter/lokr.py): alpha counts only where a factor is of low rank.
+
+    It multiplies kernels out without making them contiguous, which `torch.kron` refuses.
+    """
     scale, factors = torch.tensor(1.0), []
     for name in ("lokr_w1", "lokr_w2"):
         if name in tensors:
@@ -244,10 +247,24 @@ def _lokr(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         scale = tensors["alpha"] / len(tensors[f"{name}_b"])
         is_kernel = name == "lokr_w2" and "lokr_t2" in tensors
         factors.append(
-            _kernel(tensors, "lokr_t2", "lokr_w2_a", "lokr_w2_b") if is_kernel else tensors[f"{name}_a"] @ tensors[f"{name}_b"]
+            torch.einsum("ijkl,jr,ip->prkl", tensors["lokr_t2"], tensors["lokr_w2_b"], tensors["lokr_w2_a"])
+            if is_kernel
+            else tensors[f"{name}_a"] @ tensors[f"{name}_b"]
         )
     first, second = factors
     return torch.kron(first[..., None, None] if second.ndim == 4 else first, second) * scale
+
+
+def _lokr_of_musubi(tensors: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """As musubi-tuner has it (networks/lokr.py), None for what it passes over: no whole small factor, or a kernel."""
+    if "lokr_w1" not in tensors:
+        return None
+    if "lokr_w2_a" in tensors:
+        second, divisor = tensors["lokr_w2_a"] @ tensors["lokr_w2_b"], tensors["lokr_w2_a"].shape[1]
+    else:
+        second, divisor = tensors["lokr_w2"], max(tensors["lokr_w2"].shape)
+    first = tensors["lokr_w1"]
+    return torch.kron(first[..., None, None] if second.ndim == 4 else first, second) * tensors["alpha"] / divisor
 
 
 @pytest.mark.parametrize("form", ["comfyui", "lycoris", "kohya"])
@@ -290,6 +307,10 @@ def test_readers_of_lycoris_names_rebuild_what_was_trained(
         merged = made.denoiser.get_submodule(module).weight.detach()
         assert (merged - weight).abs().max() > 1e-4
         torch.testing.assert_close(weight + rebuilt.reshape(weight.shape), merged, atol=2e-6, rtol=1e-4)
+        if name == "lokr":
+            theirs = _lokr_of_musubi(by_stem[stems[form]])
+            assert theirs is not None
+            torch.testing.assert_close(theirs, rebuilt.reshape(theirs.shape), atol=2e-6, rtol=1e-4)
 
 
 def test_lokr_computes_its_formula(case: Callable[..., Case]) -> None:

@@ -25,6 +25,25 @@ SINGLE_FILE = "pytorch_lora_weights.safetensors"
 NAMED_FILES = {"comfyui": "comfyui.safetensors", "kohya": "kohya.safetensors", "lycoris": "lycoris.safetensors"}
 
 
+_READERS = {
+    ("comfyui", "lora"): "ComfyUI, diffusers",
+    ("comfyui", "dora"): "ComfyUI; not diffusers, which leaves out dora_scale",
+    ("comfyui", "lycoris"): "ComfyUI",
+    ("kohya", "lora"): "sd-scripts, A1111, Forge, ComfyUI, diffusers",
+    ("kohya", "lycoris"): "sd-scripts with LyCORIS, A1111, Forge, ComfyUI",
+    ("lycoris", "lycoris"): "LyCORIS, ComfyUI",
+}
+
+
+def readers(form: str, kind: str) -> str:
+    """Which programs read a file of one of the formats in `NAMED_FILES`: a note in its header.
+
+    Args:
+        kind: `lora`, `dora`, or `lycoris` for LoHa and LoKr.
+    """
+    return _READERS[form, kind]
+
+
 def warn_of_unread(form: str, names: AdapterNames, modules: Iterable[str]) -> None:
     """Log which layers the format's main reader passes over."""
     unread = [name for name in modules if not names.is_read(name)]

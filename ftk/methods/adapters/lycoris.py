@@ -95,12 +95,45 @@ def _export_named(model: Model, export: Export) -> list[Path]:
     for component, adapted in model.components.items():
         names, layers = model.family.adapter_names(export.form, component, adapted), injection.adapted(adapted)
         formats.warn_of_unread(export.form, names, layers)
+        by_layer: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in _delivered(adapted).items():
-            module, _, kind = name.rpartition(".")
-            named[f"{names.module(module)}.{kind}"] = tensor
+            layer, _, kind = name.rpartition(".")
+            by_layer.setdefault(layer, {})[kind] = tensor
+        for layer, tensors in by_layer.items():
+            key, factors = names.module(layer), _as_read(tensors)
+            named |= {f"{key}.{kind}": tensor for kind, tensor in factors.items()}
             # LyCORIS and all readers of its names need alpha beside the factors.
-            named[f"{names.module(module)}.alpha"] = torch.tensor(float(layers[module].r[injection.ADAPTER]))
-    return [peft_directory.commit_tensors(export.directory / formats.NAMED_FILES[export.form], named, export.metadata)]
+            named[f"{key}.alpha"] = torch.tensor(_alpha(factors, layers[layer].r[injection.ADAPTER]))
+    header = {**export.metadata, "ftk_read_by": formats.readers(export.form, "lycoris")}
+    return [peft_directory.commit_tensors(export.directory / formats.NAMED_FILES[export.form], named, header)]
+
+
+def _as_read(tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    """A layer's factors in the form that every reader takes.
+
+    Of a LoKr the small factor whole, since musubi-tuner passes over others; and without a core of factored kernels: ComfyUI
+    multiplies that out into a tensor whose layout `torch.kron` then refuses.
+    """
+    import torch
+
+    read = dict(tensors)
+    if "lokr_w1_a" in read:
+        a, b = read.pop("lokr_w1_a"), read.pop("lokr_w1_b")
+        read["lokr_w1"] = (a.float() @ b.float()).to(a.dtype)
+    if "lokr_t2" in read:
+        core, a, b = (read.pop(name).float() for name in ("lokr_t2", "lokr_w2_a", "lokr_w2_b"))
+        whole = torch.einsum("i j h w, i p, j r -> p r h w", core, a, b)
+        read["lokr_w2"] = whole.to(tensors["lokr_t2"].dtype)
+    return read
+
+
+def _alpha(factors: "Mapping[str, torch.Tensor]", rank: int) -> float:
+    """The alpha that means a strength of 1 to every reader.
+
+    That is the rank. Of a LoKr whose larger factor is whole LyCORIS and ComfyUI pass over alpha, and musubi-tuner divides it by
+    the factor's longer side.
+    """
+    return float(max(factors["lokr_w2"].shape) if "lokr_w2" in factors else rank)
 
 
 def _settings(model: Any, config: Any) -> Any:
