@@ -157,11 +157,6 @@ class CaptionsConfig(CaptionSettings):
         names = () if self.tag_shuffles else ("tag_separator", "keep_tags")
         return {name: f"`{name}` has no effect without `tag_shuffles`" for name in names}
 
-    @model_validator(mode="after")
-    def _settings_take_effect(self) -> Self:
-        _refuse_idle(self)
-        return self
-
     @model_serializer(mode="wrap")
     def _without_the_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Recipes that were stored before there were wildcards stay equal to those of today."""
@@ -377,6 +372,7 @@ class DataConfig(Section):
     def _settings_of_sources_go_together(self) -> Self:
         if not self._has_overrides:
             _refuse_idle(self)
+            _refuse_idle(self.captions)
         merged = [self.of(source) for source in self.sources]
         own = [source.overrides for source in self.sources]
         for name in (*OF_SOURCES, "max_aspect", "bucket_step"):

@@ -5,7 +5,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ftk.pipeline.buckets import (
@@ -203,8 +203,6 @@ def test_a_mask_of_another_shape_is_central_where_the_image_says_nothing() -> No
 SIDES = st.integers(1, 20_000)
 BUCKETS = st.tuples(st.integers(1, 200).map(lambda n: 16 * n), st.integers(1, 200).map(lambda n: 16 * n))
 LISTS = st.lists(BUCKETS, min_size=1, max_size=12, unique=True)
-settings.register_profile("unit", max_examples=150, deadline=None, derandomize=True, database=None)
-settings.load_profile("unit")
 
 
 def _bucket(placement: Placement) -> tuple[int, int]:

@@ -75,6 +75,8 @@ def test_common_settings_without_effect_beside_a_sources_own_are_left_out_for_it
 def test_a_common_setting_may_have_its_effect_in_one_source_alone() -> None:
     one, two = _settings({"crop": "random"}, crops=4)
     assert (one.crops, two.crops) == (4, 1)
+    one, two = _settings({"captions": {"tag_shuffles": 1}}, captions={"keep_tags": 2})
+    assert (one.captions.keep_tags, two.captions.keep_tags) == (2, 1)
     one, two = _settings({"resolutions": [512]}, resolutions=["512x288"], max_aspect=3.0)
     assert (one.max_aspect, two.max_aspect) == (3.0, 2.0)
 
