@@ -799,6 +799,7 @@ class SampleConfig(Section):
     prompts: tuple[Prompt, ...] = Field(default=(), description="prompts; with images: {prompt: ..., references: [FILE]}")
     negative_prompt: str = " "
     every: int | None = Field(default=None, ge=1, description="steps between sample images while training; none by default")
+    at_start: bool = Field(default=False, description="sample images before the first step, too: of what training begins with")
     num_inference_steps: int = Field(default=30, ge=1)
     guidance_scale: float = Field(default=4.0, ge=0, description="true classifier-free guidance; 1 or less turns it off")
     width: int | None = Field(default=None, ge=16, description="px; the first resolution by default")
@@ -818,6 +819,17 @@ class SampleConfig(Section):
         for prompt in (value,) if isinstance(value, str) else value:
             _require_text(prompt if isinstance(prompt, str) else prompt.prompt)
         return value
+
+    @model_validator(mode="after")
+    def _settings_take_effect(self) -> Self:
+        if not self.prompts:
+            _require_default(self, "at_start", "prompts")
+        return self
+
+    @property
+    def draws_in_training(self) -> bool:
+        """Whether `ftk train` draws images."""
+        return bool(self.prompts) and (self.at_start or self.every is not None)
 
     @property
     def entries(self) -> tuple[PromptConfig, ...]:

@@ -106,7 +106,7 @@ def _hooks(
     checkpoints = Checkpoints(directory / "checkpoints", settings, recorder, delivery.export)
     validation = _validation(inputs, builder, recorder, checkpoints)
     drawn: list[Hook] = []
-    if run.config.sample.every and run.config.sample.prompts:
+    if run.config.sample.draws_in_training:
         is_sharded = inputs.sizes.plan.sharding == "fsdp"
         drawn = [samples.Samples(run, inputs.model, inputs.store, recorder, delivery.renew_cards, is_sharded=is_sharded)]
     return recorder, [recorder, *validation, checkpoints, *drawn]

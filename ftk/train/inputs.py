@@ -60,7 +60,7 @@ def open_inputs(run: Run, device: torch.device, world_size: int = 1) -> Inputs:
     """
     config, family = run.config, run.family
     check_optimizer(run)
-    draws = family.latent_components if config.sample.every and config.sample.prompts else ()
+    draws = family.latent_components if config.sample.draws_in_training else ()
     model = run.locate((*run.trained_components, *draws))
     schedule = family.load_schedule(model)
     sigmas = sigma_distribution(config.train, schedule, family)

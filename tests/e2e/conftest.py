@@ -126,7 +126,8 @@ def cached(ftk, workspace, tmp_path, tmp_path_factory, _caches) -> Callable[...,
     def make(**sections) -> Path:
         run_file = workspace(**sections)
         tree = yaml.safe_load(run_file.read_text())
-        tree["sample"].pop("every", None)
+        for name in ("every", "at_start"):
+            tree["sample"].pop(name, None)
         made_from = [tree[section] for section in ("model", "data", "cache", "sample")]
         name = repr(made_from).replace(str(tmp_path), "")
         if name not in _caches:

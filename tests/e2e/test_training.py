@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,6 +23,7 @@ from ftk.train.build import build_trainer
 from ftk.train.data import BatchBuilder
 from ftk.train.hooks.recorder import read_metrics
 from ftk.train.memory import has_torchao
+from ftk.train.sheet import cells
 
 DOCS = Path(__file__).parents[2] / "docs"
 TRAIN = {
@@ -305,3 +307,21 @@ def test_every_setting_of_training_is_in_its_guide():
 
     missing = sorted({name for name in names(TrainConfig) if not re.search(rf"`[^`\n]*\b{name}\b[^`\n]*`", guide)})
     assert missing == []
+
+
+def test_pictures_at_the_start_are_those_of_the_base_model(ftk, cached, tmp_path):
+    run_file = cached(train={**TRAIN, "steps": 2}, sample={"at_start": True})
+    assert ftk("train", run_file).code == 0
+    run = tmp_path / "work/runs/test"
+    # Nothing else asks for pictures.
+    assert [path.name for path in (run / "samples").iterdir()] == ["step-00000000.png"]
+    drawn = json.loads(ftk("sample", run_file, "--json").out)
+    (at_start, prompt), (base, _) = cells(run / "samples/step-00000000.png")[0], cells(Path(drawn["grid"]))[0]
+    assert prompt == "a red circle"
+    assert np.abs(np.asarray(at_start, np.int16) - np.asarray(base, np.int16)).max() <= 2
+    page = tmp_path / "page.html"
+    assert ftk("inspect", run, "--html", page).code == 0
+    assert "<figcaption>step 0</figcaption>" in page.read_text()
+    (run / "samples/step-00000000.png").unlink()
+    assert ftk("train", run_file, "--set", "train.steps=3").code == 0
+    assert not list((run / "samples").iterdir())  # a resumed run has not got the base any more

@@ -369,3 +369,9 @@ def test_a_setting_without_effect_is_refused(tmp_path: Path, settings: dict[str,
 )
 def test_a_source_is_called_after_its_folder(path: str, name: str) -> None:
     assert SourceConfig(path=path).source_name == name
+
+
+def test_pictures_at_the_start_need_prompts(tmp_path: Path) -> None:
+    assert "`at_start` has no effect without `prompts`" in _message(tmp_path, sample={"at_start": True})
+    assert _load(tmp_path, sample={"at_start": True, "prompts": ["a dog"]}).sample.draws_in_training
+    assert not _load(tmp_path, sample={"prompts": ["a dog"]}).sample.draws_in_training

@@ -31,7 +31,7 @@ def check(run: Run, store: CacheStore) -> None:
         ConfigError: the family has no images of that size.
     """
     config = run.config
-    if not (config.sample.every and config.sample.prompts):
+    if not config.sample.draws_in_training:
         return
     _ = run.sample_size  # refuses a size that the family does not have
     needed = [(entry.key(), entry.prompt, "prompts") for entry in config.sample.entries]
@@ -73,7 +73,7 @@ class Samples:
         self._is_sharded = is_sharded
 
     def on_start(self, trainer: Trainer) -> None:
-        """Draw what a kill between this step's checkpoint and its images left out, or between those and the cards."""
+        """Draw what training begins with, if asked for; and what a kill left out after this step's checkpoint."""
         is_missing = trainer.ranks.is_main and self._is_due(trainer.step) and not self._sheet(trainer.step).exists()
         (is_missing,) = trainer.ranks.agree(is_missing)
         if is_missing:
@@ -92,8 +92,8 @@ class Samples:
         """Nothing to close."""
 
     def _is_due(self, step: int) -> bool:
-        every = self._config.sample.every
-        return bool(every and step and step % every == 0)
+        settings = self._config.sample
+        return settings.at_start if step == 0 else settings.every is not None and step % settings.every == 0
 
     def _sheet(self, step: int) -> Path:
         return self._directory / f"step-{step:08d}.png"
