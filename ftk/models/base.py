@@ -21,7 +21,7 @@ from ftk.configs import load
 from ftk.configs.resolutions import NATIVE, parse_size
 from ftk.configs.schema import ModelConfig
 from ftk.errors import ConfigError
-from ftk.models.components.geometry import LatentGeometry, ReferenceRule
+from ftk.models.components.geometry import LatentGeometry, ReferenceRule, nearest_multiple
 from ftk.models.components.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -387,19 +387,26 @@ def parse(config: ModelConfig) -> Family:
     return made
 
 
-def sizes_of(family: Family, resolution: int | str) -> tuple[tuple[int, int], ...]:
+def sizes_of(family: Family, resolution: int | str, where: str = "data.resolutions") -> tuple[tuple[int, int], ...]:
     """(width, height) in px that one of `resolutions` names; of an edge, the square.
 
     Raises:
-        ConfigError: the family publishes no sizes.
+        ConfigError: the family has no images of this size, or no published sizes.
     """
     if isinstance(resolution, int):
         return ((resolution, resolution),)
     if resolution != NATIVE:
-        return (parse_size(resolution),)
+        size, multiple = parse_size(resolution), family.geometry.pixel_multiple
+        nearest = nearest_multiple(size, multiple)
+        if nearest != size:
+            raise ConfigError(
+                f"{where}: {resolution} is not a size of {family.name}, whose images have sides that are multiples of "
+                f"{multiple} px. The nearest is {nearest[0]}x{nearest[1]}."
+            )
+        return (size,)
     if not family.native_sizes:
         raise ConfigError(
-            f"resolutions: `{NATIVE}` stands for the sizes that a model's makers publish, and {family.name} has none. "
+            f"{where}: `{NATIVE}` stands for the sizes that a model's makers publish, and {family.name} has none. "
             f"Name edges (1024) or sizes (1024x768)."
         )
     return family.native_sizes

@@ -81,12 +81,6 @@ def place_exactly(width: int, height: int, sizes: Sequence[tuple[int, int]]) -> 
     return cover(width, height, smaller[-1] if smaller else fitting[0])
 
 
-def nearest_multiple(size: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """The size whose sides are multiples of so many px and that is nearest; of two as near the smaller."""
-    width, height = (max(1, -(-(2 * side - multiple) // (2 * multiple))) * multiple for side in size)
-    return width, height
-
-
 def cover(width: int, height: int, bucket: tuple[int, int]) -> Placement:
     """The smallest resize that covers the bucket, cropped at its centre."""
     bucket_width, bucket_height = bucket

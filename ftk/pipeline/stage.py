@@ -18,9 +18,9 @@ from ftk.configs.load import default_workers
 from ftk.configs.schema import DataConfig, RunConfig, SourceConfig
 from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, RejectReason, ShardRecord
 from ftk.errors import ConfigError, SourceError, TooManyRejects
-from ftk.models.base import Family, sizes_of
+from ftk.models.base import sizes_of
 from ftk.pipeline import class_images, dataset, duplicates, images, shard_writer, source_units
-from ftk.pipeline.buckets import bucket_sizes, nearest_multiple
+from ftk.pipeline.buckets import bucket_sizes
 from ftk.pipeline.class_images import ClassImages
 from ftk.pipeline.dataset import own_settings
 from ftk.pipeline.engine import WHOLE, JobPart, WorkerPool, map_units
@@ -142,27 +142,14 @@ def _image_recipe(run: Run, source: SourceConfig) -> images.ImageRecipe:
     small = [edge for edge in edges if edge < step]
     if small:
         raise SourceError(f"{where}: {small[0]} is smaller than one bucket step of {step} px.")
+    exact = {size for each in data.resolutions if not isinstance(each, int) for size in sizes_of(run.family, each, where)}
     settings = {name for name in images.ImageRecipe.__slots__ if name not in ("sizes", "exact_sizes", "references")}
     return images.ImageRecipe(
         sizes=tuple(tuple(bucket_sizes(edge, step, data.max_aspect)) for edge in edges),
-        exact_sizes=_exact_sizes(run.family, data, where),
+        exact_sizes=tuple(sorted(exact)),
         references=run.family.references,
         **data.model_dump(include=settings),
     )
-
-
-def _exact_sizes(family: Family, data: DataConfig, where: str) -> tuple[tuple[int, int], ...]:
-    """The sizes that are named one by one, or by the family's list; their order means nothing."""
-    multiple = family.geometry.pixel_multiple
-    exact = {size for each in data.resolutions if not isinstance(each, int) for size in sizes_of(family, each)}
-    for width, height in sorted(exact):
-        nearest = nearest_multiple((width, height), multiple)
-        if nearest != (width, height):
-            raise ConfigError(
-                f"{where}: {width}x{height} is not a size of {family.name}, whose images have sides that are multiples of "
-                f"{multiple} px. The nearest is {nearest[0]}x{nearest[1]}."
-            )
-    return tuple(sorted(exact))
 
 
 def dry_run(run: Run, part: JobPart = WHOLE) -> dict[str, Any]:

@@ -20,8 +20,7 @@ from ftk.errors import ConfigError, EnvironmentFault, ModelError
 from ftk.models import base
 from ftk.models.base import Conditions, Family, Model, TrainsEncoders
 from ftk.models.components import model_folder
-from ftk.models.components.geometry import SampleGeometry
-from ftk.pipeline.buckets import nearest_multiple
+from ftk.models.components.geometry import SampleGeometry, nearest_multiple
 from ftk.run import resolve
 
 CPU = torch.device("cpu")

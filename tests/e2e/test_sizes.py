@@ -94,7 +94,7 @@ def test_inspect_shows_what_a_source_says_for_itself(ftk: Any, workspace: Any, p
     assert "64x32" in page.read_text()
 
 
-@pytest.mark.parametrize("command", [("prepare",), ("prepare", "--dry-run"), ("run",)], ids=" ".join)
+@pytest.mark.parametrize("command", [("prepare",), ("prepare", "--dry-run"), ("run",), ("doctor",)], ids=" ".join)
 def test_a_size_that_the_family_does_not_have_is_exit_2(ftk: Any, workspace: Any, command: tuple[str, ...]) -> None:
     told = ftk(*command, workspace(), "--set", "data.resolutions=[72x40]")
     assert told.code == 2

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ftk.models.components.geometry import nearest_multiple
 from ftk.pipeline.buckets import (
     Placement,
     bucket_sizes,
     cover,
     follow,
-    nearest_multiple,
     place,
     place_exactly,
     random_crops,

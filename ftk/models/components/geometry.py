@@ -3,6 +3,12 @@
 from dataclasses import dataclass, fields
 
 
+def nearest_multiple(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """The size whose sides are multiples of so many px and that is nearest; of two as near the smaller."""
+    width, height = (max(1, -(-(2 * side - multiple) // (2 * multiple))) * multiple for side in size)
+    return width, height
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentGeometry:
     """How pixels become latent cells, `factor` a side to a cell, and cells become tokens, `patch` a side to a token.
