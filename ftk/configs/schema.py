@@ -30,7 +30,7 @@ from ftk.errors import did_you_mean
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Crop = Literal["center", "random", "focus"]
 HUB_ID = r"^[A-Za-z0-9][\w.-]*/[\w.-]+$"
-_FILE_SUFFIXES = frozenset({".tar", ".gz", ".tgz", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"})
+_FILE_SUFFIXES = frozenset({".zip", ".tar", ".gz", ".tgz", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"})
 
 Merged = TypeVar("Merged", "CaptionsConfig", "DataConfig")
 

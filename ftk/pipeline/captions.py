@@ -118,7 +118,12 @@ def read(location: str, lines: bool = False, has_fallback: bool = False) -> tupl
         data = locations.read_bytes(location, (MAX_JSON_BYTES if is_json else MAX_CAPTION_BYTES) + 1)
     except OSError as error:
         return Problem(reason=RejectReason.CAPTION_MISSING, detail=f"{name} cannot be read: {error.strerror or error}")
-    if is_json:
+    return parse(data, name, lines, has_fallback)
+
+
+def parse(data: bytes, name: str, lines: bool = False, has_fallback: bool = False) -> tuple[str, ...] | Problem:
+    """As `read`, of a sidecar file's bytes."""
+    if name.lower().endswith(".json"):
         captions = _from_json(data, name)
         is_absent = isinstance(captions, Problem) and captions.reason == RejectReason.CAPTION_MISSING
         return () if is_absent and has_fallback else captions

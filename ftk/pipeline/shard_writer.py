@@ -217,8 +217,9 @@ def _input_line(item: Record | Reject, contents: Sequence[str]) -> list[Any]:
     """What one input says to `contents_digest`: it decides the sample, or the reject."""
     if isinstance(item, Reject):
         return [item.path, item.reason.value, item.detail]
-    # Only where they are set: most records have neither.
-    extra = [[item.is_fallback, item.repeats]] if item.is_fallback or item.repeats != 1 else []
+    # Only where they are set: most records have none of them.
+    extra: list[Any] = [[item.is_fallback, item.repeats]] if item.is_fallback or item.repeats != 1 else []
+    extra += [] if item.num_references is None else [item.num_references]
     return [
         *(item.identity.encode("utf-8", "surrogateescape").hex(), list(item.captions), len(item.controls), list(contents)),
         *extra,
@@ -429,7 +430,8 @@ def worked(
         for item in items:
             waiting.append(item)
             if isinstance(item, Record):
-                first = len(item.controls) - len(source.references)
+                given = len(source.references) if item.num_references is None else item.num_references
+                first = len(item.controls) - given
                 yield images.ImageTask(
                     image=item.image,
                     mask=item.mask,

@@ -40,16 +40,36 @@ class OpenTable:
 @contextmanager
 def open_table(location: str) -> Iterator[OpenTable]:
     """Raise `SourceError` when the table is missing or malformed, also while its rows are read."""
+    opened = locations.open_seekable if _suffix(location) == ".parquet" else locations.open_stream
+    with _explained(location), opened(location) as file:
+        yield _open(location, file)
+
+
+@contextmanager
+def open_table_in(location: str, file: BinaryIO) -> Iterator[OpenTable]:
+    """As `open_table`, of an open file; its name tells its kind."""
+    with _explained(location):
+        yield _open(location, file)
+
+
+def _suffix(location: str) -> str:
     suffix = posixpath.splitext(location.partition("?")[0] if locations.is_url(location) else location)[1].lower()
     if suffix not in SUFFIXES:
         raise SourceError(f"data.sources: {shown(location)} is no table (known: {', '.join(SUFFIXES)}).")
+    return suffix
+
+
+def _open(location: str, file: BinaryIO) -> OpenTable:
+    suffix = _suffix(location)
+    if suffix == ".parquet":
+        return _parquet(location, file)
+    return _json_lines(location, file) if suffix in (".jsonl", ".ndjson") else _csv(location, file, suffix)
+
+
+@contextmanager
+def _explained(location: str) -> Iterator[None]:
     try:
-        if suffix == ".parquet":
-            with locations.open_seekable(location) as file:
-                yield _parquet(location, file)
-        else:
-            with locations.open_stream(location) as file:
-                yield _json_lines(location, file) if "json" in suffix or suffix == ".ndjson" else _csv(location, file, suffix)
+        yield
     except FileNotFoundError:
         raise SourceError(f"data.sources: {shown(location)} does not exist.{nearest(location)} Name a table.") from None
     except OSError as error:

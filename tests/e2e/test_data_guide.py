@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
@@ -83,24 +84,26 @@ class Drawer:
 
 
 def _listed(section: str) -> Iterator[tuple[str, str]]:
-    """(path, what stands behind it) of each file in the section's listings; a tar's members are below it."""
+    """(path, what stands behind it) of each file in the section's listings; an archive's members are below it."""
     for listing in re.findall(r"```text\n(.*?)```", section, re.DOTALL):
         above: list[str] = []
         for line in listing.splitlines():
             indent, name, note = re.fullmatch(r"( *)(\S+)(?: {2,}(.*))?", line).groups(default="")
             above[len(indent) // 2 :] = [name.rstrip("/")]
-            if not name.endswith(("/", ".tar")):
+            if not name.endswith(("/", *ARCHIVES)):
                 yield "/".join(above), note
 
 
 def _files(section: str, drawer: Drawer) -> Files:
-    """What the listings and the blocks that are marked as files say; tars are packed."""
+    """What the listings and the blocks that are marked as files say; archives are packed."""
     files: Files = {
         name: text.encode() for name, text in re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", section, re.DOTALL)
     }
-    tars: dict[str, Files] = {}
+    archives: dict[str, Files] = {}
     for path, note in _listed(section):
-        folder, _, name = path.partition(".tar/")
+        archive, name = next(
+            ((f"{top}{end}", name) for end in ARCHIVES for top, _, name in [path.partition(f"{end}/")] if name), ("", "")
+        )
         suffix = PurePosixPath(path).suffix
         if note.startswith("= "):
             data = files[str(PurePosixPath(path).with_name(note[2:]))]
@@ -110,8 +113,8 @@ def _files(section: str, drawer: Drawer) -> Files:
             continue
         else:
             data = (note.replace(" ⏎ ", "\n") + "\n").encode()
-        (tars.setdefault(f"{folder}.tar", {}) if name else files)[name or path] = data
-    return files | {path: _tar(members) for path, members in tars.items()}
+        (archives.setdefault(archive, {}) if name else files)[name or path] = data
+    return files | {path: ARCHIVES[PurePosixPath(path).suffix](members) for path, members in archives.items()}
 
 
 def _tar(members: Files) -> bytes:
@@ -122,6 +125,17 @@ def _tar(members: Files) -> bytes:
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     return buffer.getvalue()
+
+
+def _zip(members: Files) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+ARCHIVES = {".tar": _tar, ".zip": _zip}
 
 
 def _parquet(columns: dict[str, list[Any]], schema: pa.Schema | None = None) -> bytes:

@@ -144,6 +144,54 @@ def test_the_first_image_column_that_is_nothing_else_is_the_image(tmp_path: Path
     assert (_record(item).image.data, _record(item).captions) == (b"p", ("a cat",))
 
 
+def test_lists_of_images_are_several_control_images(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {"image": datasets.Image(), "edits": datasets.List(datasets.Image()), "text": datasets.Value("string")}
+    )
+    columns = {"image": [_png(0)] * 4, "edits": [[_png(1), _png(2)], [_png(3)], [], None], "text": ["a cat"] * 4}
+    (tmp_path / "data").mkdir()
+    encoded = {**columns, "image": [_embedded(data) for data in columns["image"]]}
+    encoded["edits"] = [each and [_embedded(data) for data in each] for each in columns["edits"]]
+    datasets.Dataset.from_dict(encoded, features=features).to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    records = [_record(item) for item in _read(tmp_path, controls=["edits"], optional=True)]
+    assert [[blob.data for blob in record.controls] for record in records] == [[_png(1), _png(2)], [_png(3)], [], []]
+    items = _read(tmp_path, controls=["edits"])
+    assert "`edits` holds nothing" in _reject(items[2], RejectReason.CONTROL_MISSING)
+    with pytest.raises(SourceError, match="not images"):
+        _read(tmp_path, mask="edits")
+
+
+def test_labels_are_captions_by_their_names(tmp_path: Path) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a cat", "a dog"])})
+    columns = {"image": [_embedded(_png(0))] * 3, "label": [1, 0, -1]}
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    *good, missing = _read(tmp_path, captions=["label"])
+    assert [_record(item).captions for item in good] == [("a dog",), ("a cat",)]
+    _reject(missing, RejectReason.CAPTION_MISSING)
+
+
+def test_a_dataset_of_save_to_disk_is_read(tmp_path: Path) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a cat", "a dog"])})
+    columns = {"image": [_embedded(_png(number)) for number in range(5)], "label": [number % 2 for number in range(5)]}
+    saved = datasets.Dataset.from_dict(columns, features=features)
+    saved.save_to_disk(tmp_path / "one", num_shards=2)
+    datasets.DatasetDict({"train": saved, "test": saved.select([4])}).save_to_disk(tmp_path / "dict")
+    for path, settings, expected in [("one", {}, range(5)), ("dict", {}, range(5)), ("dict", {"split": "test"}, [4])]:
+        records = [_record(item) for item in _read(tmp_path / path, captions=["label"], **settings)]
+        assert [record.image.data for record in records] == [_png(number) for number in expected]
+        assert [record.captions for record in records] == [(["a cat", "a dog"][number % 2],) for number in expected]
+    assert len(_partitions(tmp_path / "one", captions=["label"])) == 2
+    with pytest.raises(SourceError, match=r"no split `nothing`.*train"):
+        _read(tmp_path / "dict", split="nothing", captions=["label"])
+    with pytest.raises(ConfigError, match=r"written by `save_to_disk`: .*no effect"):
+        _read(tmp_path / "one", config_name="x")
+    config = SourceConfig(path=str(tmp_path / "one"))
+    source, settings = base.parse(config)
+    with pytest.raises(SourceError, match=r"wrote, add `format: hub`"):
+        list(source.partitions(config, settings, 1))
+
+
 def test_rows_that_lack_something_are_rejects(tmp_path: Path) -> None:
     full = _embedded(b"i")
     columns = {

@@ -13,11 +13,14 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ftk import locations
 from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject, RejectReason
 from ftk.errors import ConfigError, EnvironmentFault, SourceError
+from ftk.pipeline.sources import base
 from ftk.pipeline.sources.base import Partition, Record
 from ftk.pipeline.sources.table import SOURCE, TableSettings
 
@@ -203,7 +206,10 @@ def test_a_row_may_leave_a_column_out(photos: Path) -> None:
         ({"image": "file_nam", "captions": ("txt",), "mask": "n"}, r"`mask: n`"),
         ({"image": "file_nam", "captions": ("txt",), "controls": ("m", "zebra")}, r"`controls\.1: zebra`"),
         ({}, r"no column file_name, image, path or url\. Name the one of the images with `image:`.*Its columns: file_nam"),
-        ({"image": "file_nam"}, r"no column text, caption or prompt\. Name those of the captions with `captions: \[NAME\]`"),
+        (
+            {"image": "file_nam"},
+            r"no column text, caption, prompt or captions\. Name those of the captions with `captions: \[NAME\]`",
+        ),
     ],
 )
 def test_an_unknown_column_is_refused_with_the_nearest(photos: Path, settings: Row, message: str) -> None:
@@ -521,3 +527,182 @@ def test_a_parquet_table_with_two_columns_of_one_name_is_refused(tmp_path: Path)
     config = SourceConfig(path=str(tmp_path / "t.parquet"))
     with pytest.raises(SourceError, match="has two columns called 'image'"):
         list(SOURCE.partitions(config, TableSettings(), 10))
+
+
+# Lists of control images, and none.
+
+
+def _controls(item: Record | Reject) -> list[str]:
+    assert isinstance(item, Record), item
+    return [blob.name for blob in item.controls]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv"])
+def test_a_list_of_control_images_is_several(photos: Path, suffix: str) -> None:
+    cells: list[Any] = [["a.jpg", "c.jpg"], ["a.jpg"], [], None]
+    rows = [{"file_name": "d.jpg", "text": "a cat", "edit_image": cell} for cell in cells]
+    if suffix == "csv":
+        rows = [{**row, "edit_image": row["edit_image"] and json.dumps(row["edit_image"])} for row in rows]
+    path = _table(photos, rows, suffix)
+    items = _records(path, controls=("edit_image",), optional=True)
+    assert [_controls(item) for item in items] == [["a.jpg", "c.jpg"], ["a.jpg"], [], []]
+    first, second, *others = _records(path, controls=("edit_image",))
+    assert [_controls(first), _controls(second)] == [["a.jpg", "c.jpg"], ["a.jpg"]]
+    for item in others:
+        assert isinstance(item, Reject)
+        assert (item.reason, item.detail) == (RejectReason.CONTROL_MISSING, "the row has nothing under edit_image")
+
+
+def test_references_after_lists_of_controls_are_counted_by_themselves(photos: Path) -> None:
+    rows = [
+        {"file_name": "a.jpg", "text": "t", "edge": ["c.jpg", "d.jpg"], "before": ["e.jpg"]},
+        {"file_name": "a.jpg", "text": "t", "edge": "c.jpg", "before": ["d.jpg", "e.jpg"]},
+        {"file_name": "a.jpg", "text": "t", "edge": None, "before": []},
+    ]
+    config = SourceConfig(path=str(_table(photos, rows)), controls=["edge"], references=["before"], optional=True)
+    source, settings = base.parse(config)
+    (partition,) = source.partitions(config, settings, 5)
+    found = [item for item in source.read(config, settings, partition) if isinstance(item, Record)]
+    assert [_controls(item) for item in found] == [["c.jpg", "d.jpg", "e.jpg"], ["c.jpg", "d.jpg", "e.jpg"], []]
+    assert [item.num_references for item in found] == [None, 2, 0]
+
+
+@pytest.mark.parametrize("value", [["c.jpg", None], ["c.jpg", 5], {"a": "c.jpg"}, 5, True, [["c.jpg"]], ["c.jpg", ""]])
+def test_what_is_no_list_of_names_is_rejected_even_where_control_images_are_optional(photos: Path, value: Any) -> None:
+    (photos / "t.jsonl").write_text(json.dumps({"file_name": "a.jpg", "text": "a cat", "edge": value}))
+    reject = _bad(photos / "t.jsonl", controls=("edge",), optional=True)
+    assert reject.reason is RejectReason.CONTROL_MISSING
+    assert "edge in line 1 of t.jsonl is " in reject.detail
+
+
+def test_a_control_image_that_is_named_must_be_there(photos: Path) -> None:
+    path = _table(photos, [{"file_name": "a.jpg", "text": "a cat", "edge": ["c.jpg", "none.jpg"]}])
+    assert _bad(path, controls=("edge",), optional=True).detail == "none.jpg, under edge, does not exist"
+
+
+def test_lists_of_image_bytes_in_parquet(photos: Path) -> None:
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows: list[Any] = [[{"bytes": b"1", "path": None}, {"bytes": b"2", "path": "x"}], [], None]
+    columns = {
+        "image": pa.array([{"bytes": b"i", "path": None}] * 3, struct),
+        "edit_image": pa.array(rows, pa.list_(struct)),
+        "text": ["a cat"] * 3,
+    }
+    pq.write_table(pa.table(columns), photos / "t.parquet", row_group_size=2)
+    items = _records(photos / "t.parquet", controls=("edit_image",), optional=True)
+    assert [[blob.data for blob in item.controls] for item in items if isinstance(item, Record)] == [[b"1", b"2"], [], []]
+    assert [type(item) for item in _records(photos / "t.parquet", controls=("edit_image",))] == [Record, Reject, Reject]
+
+
+def test_optional_without_anything_that_may_lack_is_refused(photos: Path) -> None:
+    path = _table(photos, [{"file_name": "a.jpg", "text": "a cat"}])
+    with pytest.raises(ConfigError, match="`optional` has no effect without `controls` or `references`"):
+        base.parse(SourceConfig(path=str(path), optional=True))
+
+
+# Names without suffixes.
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_an_id_stands_for_the_image_of_this_name(photos: Path, suffix: str) -> None:
+    for name in ["000123.jpg", "sub/7.webp", "sub/7.txt", "plain"]:
+        (photos / name).write_text(name)
+    rows = [{"image": name, "text": "a cat"} for name in ["000123", "sub/7", "plain", "a.jpg"]]
+    records = _good(_table(photos, rows, suffix))
+    assert [record.identity for record in records] == ["000123.jpg", "sub/7.webp", "plain", "a.jpg"]
+    assert [record.image.read().decode() for record in records] == ["000123.jpg", "sub/7.webp", "plain", "a.jpg"]
+
+
+def test_a_number_stands_for_the_image_of_this_name(photos: Path) -> None:
+    (photos / "123.jpg").write_text("123")
+    (photos / "t.jsonl").write_text('{"image": 123, "text": "a cat"}\n{"image": 124, "text": "a cat"}')
+    good, bad = _records(photos / "t.jsonl")
+    assert isinstance(good, Record)
+    assert good.identity == "123.jpg"
+    assert isinstance(bad, Reject)
+    assert "image in line 2 of t.jsonl is 124, not a file name" in bad.detail
+
+
+def test_an_id_that_fits_no_image_or_several_is_rejected_with_what_was_tried(photos: Path) -> None:
+    for name in ["two.jpg", "two.png"]:
+        (photos / name).write_text(name)
+    none, two = _records(_table(photos, [{"image": "none", "text": "a"}, {"image": "two", "text": "a"}]))
+    assert isinstance(none, Reject)
+    assert none.detail == "none does not exist beside the table, and neither does an image of this name with a suffix"
+    assert isinstance(two, Reject)
+    assert two.detail == "two is not a file beside the table, and two.jpg and two.png fit it: write the name with its suffix"
+
+
+def test_an_id_in_a_store_is_looked_up_in_its_listing(memory: Any) -> None:
+    memory.pipe("/data/x/7.jpg", b"seven")
+    memory.pipe("/data/t.jsonl", _bytes_of([{"image": "x/7", "text": "a cat"}], "jsonl"))
+    (record,) = _good("memory://data/t.jsonl")
+    assert (record.identity, record.image.read()) == ("x/7.jpg", b"seven")
+
+
+# Captions.
+
+
+def test_the_column_captions_is_one_of_captions(photos: Path) -> None:
+    rows = [{"image": "a.jpg", "captions": ["a cat", "a pet"]}, {"image": "c.jpg", "captions": "a dog"}]
+    assert [record.captions for record in _good(_table(photos, rows))] == [("a cat", "a pet"), ("a dog",)]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+@pytest.mark.parametrize("value", ["nan", "NaN", "None", "null", "<NA>", float("nan"), None])
+def test_missing_values_of_other_programs_are_no_captions(photos: Path, suffix: str, value: Any) -> None:
+    path = _table(photos, [{"image": "a.jpg", "text": value, "other": "x"}], suffix)
+    assert _bad(path).reason in (RejectReason.CAPTION_MISSING, RejectReason.CAPTION_EMPTY)
+    (record,) = _good(path, caption="a photo")
+    assert (record.captions, record.is_fallback) == (("a photo",), True)
+    assert _good(path, captions=("text", "other"))[0].captions == ("x",)
+
+
+def test_not_a_number_in_a_column_of_numbers_is_no_caption(photos: Path) -> None:
+    path = photos / "t.parquet"
+    pq.write_table(pa.table({"image": ["a.jpg", "c.jpg"], "text": pa.array([float("nan"), 1.0])}), path)
+    nothing, number = _records(path)
+    assert isinstance(nothing, Reject)
+    assert isinstance(number, Reject)
+    assert (nothing.reason, number.reason) == (RejectReason.CAPTION_MISSING, RejectReason.CAPTION_NOT_TEXT)
+
+
+def test_labels_of_datasets_are_captions(photos: Path) -> None:
+    features = {"label": {"names": ["a cat", "a dog"], "_type": "ClassLabel"}}
+    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    table = pa.table({"image": ["a.jpg", "c.jpg", "d.jpg", "e.jpg"], "label": [1, 0, -1, 9]})
+    pq.write_table(table.replace_schema_metadata(metadata), photos / "t.parquet")
+    items = _records(photos / "t.parquet", captions=("label",))
+    assert [item.captions for item in items[:2] if isinstance(item, Record)] == [("a dog",), ("a cat",)]
+    assert [item.reason.value for item in items[2:] if isinstance(item, Reject)] == ["caption_missing", "caption_not_text"]
+
+
+# Any rows at all.
+
+_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=6)
+    | st.sampled_from(["a.jpg", "a", "nan", "[1"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["bytes", "path", "x"]), inner, max_size=2),
+    max_leaves=4,
+)
+_ROWS = st.lists(st.dictionaries(st.sampled_from(["image", "text", "mask", "edge"]), _VALUES), min_size=1, max_size=4)
+
+
+@given(rows=_ROWS, optional=st.booleans())
+def test_rows_of_any_values_give_records_and_rejects(
+    rows: list[Row], optional: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "any-rows"
+    folder.mkdir(exist_ok=True)
+    (folder / "a.jpg").write_bytes(b"a")
+    lines = [{"image": "a.jpg", "text": "t", "mask": "a.jpg", "edge": "a.jpg"}, *rows]
+    (folder / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    items = _records(folder / "t.jsonl", mask="mask", controls=("edge",), optional=optional)
+    assert len(items) == len(lines)
+    for item in items:
+        text = item.path + item.detail if isinstance(item, Reject) else item.identity
+        assert text.encode("utf-8", "surrogateescape")

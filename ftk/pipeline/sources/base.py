@@ -6,11 +6,11 @@ as a stream of records; whatever cannot become a record is a reject with its rea
 
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from ftk import locations
 from ftk.configs import load
@@ -70,7 +70,8 @@ class Record:
 
     `identity` is stable and unique within the source (the relative path, the tar's name and the key), and may hold
     surrogate escapes for bytes that are no UTF-8. `captions` are as found: at least one, none empty. `controls` are
-    followed by the source's references, see `parse`. `is_fallback`: the image has no caption of its own, and took the
+    followed by the source's references, see `parse`: by `num_references` of them, where that is not one for each that the
+    source names. `is_fallback`: the image has no caption of its own, and took the
     source's. `repeats` multiplies the source's own.
     """
 
@@ -79,6 +80,7 @@ class Record:
     captions: tuple[str, ...]
     mask: Blob | None = None
     controls: tuple[Blob, ...] = ()
+    num_references: int | None = None
     is_fallback: bool = False
     repeats: int = 1
 
@@ -91,6 +93,32 @@ class Record:
     def is_remote(self) -> bool:
         """Whether reading it takes a network."""
         return any(blob.is_remote for blob in self.blobs)
+
+
+class Beside(TypedDict):
+    """What `beside` gives: fields of `Record`."""
+
+    controls: tuple[Blob, ...]
+    num_references: int | None
+
+
+def beside(config: SourceConfig, found: Sequence[Sequence[Blob]]) -> Beside:
+    """The fields of `Record` for what a source found under each of its `controls`, and after these of its `references`."""
+    first = len(found) - len(config.references)
+    num_references = sum(map(len, found[first:]))
+    is_usual = num_references == len(config.references)
+    return {
+        "controls": tuple(blob for blobs in found for blob in blobs),
+        "num_references": None if is_usual else num_references,
+    }
+
+
+class MayLack(BaseModel):
+    """Of kinds of source that have control images and references: whether an image may be without."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    optional: bool = Field(default=False, description="an image may lack control images and references, some or all")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +211,8 @@ def parse(config: SourceConfig, place: str = "data.sources") -> tuple[Source, An
     both = type("Source", (source.Settings, SourceConfig), fields)
     where, tree = f"source {config.source_name} ({name})", config.model_dump(exclude_unset=True)
     settings: Any = load.validate(both, tree, where, prefix=f"{place}.")
+    if getattr(settings, "optional", False) and not (settings.controls or config.references):
+        raise ConfigError(f"{where}: `optional` has no effect without `controls` or `references`. Leave it out, or name some.")
     if not config.references:
         return source, settings
     if "controls" not in source.Settings.model_fields:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import groupby, islice
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 from ftk import locations, storage
 from ftk.configs.schema import SourceConfig
@@ -17,7 +17,7 @@ from ftk.errors import ConfigError, SourceError, did_you_mean
 from ftk.locations import File
 from ftk.pipeline import captions, kohya, sidecars
 from ftk.pipeline.names import folded
-from ftk.pipeline.sources.base import Blob, Notes, Partition, Place, Record
+from ftk.pipeline.sources.base import Blob, MayLack, Notes, Partition, Place, Record, beside
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -54,10 +54,8 @@ def _end_caption_files(suffixes: tuple[str, ...]) -> tuple[str, ...]:
 CaptionSuffixes = Annotated[tuple[str, ...], BeforeValidator(_suffixes), AfterValidator(_end_caption_files)]
 
 
-class FolderSettings(BaseModel):
+class FolderSettings(MayLack):
     """What is written for a folder, beside the fields of every source."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     layout: Literal["any", "kohya"] = Field(
         default="any", description="kohya: only folders such as `10_sks dog` are read, each with its repeats and class tokens"
@@ -218,11 +216,11 @@ def _images(
         for file in images:
             sidecar = captions_of.get(file.relative)
             is_alone = alike[folded(_stem(file.relative))] == 1
-            beside = [companion.find(file.relative, is_alone) for companion in companions]
-            names = ["" if found is None else found.relative for found in beside]
+            companies = [companion.find(file.relative, is_alone) for companion in companions]
+            names = ["" if each is None else each.relative for each in companies]
             mask = names.pop(0) if settings.masks else None
             entry = (file.relative, sidecar.relative if sidecar else None, mask, tuple(names))
-            yield entry, [each.signature if each else None for each in (file, sidecar, *beside)]
+            yield entry, [each.signature if each else None for each in (file, sidecar, *companies)]
 
 
 def _no_images_of(files: list[File]) -> list[File]:
@@ -278,7 +276,7 @@ def _record(config: SourceConfig, settings: FolderSettings, entry: Entry, fallba
         return reject(texts.reason, texts.detail)
     if mask == "":
         return reject(RejectReason.MASK_MISSING, "the folder under `masks` has no image of this name")
-    if "" in controls:
+    if "" in controls and not settings.optional:
         # By its number: where the folder lies is no part of a dataset, and two can have the same name.
         number, num_controls = controls.index(""), len(controls) - len(config.references)
         which = f"controls.{number}" if number < num_controls else f"references.{number - num_controls}"
@@ -290,8 +288,12 @@ def _record(config: SourceConfig, settings: FolderSettings, entry: Entry, fallba
         is_fallback=not texts,
         repeats=folder.repeats if folder else 1,
         mask=Blob(location=locations.join(str(settings.masks), mask)) if mask else None,
-        controls=tuple(
-            Blob(location=locations.join(folder, name)) for folder, name in zip(settings.controls, controls, strict=True)
+        **beside(
+            config,
+            [
+                [Blob(location=locations.join(folder, name))] if name else []
+                for folder, name in zip(settings.controls, controls, strict=True)
+            ],
         ),
     )
 
@@ -425,8 +427,10 @@ def _hint(root: str) -> str:
     """How to name what the folder holds instead of images."""
     suffixes = {_suffix(file.relative) for file in islice(locations.list_files(root), 1000)}
     # Tars first: img2dataset writes a Parquet file of URLs beside each.
-    kind = next((kind for kind in (".tar", ".parquet", ".jsonl", ".csv") if kind in suffixes), None)
-    return f" To read its tars or tables, name them: `path: {locations.join(root, f'*{kind}')}`." if kind else ""
+    kind = next((kind for kind in (".tar", ".zip", ".parquet", ".jsonl", ".csv") if kind in suffixes), None)
+    if kind is None and ".arrow" in suffixes:
+        return " To read a dataset that `save_to_disk` of `datasets` wrote, add `format: hub`."
+    return f" To read its archives or tables, name them: `path: {locations.join(root, f'*{kind}')}`." if kind else ""
 
 
 def _or_hub(path: str) -> str:

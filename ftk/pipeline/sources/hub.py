@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from ftk import locations, storage
 from ftk.configs.schema import SourceConfig
@@ -24,7 +24,8 @@ from ftk.contracts import Reject, RejectReason
 from ftk.errors import ConfigError, EnvironmentFault, FtkError, SourceError, did_you_mean
 from ftk.pipeline import captions
 from ftk.pipeline.captions import Problem
-from ftk.pipeline.sources.base import Blob, Partition, Place, Record, is_outside
+from ftk.pipeline.labels import Labels
+from ftk.pipeline.sources.base import Blob, MayLack, Partition, Place, Record, beside, is_outside
 
 CAPTION_COLUMNS = ("text", "caption", "prompt", "captions", "txt")
 
@@ -40,10 +41,8 @@ _DISK_ERRNOS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EMFIL
 DataFiles = str | tuple[str, ...] | dict[str, str | tuple[str, ...]]
 
 
-class HubSettings(BaseModel):
+class HubSettings(MayLack):
     """Which part of the dataset is meant, and what its columns are."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     split: str = Field(default="train", min_length=1)
     config_name: str | None = Field(default=None, description="which of the dataset's configurations, where it has several")
@@ -111,7 +110,7 @@ class Hub:
             if row is None:
                 return
             identity = f"{settings.split}/{index:05d}/{number:06d}"
-            item = _item(config, columns, row, identity, top)
+            item = _item(config, settings, columns, row, identity, top)
             if isinstance(item, Problem):
                 detail = locations.printable(item.detail)
                 yield Reject(source=config.source_name, path=identity, reason=item.reason, detail=detail)
@@ -127,6 +126,7 @@ class _Columns:
     captions: tuple[str, ...]
     mask: str | None
     controls: tuple[str, ...]
+    labels: Labels
 
     @property
     def images(self) -> dict[str, RejectReason]:
@@ -138,26 +138,40 @@ class _Columns:
         }
 
 
-def _item(config: SourceConfig, columns: _Columns, row: dict[str, Any], identity: str, top: str) -> Record | Problem:
-    blobs: dict[str, Blob] = {}
+def _item(
+    config: SourceConfig, settings: HubSettings, columns: _Columns, row: dict[str, Any], identity: str, top: str
+) -> Record | Problem:
+    blobs: dict[str, list[Blob]] = {}
     for column, reason in columns.images.items():
-        blob = _blob(config, row[column], f"{identity}/{column}", top)
-        if blob is None:
-            path = row[column].get("path") if isinstance(row[column], dict) else None
-            found = f"a path to {locations.file_name(path)}, which does not lie in the dataset" if path else "nothing"
-            return Problem(reason=reason, detail=f"its column `{column}` holds {found}")
-        blobs[column] = blob
+        value = row[column]
+        values = value if isinstance(value, list) else [] if _is_nothing(value) else [value]
+        found = [_blob(config, each, f"{identity}/{column}/{number}", top) for number, each in enumerate(values)]
+        missing = next((each for each, blob in zip(values, found, strict=True) if blob is None), None)
+        may_lack = settings.optional and column in columns.controls
+        if None in found or not (found or may_lack):
+            return Problem(reason=reason, detail=f"its column `{column}` holds {_absence(missing)}")
+        blobs[column] = [blob for blob in found if blob is not None]
     texts = _captions(config, columns, row)
     if isinstance(texts, Problem):
         return texts
     return Record(
         identity=identity,
-        image=blobs[columns.image],
+        image=blobs[columns.image][0],
         captions=texts or (str(captions.fallback(config)),),
         is_fallback=not texts,
-        mask=blobs[columns.mask] if columns.mask else None,
-        controls=tuple(blobs[column] for column in columns.controls),
+        mask=blobs[columns.mask][0] if columns.mask else None,
+        **beside(config, [blobs[column] for column in columns.controls]),
     )
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether a cell of a column of images is empty."""
+    return value is None or (isinstance(value, dict) and value.get("bytes") is None and not value.get("path"))
+
+
+def _absence(value: Any) -> str:
+    path = value.get("path") if isinstance(value, dict) else None
+    return f"a path to {locations.file_name(path)}, which does not lie in the dataset" if path else "nothing"
 
 
 def _blob(config: SourceConfig, value: Any, place: str, top: str) -> Blob | None:
@@ -177,7 +191,7 @@ def _blob(config: SourceConfig, value: Any, place: str, top: str) -> Blob | None
 def _captions(config: SourceConfig, columns: _Columns, row: dict[str, Any]) -> tuple[str, ...] | Problem:
     """The row's own captions; none where it takes the source's."""
     name = ", ".join(columns.captions) or "no column"
-    found = captions.gather([row[column] for column in columns.captions], name)
+    found = captions.gather([columns.labels.text(column, row[column]) for column in columns.captions], name)
     is_missing = isinstance(found, Problem) and found.reason is RejectReason.CAPTION_MISSING
     return () if is_missing and captions.fallback(config) is not None else found
 
@@ -199,7 +213,9 @@ def _columns(config: SourceConfig, settings: HubSettings, dataset: Any) -> _Colu
         if name not in features:
             raise SourceError(f"data.sources: {config.path} has no column `{name}`.{_names(name, list(features))}")
     for name in (image, *filter(None, named[1:])):
-        if not _holds_images(library, features[name]):
+        may_be_several = name in settings.controls and name not in (image, settings.mask)
+        feature = _in_list(features[name]) if may_be_several else features[name]
+        if not _holds_images(library, feature):
             raise SourceError(
                 f"data.sources: the column `{name}` of {config.path} holds {features[name]}, not images. "
                 f"Columns of images: {', '.join(images) or 'none'}."
@@ -207,9 +223,11 @@ def _columns(config: SourceConfig, settings: HubSettings, dataset: Any) -> _Colu
     if not texts and config.caption is None:
         raise SourceError(
             f"data.sources: {config.path} has no column of captions (looked for {', '.join(CAPTION_COLUMNS)}). It has: "
-            f"{', '.join(features)}. Name one with `captions:`, or write a `caption:` for all images."
+            f"{', '.join(features)}. Name one with `captions:` (labels too are captions), or write a `caption:` for all images."
         )
-    return _Columns(image=image, captions=texts, mask=settings.mask, controls=settings.controls)
+    kinds = {name: _in_list(features[name]) for name in texts}
+    names = {name: list(kind.names) for name, kind in kinds.items() if isinstance(kind, library.ClassLabel)}
+    return _Columns(image=image, captions=texts, mask=settings.mask, controls=settings.controls, labels=Labels(names))
 
 
 def _holds_images(library: ModuleType, feature: Any) -> bool:
@@ -217,13 +235,22 @@ def _holds_images(library: ModuleType, feature: Any) -> bool:
     return isinstance(feature, library.Image) or (isinstance(feature, library.Value) and feature.dtype in binary)
 
 
+def _in_list(feature: Any) -> Any:
+    """What the items of a list are, of whichever version of `datasets`; a feature that is no list itself."""
+    if isinstance(feature, list):
+        return feature[0]
+    return feature.feature if type(feature).__name__ in ("List", "LargeList", "Sequence") else feature
+
+
 def _undecoded(dataset: Any, columns: _Columns) -> Any:
     """The dataset with the columns that are read and no others, its images as they are stored."""
     library = _library()
     dataset = dataset.select_columns(list(dict.fromkeys([*columns.images, *columns.captions])))
     for name in columns.images:
-        if isinstance(dataset.features[name], library.Image):
-            dataset = dataset.cast_column(name, library.Image(decode=False))
+        feature = dataset.features[name]
+        if isinstance(_in_list(feature), library.Image):
+            plain = library.Image(decode=False)
+            dataset = dataset.cast_column(name, plain if isinstance(feature, library.Image) else type(feature)(plain))
     return dataset
 
 
@@ -284,8 +311,31 @@ def _opened(config: SourceConfig, settings: HubSettings, path: str, commit: str 
 @functools.lru_cache(maxsize=4)
 def _splits(path: str, config_name: str | None, commit: str | None, data_files: str | None) -> Any:
     """All splits, without their data; kept until the next listing, for a process reads many shards of one dataset."""
+    saved = _saved(path)
+    if saved and (config_name is not None or data_files is not None):
+        raise ConfigError(
+            f"data.sources: {path} was written by `save_to_disk`: `config_name` and `data_files` have no effect on it. "
+            "Leave them out."
+        )
+    if saved:
+        return _saved_splits(path)
     files = None if data_files is None else json.loads(data_files)
     return _library().load_dataset(path, name=config_name, revision=commit, data_files=files, streaming=True)
+
+
+def _saved(path: str) -> bool:
+    """Whether a local folder is what `save_to_disk` of `datasets` writes."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json"))  # noqa: PTH113, PTH118
+
+
+def _saved_splits(path: str) -> dict[str, Any]:
+    """The splits of a folder of `save_to_disk`, their Arrow files in order; a dataset of no split counts as `train`."""
+    saved = _library().load_from_disk(path)
+    splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+    return {
+        name: split.to_iterable_dataset(num_shards=max(1, min(len(split), len(split.cache_files))))
+        for name, split in splits.items()
+    }
 
 
 @functools.cache

@@ -1,52 +1,60 @@
 """Tables (JSON Lines, CSV, TSV, Parquet) that name images, as Hugging Face's imagefolder does, or in Parquet hold them."""
 
-import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Annotated, Any
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from ftk import locations, storage
 from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject, RejectReason
 from ftk.errors import SourceError, did_you_mean
-from ftk.pipeline import captions, tables
-from ftk.pipeline.sources.base import Blob, Partition, Place, Record
+from ftk.pipeline import captions, labels, table_files, tables
+from ftk.pipeline.sources.base import Blob, MayLack, Partition, Place, Record, beside
+from ftk.pipeline.table_files import TableFiles, several
 
 IMAGE_COLUMNS = ("file_name", "image", "path", "url")
-CAPTION_COLUMNS = ("text", "caption", "prompt")
+CAPTION_COLUMNS = ("text", "caption", "prompt", "captions")
 _BATCH_IMAGES = 16
 
-Entry = tuple[str, str, tuple[str, ...], tuple[str, str] | None, str | None, tuple[str, ...]]
+Entry = tuple[str, str, tuple[str, ...], tuple[str, str] | None, str | None, tuple[str | tuple[str, ...], ...]]
 """A row in a partition: its identity; its file name; its captions; or why it can be no sample; its mask's file
-name (None where none is asked for) and its controls', empty where a row names none."""
+name (None where none is asked for) and its controls', several of a column that holds a list, and empty where there is none."""
 
 
-class TableSettings(BaseModel):
-    """What is written for a table, beside the fields of every source."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class ColumnSettings(MayLack):
+    """Which columns of a table are what."""
 
     image: str | None = Field(default=None, description="column of file names, URLs or image bytes")
+    captions: tuple[str, ...] = Field(
+        default=(), description="columns of captions; text, caption, prompt or captions by default"
+    )
+    mask: str | None = Field(default=None, description="column of masks")
+    controls: tuple[str, ...] = Field(default=(), description="columns of control images, each a name or a list of names")
+
+
+class TableSettings(ColumnSettings):
+    """What is written for a table, beside the fields of every source."""
+
     root: Annotated[str | None, Place()] = Field(
         default=None, min_length=1, description="where file names start; the table's folder by default"
     )
-    captions: tuple[str, ...] = Field(default=(), description="columns of captions; text, caption or prompt by default")
-    mask: str | None = Field(default=None, description="column of masks")
-    controls: tuple[str, ...] = Field(default=(), description="columns of control images")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Columns:
+class Columns:
+    """The columns of a table that are read: those that the settings name, or the defaults that the table has."""
+
     image: str
     captions: tuple[str, ...]
     mask: str | None
     controls: tuple[str, ...]
+    labels: labels.Labels
 
     @property
     def by_role(self) -> tuple[str | None, ...]:
@@ -73,12 +81,12 @@ class Table:
     def partitions(self, config: SourceConfig, settings: TableSettings, shard_samples: int) -> Iterator[Partition]:
         """Runs of `shard_samples` rows of one table, which carry the rows themselves; of image bytes, whole row groups."""
         found = 0
-        seen = _Seen()
+        seen = Seen()
         for label, location in _tables(config).items():
             with tables.open_table(location) as table:
                 if not table.columns:
                     continue
-                columns = _columns(config, settings, table)
+                columns = columns_of(config, settings, table)
                 holds_bytes = table.parquet and _holds_bytes(table.parquet, columns)
                 cut = _row_groups if holds_bytes else partial(_runs, seen)
                 for partition in cut(config, settings, table, columns, label, shard_samples):
@@ -110,7 +118,7 @@ def _tables(config: SourceConfig) -> dict[str, str]:
 # Rows that name files.
 
 
-class _Seen:
+class Seen:
     """Names that rows have used: several rows may name one file, each with a caption of its own."""
 
     def __init__(self) -> None:
@@ -127,121 +135,65 @@ class _Seen:
 
 
 def _runs(
-    seen: _Seen,
+    seen: Seen,
     config: SourceConfig,
     settings: TableSettings,
     table: tables.OpenTable,
-    columns: _Columns,
+    columns: Columns,
     label: str,
     shard_samples: int,
 ) -> Iterator[Partition]:
     fallback = captions.fallback(config)
-    signatures = _Signatures(_root(settings, table.location))
+    files = TableFiles(_root(settings, table.location))
     rows = enumerate(table.rows(columns.names))
-    entries = (_entry(row, where, columns, f"{label}/{number}", fallback) for number, (where, row) in rows)
+    entries = (_entry(row, where, columns, f"{label}/{number}", fallback, files) for number, (where, row) in rows)
     named = ((seen.identity(entry[0]), *entry) for entry in entries)
     while batch := tuple(islice(named, shard_samples)):
-        found = signatures.of([each for _, name, _, _, mask, controls in batch for each in (name, mask, *controls) if each])
-        signature = storage.digest([batch, found])
+        names = [each for _, name, _, _, mask, controls in batch for each in (name, mask, *_flat(controls)) if each]
+        signature = storage.digest([batch, files.signatures(names)])
         yield Partition(payload=("rows", table.location, batch), signature=signature, num_records=len(batch))
 
 
-def _entry(row: tables.Row, where: str, columns: _Columns, label: str, fallback: str | None) -> Any:
-    name, mask, *controls = (_file_name(row.get(column)) if column else None for column in columns.by_role)
-    wanted_mask = None if columns.mask is None else mask or ""
-    others = wanted_mask, tuple(control or "" for control in controls)
+def _flat(controls: tuple[str | tuple[str, ...], ...]) -> Iterator[str]:
+    for names in controls:
+        yield from (names,) if isinstance(names, str) else names
+
+
+def _entry(row: tables.Row, where: str, columns: Columns, label: str, fallback: str | None, files: TableFiles) -> Any:
+    name, mask = (files.name(row.get(column)) if column else None for column in (columns.image, columns.mask))
+    controls = tuple(_control_names(row.get(column), files) for column in columns.controls)
+    others = None if columns.mask is None else mask or "", tuple("" if names is None else names for names in controls)
     if name is None:
         found = locations.printable(repr(row.get(columns.image))[:100])
         problem = (RejectReason.FILE_MISSING.value, f"{columns.image} in {where} is {found}, not a file name")
         return label, (), problem, *others
-    given = _captions(row, where, columns, fallback)
+    if None in controls:
+        column = columns.controls[controls.index(None)]
+        found = locations.printable(repr(row.get(column))[:100])
+        detail = f"{column} in {where} is {found}, not a file name or a list of them"
+        return name, (), (RejectReason.CONTROL_MISSING.value, detail), *others
+    given = captions_of(row, where, columns, fallback)
     if isinstance(given, captions.Problem):
         return name, (), (given.reason.value, given.detail), *others
     return name, given, None, *others
 
 
-def _captions(row: tables.Row, where: str, columns: _Columns, fallback: str | None) -> tuple[str, ...] | captions.Problem:
+def _control_names(value: object, files: TableFiles) -> str | tuple[str, ...] | None:
+    """The file names in a cell of control images; empty when it names none, None when it holds something else."""
+    values = several(value)
+    names = [files.name(each) for each in values]
+    if any(name is None for name in names):
+        return None
+    given = tuple(name for name in names if name is not None)
+    return given if isinstance(value, list) or len(given) > 1 else "".join(given)
+
+
+def captions_of(row: tables.Row, where: str, columns: Columns, fallback: str | None) -> tuple[str, ...] | captions.Problem:
     """The row's own captions; none where it takes the source's."""
     place = f"{', '.join(columns.captions) or 'no column'} in {where}"
-    found = captions.gather((row.get(column) for column in columns.captions), place)
+    found = captions.gather((columns.labels.text(column, row.get(column)) for column in columns.captions), place)
     lacks = isinstance(found, captions.Problem) and found.reason != RejectReason.CAPTION_NOT_TEXT
     return () if lacks and fallback is not None else found
-
-
-def _file_name(value: object) -> str | None:
-    """The value, if a file may be called so."""
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        return None
-    try:
-        os.fsencode(value)
-    except UnicodeEncodeError:
-        return None
-    return value
-
-
-class _Signatures:
-    """Of files by name: those of local ones are looked up one by one, those in an object store by listing their folder."""
-
-    def __init__(self, root: str) -> None:
-        self._root = root
-        self._folder: str | None = None
-        self._listed: dict[str, str] = {}
-
-    def of(self, names: list[str]) -> list[str]:
-        """Of what nothing vouches for, on the web or outside of the table's own store, the location: it is fetched once."""
-        below = [name for name in names if _is_relative(name)]
-        if locations.is_url(self._root) and not locations.is_web(self._root) and below:
-            self._list(_common_folder(below))
-        return [self._one(name) for name in names]
-
-    def _list(self, folder: str) -> None:
-        if self._folder is not None and f"{folder}/".startswith(self._folder):
-            return
-        self._folder = f"{folder}/" if folder else ""
-        try:
-            files = locations.list_files(locations.join(self._root, folder))
-            self._listed = {f"{self._folder}{file.relative}": file.signature for file in files}
-        except FileNotFoundError:
-            self._listed = {}
-
-    def _one(self, name: str) -> str:
-        location = _location(self._root, name)
-        if not locations.is_url(location):
-            return _local_signature(location)
-        return f"at {location}" if _is_unlisted(self._root, name) else self._listed.get(name, "missing")
-
-
-def _is_unlisted(root: str, name: str) -> bool:
-    """Whether no listing of the table's own store tells when a remote file changes."""
-    hidden = any(part.startswith(".") for part in name.split("/"))
-    return hidden or not _is_relative(name) or locations.is_web(root)
-
-
-def _file_blob(root: str, name: str) -> Blob:
-    location = _location(root, name)
-    return Blob(location=location, fetched_once=locations.is_url(location) and _is_unlisted(root, name))
-
-
-def _local_signature(location: str) -> str:
-    try:
-        return locations.signature(location)
-    except (FileNotFoundError, NotADirectoryError):
-        return "missing"
-    except OSError as error:
-        return f"unreadable: {error.errno}"
-
-
-def _common_folder(names: list[str]) -> str:
-    folders = {name.rpartition("/")[0] for name in names}
-    return posixpath.commonpath(folders) if "" not in folders else ""
-
-
-def _is_relative(name: str) -> bool:
-    return not name.startswith(("/", "file://")) and not locations.is_url(name)
-
-
-def _location(root: str, name: str) -> str:
-    return locations.join(root, name) if _is_relative(name) else name
 
 
 def _root(settings: TableSettings, table: str) -> str:
@@ -251,21 +203,30 @@ def _root(settings: TableSettings, table: str) -> str:
 def _read_rows(
     config: SourceConfig, settings: TableSettings, table: str, entries: tuple[Entry, ...]
 ) -> Iterator[Record | Reject]:
-    root = _root(settings, table)
+    files = TableFiles(_root(settings, table))
     for identity, name, texts, problem, mask, controls in entries:
-        blob, *others = (_file_blob(root, each) if each else None for each in (name, mask, *controls))
         if problem is not None:
             yield _reject(config, identity, RejectReason(problem[0]), problem[1])
-        elif blob is None or _is_missing(blob):
-            yield _reject(config, identity, RejectReason.FILE_MISSING, _absence(settings, name))
-        else:
-            yield _record(config, settings, identity, blob, texts, others)
+            continue
+        blob = files.blob(name)
+        if _is_missing(blob):
+            yield _reject(config, identity, RejectReason.FILE_MISSING, _absence(settings, files, name))
+            continue
+        others = [[files.blob(each) for each in _flat((names,)) if each] for names in (mask or "", *controls)]
+        yield _record(config, settings, identity, blob, texts, others)
 
 
-def _absence(settings: TableSettings, name: str) -> str:
+def _absence(settings: TableSettings, files: TableFiles, name: str) -> str:
     """As the row names the file: where the table and its files lie is no part of a dataset."""
-    below = "" if not _is_relative(name) else " below `root`" if settings.root else " beside the table"
-    return f"{name} does not exist{below}"
+    if not table_files.is_relative(name):
+        return f"{name} does not exist"
+    place = " below `root`" if settings.root else " beside the table"
+    several_fit = files.fitting(name)
+    if several_fit:
+        return f"{name} is not a file{place}, and {' and '.join(several_fit[:3])} fit it: write the name with its suffix"
+    if not table_files.has_image_suffix(name):
+        return f"{name} does not exist{place}, and neither does an image of this name with a suffix"
+    return f"{name} does not exist{place}"
 
 
 def _record(
@@ -274,22 +235,30 @@ def _record(
     identity: str,
     image: Blob,
     texts: tuple[str, ...],
-    others: list[Blob | None],
+    others: Sequence[list[Blob]],
 ) -> Record | Reject:
     """A record, or the reject of one that lacks its mask (the first of the others) or a control image."""
     mask, *controls = others
     reasons = [RejectReason.MASK_MISSING, *[RejectReason.CONTROL_MISSING] * len(controls)]
-    for column, blob, reason in zip((settings.mask, *settings.controls), others, reasons, strict=True):
-        if column and (blob is None or _is_missing(blob)):
-            detail = f"{blob.name}, under {column}, does not exist" if blob else f"the row has nothing under {column}"
-            return _reject(config, identity, reason, detail)
-    found = tuple(control for control in controls if control is not None)
+    for column, blobs, reason in zip((settings.mask, *settings.controls), others, reasons, strict=True):
+        missing = next((blob for blob in blobs if _is_missing(blob)), None)
+        if missing is not None:
+            return _reject(config, identity, reason, f"{missing.name}, under {column}, does not exist")
+        if column and not blobs and (reason is RejectReason.MASK_MISSING or not settings.optional):
+            return _reject(config, identity, reason, f"the row has nothing under {column}")
     own = texts or (str(captions.fallback(config)),)
-    return Record(identity=identity, image=image, captions=own, mask=mask, controls=found, is_fallback=not texts)
+    return Record(
+        identity=identity,
+        image=image,
+        captions=own,
+        mask=mask[0] if mask else None,
+        is_fallback=not texts,
+        **beside(config, controls),
+    )
 
 
 def _is_missing(blob: Blob) -> bool:
-    return blob.data is None and not locations.is_url(blob.location) and _local_signature(blob.location) == "missing"
+    return blob.data is None and table_files.local_signature(blob.location) == "missing"
 
 
 def _reject(config: SourceConfig, name: str, reason: RejectReason, detail: str) -> Reject:
@@ -300,12 +269,17 @@ def _reject(config: SourceConfig, name: str, reason: RejectReason, detail: str) 
 # Rows that hold bytes.
 
 
-def _holds_bytes(parquet: Any, columns: _Columns) -> bool:
+def _holds_bytes(parquet: Any, columns: Columns) -> bool:
     return any(_byte_column(parquet.schema_arrow.field(name).type, name) for name in columns.of_files)
 
 
 def _byte_column(kind: pa.DataType, name: str) -> str | None:
-    """The Parquet name of the column that holds a file column's bytes: itself, or `bytes` in `datasets`' struct."""
+    """The Parquet name of the column that holds a file column's bytes: itself, or `bytes` in `datasets`' struct.
+
+    Of a list of such the list's own name: an empty list counts as a null there, so that nothing vouches for it.
+    """
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return name if _byte_column(kind.value_type, name) else None
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
         return name
     if pa.types.is_struct(kind) and "bytes" in {field.name for field in kind}:
@@ -314,7 +288,7 @@ def _byte_column(kind: pa.DataType, name: str) -> str | None:
 
 
 def _row_groups(
-    config: SourceConfig, settings: TableSettings, table: tables.OpenTable, columns: _Columns, label: str, shard_samples: int
+    config: SourceConfig, settings: TableSettings, table: tables.OpenTable, columns: Columns, label: str, shard_samples: int
 ) -> Iterator[Partition]:
     metadata = table.parquet.metadata
     table_signature = locations.signature(table.location)
@@ -334,13 +308,13 @@ def _row_groups(
         start, first_row, num_rows = group + 1, first_row + num_rows, 0
 
 
-def _have_all_bytes(parquet: Any, columns: _Columns, groups: tuple[int, ...]) -> bool:
+def _have_all_bytes(parquet: Any, columns: Columns, groups: tuple[int, ...]) -> bool:
     """Whether no row leaves its bytes out, and perhaps names a file instead: then the table vouches for all of them."""
     metadata, schema = parquet.metadata, parquet.schema_arrow
     position = {metadata.schema.column(index).path: index for index in range(metadata.num_columns)}
     for name in columns.of_files:
         column = _byte_column(schema.field(name).type, name)
-        if column is None:
+        if column is None or column not in position:
             return False
         found = [metadata.row_group(group).column(position[column]).statistics for group in groups]
         if any(each is None or not each.has_null_count or each.null_count for each in found):
@@ -351,40 +325,50 @@ def _have_all_bytes(parquet: Any, columns: _Columns, groups: tuple[int, ...]) ->
 def _read_row_groups(
     config: SourceConfig, settings: TableSettings, location: str, label: str, first_row: int, groups: tuple[int, ...]
 ) -> Iterator[Record | Reject]:
-    root, fallback = _root(settings, location), captions.fallback(config)
+    files, fallback = TableFiles(_root(settings, location)), captions.fallback(config)
     with tables.open_table(location) as table:
-        columns = _columns(config, settings, table)
+        columns = columns_of(config, settings, table)
         for number, row in enumerate(tables.parquet_rows(table.parquet, columns.names, _BATCH_IMAGES, groups), first_row):
             where = f"row {number} of {locations.file_name(location)}"
             cells = [row.get(column) if column else None for column in columns.by_role]
-            blob, *others = (_blob(cell, root, f"{label}/{number}") for cell in cells)
+            blobs = [[_blob(each, files, f"{label}/{number}") for each in several(cell)] for cell in cells]
             # The path beside the bytes is a name from elsewhere, often the same in every row.
-            identity = "-".join([f"{label}/{number}", *posixpath.basename(_named_file(cells[0]) or "").split()])
-            texts = _captions(row, where, columns, fallback)
-            if blob is None or _is_missing(blob):
+            identity = "-".join([f"{label}/{number}", *posixpath.basename(_named_file(cells[0], files) or "").split()])
+            texts = captions_of(row, where, columns, fallback)
+            image = blobs[0][0] if len(blobs[0]) == 1 else None
+            if image is None or _is_missing(image):
                 yield _reject(config, identity, RejectReason.FILE_MISSING, f"{columns.image} in {where} holds no image")
             elif isinstance(texts, captions.Problem):
                 yield _reject(config, identity, texts.reason, texts.detail)
+            elif column := next((name for name, found in zip(columns.by_role, blobs, strict=True) if None in found), None):
+                reason = RejectReason.MASK_MISSING if column == columns.mask else RejectReason.CONTROL_MISSING
+                yield _reject(config, identity, reason, f"{column} in {where} holds something else than images")
             else:
-                yield _record(config, settings, identity, blob, texts, others)
+                others = [[blob for blob in found if blob is not None] for found in blobs[1:]]
+                yield _record(config, settings, identity, image, texts, others)
 
 
-def _named_file(cell: object) -> str | None:
-    return _file_name(cell.get("path") if isinstance(cell, dict) else cell)
+def _named_file(cell: object, files: TableFiles) -> str | None:
+    return files.name(cell.get("path") if isinstance(cell, dict) else cell)
 
 
-def _blob(cell: Any, root: str, label: str) -> Blob | None:
+def _blob(cell: Any, files: TableFiles, label: str) -> Blob | None:
     data = cell.get("bytes") if isinstance(cell, dict) else cell
     if isinstance(data, bytes):
         return Blob(location=label, data=data)
-    name = _named_file(cell)
-    return _file_blob(root, name) if name else None
+    name = _named_file(cell, files)
+    return files.blob(name) if name else None
 
 
 # Columns.
 
 
-def _columns(config: SourceConfig, settings: TableSettings, table: tables.OpenTable) -> _Columns:
+def columns_of(config: SourceConfig, settings: ColumnSettings, table: tables.OpenTable) -> Columns:
+    """Settle which columns are read.
+
+    Raises:
+        SourceError: the table does not have one.
+    """
     given = {"image": settings.image, "mask": settings.mask}
     for setting, names in {"captions": settings.captions, "controls": settings.controls}.items():
         given.update({f"{setting}.{index}": name for index, name in enumerate(names)})
@@ -406,7 +390,13 @@ def _columns(config: SourceConfig, settings: TableSettings, table: tables.OpenTa
             f"Name those of the captions with `captions: [NAME]`, or give all images one `caption:`. {_listed(table)}"
         )
     found = settings.captions or ((caption,) if caption else ())
-    return _Columns(image=image, captions=found, mask=settings.mask, controls=settings.controls)
+    return Columns(
+        image=image,
+        captions=found,
+        mask=settings.mask,
+        controls=settings.controls,
+        labels=labels.of_parquet(table.parquet) if table.parquet else labels.Labels({}),
+    )
 
 
 def _present(columns: list[str], wanted: tuple[str, ...]) -> str | None:

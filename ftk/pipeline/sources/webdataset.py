@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from ftk import locations, storage
 from ftk.configs.schema import SourceConfig
@@ -27,7 +27,7 @@ from ftk.pipeline import captions, light_webdataset
 from ftk.pipeline.captions import Problem
 from ftk.pipeline.names import folded
 from ftk.pipeline.sources import folder
-from ftk.pipeline.sources.base import Blob, Partition, Record
+from ftk.pipeline.sources.base import Blob, MayLack, Partition, Record, beside
 from ftk.pipeline.tar_stream import Tar
 
 IMAGE_SUFFIXES = frozenset(suffix.removeprefix(".") for suffix in folder.IMAGE_SUFFIXES)
@@ -50,10 +50,8 @@ def _suffix(value: Any) -> Any:
 Suffix = Annotated[str, BeforeValidator(_suffix)]
 
 
-class TarSettings(BaseModel):
+class TarSettings(MayLack):
     """Which members of a sample are what. A suffix is what follows the first dot of a member's name: `jpg`, `mask.png`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     image: tuple[Suffix, ...] | None = Field(default=None, min_length=1, description="suffixes of the image")
     captions: tuple[Suffix, ...] = Field(
@@ -117,7 +115,7 @@ class WebDataset:
         if not tars:
             pattern = locations.redacted(config.path)
             raise SourceError(f"data.sources: {pattern} matches no file.{_around(config.path)} Name the tars of your images.")
-        for location, name in zip(tars, _names(tars), strict=True):
+        for location, name in zip(tars, names_of(tars), strict=True):
             with _readable(location):
                 signature = storage.digest([name, locations.signature(location)])
             yield Partition(payload=(location, name), signature=signature, num_records=None)
@@ -162,7 +160,7 @@ def _item(config: SourceConfig, settings: TarSettings, location: str, name: str,
         return texts
     for suffixes, reason in (
         ([settings.mask] if settings.mask else [], RejectReason.MASK_MISSING),
-        (settings.controls, RejectReason.CONTROL_MISSING),
+        (() if settings.optional else settings.controls, RejectReason.CONTROL_MISSING),
     ):
         if missing := [suffix for suffix in suffixes if suffix not in sample.members]:
             return Problem(reason=reason, detail=f"no {missing[0]} among its members: {_listed(sample)}")
@@ -172,7 +170,10 @@ def _item(config: SourceConfig, settings: TarSettings, location: str, name: str,
         captions=texts or (str(captions.fallback(config)),),
         is_fallback=not texts,
         mask=_blob(location, sample, settings.mask) if settings.mask else None,
-        controls=tuple(_blob(location, sample, suffix) for suffix in settings.controls),
+        **beside(
+            config,
+            [[_blob(location, sample, suffix)] if suffix in sample.members else [] for suffix in settings.controls],
+        ),
     )
 
 
@@ -354,7 +355,7 @@ def _kind(member: tarfile.TarInfo) -> str:
     return kinds.get(member.type, f"of the unknown type {member.type!r}")
 
 
-def _names(tars: list[str]) -> list[str]:
+def names_of(tars: list[str]) -> list[str]:
     """What the tars are called: their file names, or where those are not unique their paths below the common folder."""
     paths = [locations.without_secrets(location) for location in tars]
     names = [posixpath.basename(path) for path in paths]
