@@ -5,6 +5,7 @@ The judge is diffusers' own Kontext pipeline.
 
 import io
 import itertools
+import json
 import random
 from collections.abc import Callable
 from contextlib import closing
@@ -86,7 +87,9 @@ def make_run(model: Path, pictures: Path, tmp_path: Path) -> Callable[..., Run]:
             "workspace": str(tmp_path / f"work-{beside}"),
             "model": {"family": FAMILY, "path": str(model), **sections.get("model", {})},
             "data": {
-                "sources": [{"path": str(pictures / "images"), beside: [str(pictures / beside)], **sections.get("source", {})}],
+                "sources": [
+                    {"path": str(pictures / "images"), beside: [str(pictures / beside)], **sections.get("source", {})}
+                ],
                 "resolutions": [64], "workers": 1,
             },
             "cache": {"device": "cpu", "text_dtype": "float32", "latents_dtype": "float32"},
@@ -117,6 +120,51 @@ def official(run: Run, **components: Any) -> Any:
     pipeline = FluxKontextPipeline.from_pretrained(run.config.model.path, dtype=torch.float32, **components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.mark.parametrize("family", ["foreign-edit", "foreign-seen"])
+def test_each_sample_may_have_another_number_of_references(
+    make_run: Callable[..., Run], pictures: Path, tmp_path: Path, family: str
+) -> None:
+    given: list[Any] = [None, [], ["0.png"], ["1.png", "2.png"], "0.png", ["2.png", "1.png", "0.png"]]
+    rows = [
+        {
+            "image": str(pictures / "images" / f"{number}.png"),
+            "text": f"make it {number}",
+            "before": [str(pictures / "references" / name) for name in names] if isinstance(names, list) else names,
+        }
+        for number, names in enumerate(given)
+    ]
+    rows[4]["before"] = str(pictures / "references" / "0.png")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {"path": str(tmp_path / "rows.jsonl"), "references": ["before"], "optional": True}
+    run = make_run(source=source, model={"family": family}, train={"steps": 6})
+    store = encode(run)
+    counts = [0, 0, 1, 2, 1, 3]
+    dataset = PreparedDataset.open(run.paths.prepared)
+    assert [len(row.reference_ids) for row in dataset.rows()] == counts
+    assert [len(dataset.reference_bytes(row)) for row in dataset.rows()] == counts
+    assert [len(store.references(number)) for number in range(len(store))] == counts
+    assert train.run(run, RunDelivery).steps == 6
+
+
+def test_a_method_that_reads_control_images_refuses_samples_with_different_numbers_of_them(
+    make_run: Callable[..., Run], pictures: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {
+            "image": str(pictures / "images" / f"{number}.png"),
+            "text": "x",
+            "edge": [str(pictures / "controls" / f"{number}.png")] * number,
+        }
+        for number in (0, 1, 3)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {"path": str(tmp_path / "rows.jsonl"), "controls": ["edge"], "optional": True}
+    run = make_run("controls", {"name": "pixel-hint"}, source=source)
+    encode(run)
+    with pytest.raises(CacheError, match=r"every sample must have as many: the cache's samples have 0 to 3"):
+        train.run(run, RunDelivery)
 
 
 def test_prepare_keeps_the_own_size_of_references(make_run: Callable[..., Run], pictures: Path) -> None:

@@ -16,7 +16,13 @@ from ftk import contracts, storage
 from ftk.cache import view
 from ftk.pipeline.sources import base as sources
 
-PLACES = {"folder": {"masks", "controls", "references"}, "table": {"root"}, "webdataset": set(), "hub": {"data_files"}}
+PLACES = {
+    "folder": {"masks", "controls", "references"},
+    "table": {"root"},
+    "webdataset": set(),
+    "hub": {"data_files"},
+    "zip": set(),
+}
 """By kind of source, which of its settings name places. A new kind of source must say so here."""
 
 
