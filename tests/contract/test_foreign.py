@@ -145,7 +145,7 @@ def test_each_sample_may_have_another_number_of_references(
     assert [len(row.reference_ids) for row in dataset.rows()] == counts
     assert [len(dataset.reference_bytes(row)) for row in dataset.rows()] == counts
     assert [len(store.references(number)) for number in range(len(store))] == counts
-    assert train.run(run, RunDelivery).steps == 6
+    assert train.run(run, RunDelivery).step == 6
 
 
 def test_a_method_that_reads_control_images_refuses_samples_with_different_numbers_of_them(
