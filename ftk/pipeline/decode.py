@@ -1,7 +1,7 @@
 """From the bytes of an image file to 8-bit pixels: reading the header, decoding, and what the stored numbers mean.
 
-Everything that Pillow decodes is taken, and HEIC where `pillow-heif` is installed. What has no defined 8-bit picture is
-refused by name. Runs in worker processes; never imports torch.
+Everything that Pillow decodes is taken, HEIC and JPEG XL where their packages are installed. What has no defined 8-bit
+picture is refused by name. Runs in worker processes; never imports torch.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import PIL
 from PIL import AvifImagePlugin, ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from ftk.contracts import RejectReason
-from ftk.pipeline import jpeg, png
+from ftk.pipeline import jpeg, jxl, png, signatures
 
 # One core a worker: the stage runs as many workers as there are cores.
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
@@ -36,6 +36,8 @@ _UPRIGHT_BY = {
     8: Image.Transpose.ROTATE_90,
 }
 _HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"mif2", b"msf1"})
+_CAMERA_RAW = "camera raw data, which has to be developed: convert it to JPEG, PNG or TIFF"
+_NEW_SUBFILE_TYPE, _SUB_IFDS, _DNG_VERSION = 254, 330, 50706
 # Formats whose further frames are no animation: previews and views, layers, alternatives to the one main picture.
 _STILL_FORMATS = frozenset({"MPO", "PSD", "HEIF"})
 # The pixel format that an embedded profile describes, where the image's own has alpha or a palette on top of it.
@@ -91,17 +93,17 @@ class Pixels:
     profile: bytes | None
 
 
-def open_image(data: bytes) -> Opened:
-    """Read the header of an image file, decoding no pixel.
+def open_image(data: bytes, max_pixels: int | None = None) -> Opened:
+    """Read the header of an image file, decoding no pixel, but for JPEG XL of at most `max_pixels`.
 
     Raises:
-        Unfit: the bytes are no image file, or one that only a program could draw (EPS).
+        Unfit: the bytes are no image file, or one whose pixels are not to be had: camera raw, EPS.
     """
     try:
         with _decoder_faults():
             # `max_pixels` decides, once the size is known; Pillow's own limits would not name it.
             Image.MAX_IMAGE_PIXELS = None
-            image = _open(data)
+            image = _open_jxl(data, max_pixels) if jxl.is_jxl(data) else _open(data)
             _mend_transparency(image, data)
             tagged_orientation = _tagged_orientation(image, data)
     except Unfit:
@@ -275,16 +277,48 @@ def _open(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
             return _open_heif(data)
-        found = f"no image header that can be read (starts with {data[:8]!r})" if data else "the file is empty"
-        raise Unfit(RejectReason.UNREADABLE, found) from None
+        raise Unfit(RejectReason.UNREADABLE, _unknown(data)) from None
     if image.format == "EPS":
         raise Unfit(RejectReason.UNREADABLE, "EPS is a program that draws, not pixels: convert it to PNG")
+    if image.format == "TIFF" and _is_camera_raw(image, data):
+        raise Unfit(RejectReason.UNREADABLE, _CAMERA_RAW)
     return image
+
+
+def _unknown(data: bytes) -> str:
+    if not data:
+        return "the file is empty"
+    kind = signatures.name(data[: signatures.HEAD_BYTES])
+    if kind == "camera raw":
+        return _CAMERA_RAW
+    start = f"no image header that can be read (starts with {data[:8]!r})"
+    return f"{start}: by its first bytes a {kind} file, cut, damaged or of a kind that is not read" if kind else start
+
+
+def _is_camera_raw(image: Image.Image, data: bytes) -> bool:
+    """Whether what Pillow would read of a TIFF is the preview of a camera's raw data."""
+    tags: Any = getattr(image, "tag_v2", {})
+    is_preview = bool(tags.get(_NEW_SUBFILE_TYPE, 0) & 1) and _SUB_IFDS in tags
+    return is_preview or _DNG_VERSION in tags or data[8:10] == b"CR"
+
+
+def _open_jxl(data: bytes, max_pixels: int | None) -> Image.Image:
+    """A JPEG XL image, which is decoded only if its header says that it is not too large."""
+    size = jxl.size(data)
+    if size is not None and max_pixels is not None and size[0] * size[1] > max_pixels:
+        raise Unfit(RejectReason.TOO_MANY_PIXELS, f"{size[0]} x {size[1]} is more than data.max_pixels {max_pixels:,}")
+    try:
+        return jxl.open_image(data)
+    except ImportError:
+        raise Unfit(RejectReason.UNREADABLE, 'JPEG XL needs a package that is not installed: pip install "ftk[jxl]"') from None
+    except RuntimeError:
+        # libjxl's own words do not reach its callers.
+        raise Unfit(RejectReason.UNREADABLE, "a JPEG XL file that is cut or damaged") from None
 
 
 def decoders() -> list[str]:
     """What decides which files can be decoded: an image that was rejected without one of these may be readable with it."""
-    return [PIL.__version__, *(["pillow_heif"] if importlib.util.find_spec("pillow_heif") else [])]
+    return [PIL.__version__, *(name for name in ("pillow_heif", "pillow_jxl") if importlib.util.find_spec(name))]
 
 
 def _open_heif(data: bytes) -> Image.Image:
@@ -310,6 +344,8 @@ def _mend_transparency(image: Image.Image, data: bytes) -> None:
 
 
 def _tagged_orientation(image: Image.Image, data: bytes) -> int:
+    if image.format == "JXL" and not getattr(image, "jpeg", False):
+        return 1  # its decoder has turned it already; only a JPEG inside comes as it is stored
     header = png.without_pixels(data) if image.format == "PNG" else None
     try:
         described = Image.open(io.BytesIO(header)) if header else image

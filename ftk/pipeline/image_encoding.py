@@ -42,9 +42,14 @@ def encoding_of(opened: Opened, image_format: str, quality: int | None) -> Encod
 
 
 def is_lossy(opened: Opened) -> bool:
-    """Whether the file's format had thrown detail away already (a WebP's header tells which kind it is)."""
+    """Whether the file's format had thrown detail away already.
+
+    A WebP's header tells which kind it is. Of JPEG XL only those are known that were JPEG files.
+    """
     if opened.image.format == "WEBP":
         return any(kind == b"VP8 " for kind in _webp_chunks(opened.data))
+    if opened.image.format == "JXL":
+        return bool(getattr(opened.image, "jpeg", False))
     return opened.image.format in ("JPEG", "MPO", "AVIF", "HEIF")
 
 

@@ -28,7 +28,7 @@ from ftk.pipeline.sources.base import Blob
 
 IMAGES_VERSION = 2
 """Raised whenever equal inputs and recipe would give other pixels; part of every fingerprint."""
-CHECKS_VERSION = 2
+CHECKS_VERSION = 3
 """Raised whenever an input that was a sample would be a reject, or the reverse: part of each shard's fingerprint, but of no
 image's name, so that samples which stay the same need not be encoded again."""
 _FAINT = 8
@@ -255,7 +255,7 @@ def _open_all(files: list[_File], recipe: ImageRecipe) -> list[Opened]:
         with _blaming(file):
             if file.problem is not None:
                 raise file.problem
-            opened.append(decode.open_image(file.data))
+            opened.append(decode.open_image(file.data, recipe.max_pixels))
             _check_header(opened[-1], recipe)
             if file.kind in _MISMATCHED:
                 opened[-1] = _aligned(opened[0], opened[-1], file.kind)

@@ -42,7 +42,7 @@ def find(path: str, size: ReferenceRule | tuple[int, int], setting: str) -> Prom
     place = locations.local_path(path).absolute()
     try:
         data = place.read_bytes()
-        opened = decode.open_image(data)
+        opened = decode.open_image(data, _MAX_PIXELS)
     except (OSError, Unfit) as error:
         reason = error.detail if isinstance(error, Unfit) else error.strerror or str(error)
         raise ConfigError(f"{setting}: {path} cannot be read as an image: {reason}. Name an image file.") from None

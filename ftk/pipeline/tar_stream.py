@@ -8,7 +8,7 @@ import contextlib
 import gzip
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, cast
 
 from ftk import locations
@@ -108,6 +108,15 @@ class Tar:
             file = self._archive.extractfile(member)
             assert file is not None
             return b"".join(iter(lambda: file.read(_CHUNK_BYTES), b""))
+
+    def read_if(self, member: tarfile.TarInfo, num_bytes: int, accepts: Callable[[bytes], bool]) -> bytes | None:
+        """As `read`, if `accepts` takes the first `num_bytes`; else None, and no more is read."""
+        assert self._archive is not None
+        with self._sound():
+            file = self._archive.extractfile(member)
+            assert file is not None
+            head = file.read(num_bytes)
+            return head + b"".join(iter(lambda: file.read(_CHUNK_BYTES), b"")) if accepts(head) else None
 
     def _check_end(self, forward: _Forward) -> None:
         """Raise unless tarfile stopped at a block of zeros with nothing but zeros behind it."""

@@ -57,6 +57,34 @@ def test_a_truncated_jpeg_is_rejected_with_its_reason(ftk, workspace, tmp_path):
     assert report["num_samples"] == 11
 
 
+def test_every_file_with_a_caption_is_a_sample_or_a_reject_with_a_reason(ftk, workspace, tmp_path):
+    pytest.importorskip("pillow_jxl")
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    image = Image.open(images_in(tmp_path / "pictures")[0]).convert("RGB")
+    for name, image_format in (("good.jpg", "JPEG"), ("a.jxl", "JXL"), ("b.jpg_large", "JPEG"), ("c", "PNG"), ("d.qoi", "QOI")):
+        image.save(folder / name, image_format)
+    raw = {
+        "e.dng": b"II*\0\x08\0\0\0",
+        "f.CR2": b"II*\0\x10\0\0\0CR\2\0",
+        "g.exr": b"v/1\x01",
+        "h.psd": b"8BPS\0\x01",
+        "i.raf": b"?",
+    }
+    for name, data in raw.items():
+        (folder / name).write_bytes(data + b"\0" * 99)
+    for path in list(folder.iterdir()):
+        path.with_suffix(".txt").write_text("a drawing")
+    for name in ("notes.md", "Thumbs.db", ".DS_Store"):
+        (folder / name).write_bytes(b"no image")
+    data = {"sources": [{"path": str(folder)}], "max_reject_fraction": 0.6}
+    report = json.loads(ftk("prepare", workspace(data=data), "--json").out)
+    assert (report["num_inputs"], report["num_samples"]) == (10, 5)
+    assert sorted(reject["path"] for reject in report["rejects"]) == sorted(raw)
+    assert report["rejects_by_reason"] == {"unreadable": 5}
+    assert ftk("prepare", workspace(data={**data, "max_reject_fraction": 0.1})).code == 3
+
+
 def test_masks_that_leave_nothing_to_train_are_named_and_counted(ftk, workspace, tmp_path):
     sources = [{"path": str(tmp_path / "pictures"), "masks": str(tmp_path / "masks")}]
     (tmp_path / "masks").mkdir()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
 
 from ftk.contracts import RejectReason
 from ftk.pipeline import decode, png
@@ -266,6 +266,37 @@ def test_heic_without_its_package_names_the_command(monkeypatch: pytest.MonkeyPa
     refused = _refused(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 64)
     assert refused.reason == RejectReason.UNREADABLE
     assert "pip install pillow-heif" in refused.detail
+
+
+@pytest.mark.parametrize("kind", ["DNG", "CR2", "preview"])
+def test_the_preview_of_camera_raw_data_is_no_picture(encoded: Encoded, kind: str) -> None:
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    if kind == "DNG":
+        tags[50706] = b"\1\4\0\0"
+    elif kind == "preview":
+        # As in Nikon's and Sony's files: the first picture is a small copy of one that tag 330 names.
+        tags[254], tags[330] = 1, 8
+    # Compressed, the directory lies at the end, and Canon's mark has its place at the front.
+    compression = "tiff_lzw" if kind == "CR2" else None
+    data = encoded(Image.new("RGB", (64, 64)), "TIFF", tiffinfo=tags, compression=compression)
+    data = data[:8] + b"CR" + data[10:] if kind == "CR2" else data
+    refused = _refused(data)
+    assert refused.reason == RejectReason.UNREADABLE
+    assert "camera raw" in refused.detail
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"v/1\x01\x02\0\0\0" + b"\0" * 99, "OpenEXR"),
+        (b"FUJIFILMCCD-RAW 0201" + b"\0" * 99, "camera raw"),
+        (b"II\xbc\x01" + b"\0" * 99, "JPEG XR"),
+    ],
+)
+def test_an_image_that_is_not_read_is_named(data: bytes, kind: str) -> None:
+    refused = _refused(data)
+    assert refused.reason == RejectReason.UNREADABLE
+    assert kind in refused.detail
 
 
 def test_eps_is_refused_and_no_program_is_run(monkeypatch: pytest.MonkeyPatch) -> None:

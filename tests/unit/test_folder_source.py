@@ -13,9 +13,11 @@ import fsspec
 import pytest
 from pydantic import ValidationError
 
+from ftk import locations
 from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject, RejectReason
 from ftk.errors import ConfigError, SourceError
+from ftk.pipeline.sources import folder as folder_source
 from ftk.pipeline.sources.base import Notes, Partition, Record
 from ftk.pipeline.sources.folder import SOURCE, FolderSettings
 
@@ -102,6 +104,67 @@ def test_hidden_and_other_files_are_left_out(tmp_path: Path) -> None:
     for name in ["a.jpg", ".b.jpg", ".thumbs/c.jpg", "notes.md", "video.mp4", "no_suffix"]:
         _put(tmp_path, name, caption=None)
     assert _identities(_records(tmp_path, caption="a cat")) == ["a.jpg"]
+
+
+def _write(root: Path, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+
+
+JPEG, TIFF, TEXT = b"\xff\xd8\xff\xe0\0\x10JFIF", b"II*\0\x08\0\0\0", b"a cat"
+
+
+def test_a_file_that_has_a_caption_or_begins_as_an_image_is_an_input(tmp_path: Path) -> None:
+    inputs = ["bare", "b.jpg_large", "c.dng", "d.CR2", "e.exr", "f.jxl", "g.psd", "h.mp4", "no caption.jpg_orig", "sub/Photo"]
+    _write(tmp_path, {**dict.fromkeys(inputs, b"whatever"), "no caption.jpg_orig": JPEG, "sub/Photo": TIFF})
+    for name in ("bare.txt", "b.txt", "c.json", "d.CAPTION", "e.exr.txt", "f.txt", "G.txt", "h.txt"):
+        (tmp_path / name).write_bytes(b'["a cat"]' if name.endswith("json") else TEXT)
+    _write(tmp_path, dict.fromkeys(("notes", "README.md", "README.txt", "film.mov", "latents.npz", "empty"), TEXT))
+    _write(tmp_path, dict.fromkeys(("Thumbs.db", "desktop.ini", ".hidden", ".DS_Store", "part.json"), JPEG))
+    items = _records(tmp_path)
+    assert sorted(_identities(items)) == sorted(inputs)
+    # Those without a caption of their own are rejects unless the source has one.
+    missing = [item.path for item in items if isinstance(item, Reject)]
+    assert missing == ["no caption.jpg_orig", "sub/Photo"]
+    assert all(isinstance(item, Record) for item in _records(tmp_path, caption="a cat"))
+
+
+def test_what_has_the_name_of_an_image_beside_it_is_no_input_and_said(tmp_path: Path) -> None:
+    _write(tmp_path, {"a.jpg": JPEG, "a.txt": TEXT, "A.CR2": TIFF, "a.psd": b"8BPS", "a.mov": b"", "a.npz": b"", "a": JPEG})
+    assert _identities(_records(tmp_path)) == ["a.jpg"]
+    hints = _partitions(tmp_path)[-1].notes.hints
+    assert len(hints) == 1
+    assert "4 files have the name of an image beside them and are not read: A.CR2, a, a.mov" in hints[0]
+
+
+def test_images_of_other_kinds_in_folders_of_masks_are_no_inputs(tmp_path: Path) -> None:
+    _write(tmp_path, {"a.jpg": JPEG, "a.txt": TEXT, "masks/a.png": JPEG, "masks/b.jpg_large": JPEG, "masks/c": JPEG})
+    assert _identities(_records(tmp_path, masks=str(tmp_path / "masks"))) == ["a.jpg"]
+
+
+def test_on_object_storage_few_files_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = fsspec.filesystem("memory")
+    for number in range(6):
+        files.pipe(f"/looks/{number}.part0", JPEG)
+    files.pipe("/looks/named.jpg_large", JPEG)
+    files.pipe("/looks/named.txt", TEXT)
+    read: list[str] = []
+    read_bytes = locations.read_bytes
+
+    def counted(location: str, *more: Any) -> bytes:
+        read.append(location)
+        return read_bytes(location, *more)
+
+    monkeypatch.setattr(folder_source, "_MOST_REMOTE_LOOKS", 4)
+    monkeypatch.setattr(locations, "read_bytes", counted)
+    partitions = _partitions("memory://looks", caption="a cat")
+    files.rm("/looks", recursive=True)
+    assert sum(partition.num_records or 0 for partition in partitions) == 5, "four that were looked at, and one with a caption"
+    assert len(read) == 4
+    (hint,) = partitions[-1].notes.hints
+    assert "2 files have no known suffix and no caption, and were not looked at" in hint
+    assert hint.endswith(": 4.part0, 5.part0")
 
 
 def test_a_record_names_its_file(tmp_path: Path) -> None:

@@ -221,6 +221,29 @@ def test_an_image_of_a_suffix_of_ones_own(tmp_path: Path) -> None:
     assert record.image.data == b"big"
 
 
+JPEG, TIFF = b"\xff\xd8\xff\xe0\0\x10JFIF" + b"\0" * 99, b"II*\0\x08\0\0\0" + b"\0" * 9999
+
+
+@pytest.mark.parametrize("name", ["a.jpg_large", "a.dng", "a", "sub/a.JXR", "sub/a"])
+def test_a_member_that_begins_as_an_image_is_one_whatever_its_suffix(tmp_path: Path, name: str) -> None:
+    key = name.partition(".")[0]
+    items = _read(tmp_path, *_sample("0"), (name, TIFF), (f"{key}.txt", b"a dog"), *_sample("b"))
+    assert _names(items) == ["0.tar/0", f"0.tar/{key}", "0.tar/b"]
+    assert (_record(items[1]).image.read(), _record(items[1]).captions) == (TIFF, ("a dog",))
+
+
+def test_what_lies_beside_an_image_does_not_take_its_place(tmp_path: Path) -> None:
+    others = [("a.cr2", TIFF), ("a.depth.exr", JPEG), ("a.mask.png", JPEG), ("a.npy", JPEG)]
+    others += [("README", b"text"), (".hidden", JPEG)]
+    for members in ([*others, *_sample("a")], [*_sample("a"), *others]):
+        assert _record(_one(tmp_path, *members)).image.read() == IMAGE
+    for name in ("a.depth.exr", "a.npy", "a.mp4"):
+        data = JPEG if name != "a.mp4" else b"\0\0\0\x18ftypmp42" + b"\0" * 99
+        _reject(_one(tmp_path, (name, data), ("a.txt", b"a dog")), RejectReason.FILE_MISSING)
+    # Whoever names the suffix of images wants no others.
+    _reject(_one(tmp_path, ("a.jpg_large", JPEG), ("a.txt", b"a dog"), image=["png"]), RejectReason.FILE_MISSING)
+
+
 @pytest.mark.parametrize("second", ["a.png", "a.jpg", "a.JPG"])
 def test_two_images_of_one_key_are_named_and_refused(tmp_path: Path, second: str) -> None:
     detail = _reject(_one(tmp_path, ("a.jpg", b"1"), (second, b"2"), ("a.txt", b"a")), RejectReason.NAME_TAKEN)

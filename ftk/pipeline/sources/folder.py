@@ -3,7 +3,7 @@
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from itertools import groupby, islice
 from typing import Annotated, Any, Literal, Self
@@ -15,17 +15,21 @@ from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject, RejectReason
 from ftk.errors import ConfigError, SourceError, did_you_mean
 from ftk.locations import File
-from ftk.pipeline import captions, kohya, sidecars
+from ftk.pipeline import captions, kohya, sidecars, signatures
 from ftk.pipeline.names import folded
 from ftk.pipeline.sources.base import Blob, MayLack, Notes, Partition, Place, Record, beside
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-    | {".avif", ".heic", ".heif", ".hif", ".jp2", ".tga", ".ppm", ".pgm", ".pnm"}
+    | {".avif", ".heic", ".heif", ".hif", ".jp2", ".jxl", ".tga", ".ppm", ".pgm", ".pnm"}
 )
+_MOST_REMOTE_LOOKS = 200
+"""Files of unknown suffixes whose first bytes are asked of object storage at each listing: every one is a request."""
 TABLES = frozenset({"metadata.jsonl", "metadata.csv", "metadata.parquet"})
 DRAWN_RECORD = "generated.json"
 """What class images were drawn with: it lies beside them, and is no caption."""
+_MOST_NAMED = 3
+_KNOWN_NAMES = frozenset({*TABLES, DRAWN_RECORD})
 
 Entry = tuple[str, str | None, str | None, tuple[str, ...]]
 """An image in a partition: its path below the source's folder, its sidecar's or None, and below their own folders its
@@ -140,6 +144,24 @@ def _companion_folders(settings: FolderSettings) -> list[str]:
     return [*([settings.masks] if settings.masks else []), *settings.controls]
 
 
+class _Counted:
+    """Files that are counted, and the first of them."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._first: list[str] = []
+
+    def add(self, file: File) -> None:
+        self.number += 1
+        if len(self._first) < _MOST_NAMED:
+            self._first.append(locations.printable(file.relative))
+
+    def hint(self, what: str) -> Iterator[str]:
+        """A sentence, if there are any."""
+        if self.number:
+            yield f"{self.number:,} {what}: {', '.join(self._first)}"
+
+
 class _Listing:
     """What is seen beside the images while a folder is listed."""
 
@@ -148,8 +170,41 @@ class _Listing:
         self._is_kohya = settings.layout == "kohya"
         self._unmatched = sidecars.Unmatched(config.source_name)
         self._folders: Counter[str] = Counter()
-        self._passed_over: list[str] = []
-        self._num_passed_over = 0
+        self._passed_over = _Counted()
+        self._beside_images = _Counted()
+        self._unknown = _Counted()
+        self._num_looks = 0
+
+    def images(self, files: list[File], settings: FolderSettings) -> list[File]:
+        """Those of one folder's files that become a sample or a reject.
+
+        They are the files with the suffix of an image, and of all others those that have a caption or begin as an image
+        does. What has the name of an image beside it belongs to that: a camera's raw data, layers, a film.
+        """
+        images = [file for file in files if _suffix(file.relative) in IMAGE_SUFFIXES]
+        others = [file for file in files if _may_be_image(file, settings)]
+        if not others:
+            return images
+        stems = {folded(_stem(file.relative)) for file in images}
+        names = {folded(file.relative) for file in files}
+        chosen = set(images)
+        for file in others:
+            if folded(_stem(file.relative)) in stems:
+                self._beside_images.add(file)
+            elif _has_caption(file, names, settings) or self._begins_as_image(file):
+                chosen.add(file)
+        return [file for file in files if file in chosen]
+
+    def _begins_as_image(self, file: File) -> bool:
+        if locations.is_url(file.location):
+            self._num_looks += 1
+            if self._num_looks > _MOST_REMOTE_LOOKS:
+                self._unknown.add(file)
+                return False
+        try:
+            return signatures.name(locations.read_bytes(file.location, signatures.HEAD_BYTES)) is not None
+        except OSError:
+            return False
 
     def captions(self, directory: str, settings: FolderSettings, images: list[File], others: list[File]) -> dict[str, File]:
         """By image, the caption files of one folder; `directory` ends in `/`, or is empty at the top."""
@@ -165,8 +220,8 @@ class _Listing:
         return {directory + image: file for image, file in matches.captions.items()}
 
     def pass_over(self, images: list[File]) -> None:
-        self._num_passed_over += len(images)
-        self._passed_over += [locations.printable(file.relative) for file in images[: 3 - len(self._passed_over)]]
+        for file in images:
+            self._passed_over.add(file)
 
     def notes(self) -> Notes:
         return Notes(
@@ -176,12 +231,13 @@ class _Listing:
         )
 
     def _hints(self) -> Iterator[str]:
-        if self._num_passed_over:
-            examples = ", ".join(self._passed_over)
-            yield (
-                f"{self._num_passed_over:,} images do not lie in a folder such as `10_dog` and are not read, as sd-scripts "
-                f"would pass them over: {examples}"
-            )
+        yield from self._beside_images.hint("files have the name of an image beside them and are not read")
+        yield from self._unknown.hint(
+            f"files have no known suffix and no caption, and were not looked at: {_MOST_REMOTE_LOOKS} others were"
+        )
+        yield from self._passed_over.hint(
+            "images do not lie in a folder such as `10_dog` and are not read, as sd-scripts would pass them over"
+        )
         named = [name for name, number in self._folders.items() if number and kohya.looks_meant(name)]
         if named and not self._is_kohya:
             yield (
@@ -205,12 +261,14 @@ def _images(
         if any(_lies_in(_place(locations.join(config.path, directory)), place) for place in places):
             continue
         files = list(group)
-        images = [file for file in files if _suffix(file.relative) in IMAGE_SUFFIXES]
         if settings.layout == "kohya" and ("/" in directory or not kohya.parse(directory)):
-            listing.pass_over(images)
+            listing.pass_over([file for file in files if _suffix(file.relative) in IMAGE_SUFFIXES])
             continue
         _refuse_table(config, settings, files)
-        captions_of = listing.captions(f"{directory}/" if directory else "", settings, images, _no_images_of(files))
+        images = listing.images(files, settings)
+        taken = set(images)
+        others = [file for file in files if file not in taken and posixpath.basename(file.relative) not in _KNOWN_NAMES]
+        captions_of = listing.captions(f"{directory}/" if directory else "", settings, images, others)
         # Images of one stem count once: they share their masks.
         alike = Counter(folded(stem) for stem in {_stem(file.relative) for file in images})
         for file in images:
@@ -223,14 +281,19 @@ def _images(
             yield entry, [each.signature if each else None for each in (file, sidecar, *companies)]
 
 
-def _no_images_of(files: list[File]) -> list[File]:
-    """What may be a caption, or wants to be."""
-    known = {*TABLES, DRAWN_RECORD}
-    return [
-        file
-        for file in files
-        if _suffix(file.relative) not in IMAGE_SUFFIXES and posixpath.basename(file.relative) not in known
-    ]
+def _may_be_image(file: File, settings: FolderSettings) -> bool:
+    """Whether a file without the suffix of an image is worth a look."""
+    other_suffixes = (IMAGE_SUFFIXES, signatures.OTHER_SUFFIXES, settings.caption_suffix)
+    is_other = any(_suffix(file.relative) in suffixes for suffixes in other_suffixes)
+    return not is_other and posixpath.basename(file.relative) not in _KNOWN_NAMES
+
+
+def _has_caption(file: File, names: Collection[str], settings: FolderSettings) -> bool:
+    """Whether there is a caption file of this file's name among its folder's files, whose names are folded."""
+    if settings.captions_from != "sidecar":
+        return False
+    bases = {folded(_stem(file.relative)), folded(file.relative)}
+    return any(f"{base}{suffix}" in names for base in bases for suffix in settings.caption_suffix)
 
 
 def _listed(config: SourceConfig) -> Iterator[File]:

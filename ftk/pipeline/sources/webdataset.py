@@ -23,7 +23,7 @@ from ftk import locations, storage
 from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject, RejectReason
 from ftk.errors import SourceError
-from ftk.pipeline import captions, light_webdataset
+from ftk.pipeline import captions, light_webdataset, signatures
 from ftk.pipeline.captions import Problem
 from ftk.pipeline.names import folded
 from ftk.pipeline.sources import folder
@@ -38,6 +38,7 @@ MAX_TEXT_BYTES = captions.MAX_JSON_BYTES
 
 _TAR_NAME = re.compile(r"(^|[.,{])(tar|tar\.gz|tgz)[}\]]*$", re.IGNORECASE)
 _MEMBER_NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)", re.DOTALL)
+_PLAIN_NAME = re.compile(r"(?:.*/)?[^/.]+", re.DOTALL)
 _JSON = "json:"
 
 
@@ -145,6 +146,8 @@ class WebDataset:
 
 def _item(config: SourceConfig, settings: TarSettings, location: str, name: str, sample: _Sample) -> Record | Problem:
     found = [suffix for suffix in sample.members if suffix in settings.images]
+    # A camera's raw data beside its JPEG, say, is not the image.
+    found = found or [suffix for suffix in sample.members if suffix not in settings.wanted]
     if sample.problem is not None:
         return sample.problem
     if not found:
@@ -313,8 +316,16 @@ def _members(location: str, tar: Tar, settings: TarSettings) -> Iterator[dict[st
         if header is None:
             return
         match = _MEMBER_NAME.fullmatch(header.name)
-        suffix = match[2].lower() if match else ""
-        if match is None or (not header.isreg() and suffix not in settings.wanted):
+        if match is None:
+            # A name without a dot is only the name of an image if it is one: it must not part the members of a sample.
+            data = _image_bytes(tar, header, settings, "") if _PLAIN_NAME.fullmatch(header.name) else None
+            if data is not None:
+                names = names if header.name == key else {}
+                has_problem, key = has_problem and header.name == key, header.name
+                yield {"fname": (key, str(number)), "data": _Member(header.name, "", data), "__url__": location}
+            continue
+        suffix = match[2].lower()
+        if not header.isreg() and suffix not in settings.wanted:
             continue
         if match[1] != key:
             key, names, has_problem = match[1], {}, False
@@ -325,6 +336,19 @@ def _members(location: str, tar: Tar, settings: TarSettings) -> Iterator[dict[st
             _fill(member, tar, header, settings, names.get(suffix))
             has_problem = member.problem is not None
             names[suffix] = header.name
+        elif suffix not in settings.wanted:
+            member.data = _image_bytes(tar, header, settings, suffix)
+
+
+def _image_bytes(tar: Tar, header: tarfile.TarInfo, settings: TarSettings, suffix: str) -> bytes | None:
+    """The bytes of a member whose suffix says nothing, if they begin as an image does; None of any other.
+
+    Whoever names the suffix of images wants no others. A suffix with a dot, as in `1.depth.exr`, says what else it is.
+    """
+    says_nothing = settings.image is None and "." not in suffix and f".{suffix}" not in signatures.OTHER_SUFFIXES
+    if not says_nothing or not header.isreg() or header.size > MAX_MEMBER_BYTES:
+        return None
+    return tar.read_if(header, signatures.HEAD_BYTES, lambda head: signatures.name(head) is not None)
 
 
 def _fill(member: _Member, tar: Tar, header: tarfile.TarInfo, settings: TarSettings, namesake: str | None) -> None:
