@@ -15,6 +15,7 @@ from ftk.cli.options import Json, Overrides, Workspace, load_run, show
 from ftk.errors import ConfigError
 
 if TYPE_CHECKING:
+    from ftk.cache.store import CacheStore
     from ftk.run import Run
     from ftk.train.memory import MemoryPlan, Workload
 
@@ -44,15 +45,17 @@ def doctor(
         _show_layers(run, json)
         return
     plan, workload, source = planned(run)
+    length = planned_length(run)
     if json:
-        show("doctor", {"plan": asdict(plan), "workload": asdict(workload), "workload_from": source}, True)
+        show("doctor", {"plan": asdict(plan), "workload": asdict(workload), "workload_from": source, **length}, True)
         return
     factor = run.family.geometry.factor
     largest = (
         f"{workload.micro_batch_size} x {workload.width * factor}x{workload.height * factor} px with "
         f"{workload.text_tokens} text tokens, from {source}"
     )
-    _table("memory plan", [("largest micro-batch", largest), *memory.describe(plan)])
+    counted = [(name, "known once there is a cache" if count is None else f"{count:,.12g}") for name, count in length.items()]
+    _table("memory plan", [*counted, ("largest micro-batch", largest), *memory.describe(plan)])
 
 
 def machine(workspace: Path) -> dict[str, Any]:
@@ -93,6 +96,21 @@ def planned(run: "Run", world_size: int = 1) -> "tuple[MemoryPlan, Workload, str
     model = _local_model(run)
     workload, source = _workload(run, world_size)
     return plan_sizes(run, model, workload, devices.resolve_device(run.config.train.device)).plan, workload, source
+
+
+def planned_length(run: "Run") -> "dict[str, float | None]":
+    """Steps and epochs of the run; of the two the run file gives one, and the cache is needed for the other."""
+    from contextlib import closing
+
+    from ftk.train.inputs import build_order, with_steps
+
+    train = run.config.train
+    if not _has_cache(run):
+        return {"steps": train.steps if train.epochs is None else None, "epochs": train.epochs}
+    with closing(_open_cache(run)) as store:
+        order = build_order(run.config, store)
+    steps = with_steps(run, order).config.train.steps
+    return {"steps": steps, "epochs": round(order.epochs_of(steps), 2)}
 
 
 def _show_layers(run: "Run", as_json: bool) -> None:
@@ -139,17 +157,28 @@ def _local_model(run: "Run") -> Path:
 def _workload(run: "Run", world_size: int) -> "tuple[Workload, str]":
     from contextlib import closing
 
-    from ftk import locations
-    from ftk.cache.fetch import Download
-    from ftk.cache.store import CacheStore
     from ftk.train import memory
 
-    config, location = run.config, run.paths.cache
-    if locations.is_url(location) or (Path(location) / "cache.json").exists():
-        download = Download(directory=Path(config.cache.download_dir), max_bytes=round(config.cache.download_gib * 2**30))
-        with closing(CacheStore.open(location, download)) as store:
-            return memory.cached_workload(store.table, run.family, config.train, world_size), f"the cache {location}"
-    return memory.assumed_workload(config, run.family, world_size), "data.resolutions: there is no cache yet"
+    if not _has_cache(run):
+        return memory.assumed_workload(run.config, run.family, world_size), "data.resolutions: there is no cache yet"
+    with closing(_open_cache(run)) as store:
+        workload = memory.cached_workload(store.table, run.family, run.config.train, world_size)
+    return workload, f"the cache {run.paths.cache}"
+
+
+def _has_cache(run: "Run") -> bool:
+    from ftk import locations
+
+    return locations.is_url(run.paths.cache) or (Path(run.paths.cache) / "cache.json").exists()
+
+
+def _open_cache(run: "Run") -> "CacheStore":
+    from ftk.cache.fetch import Download
+    from ftk.cache.store import CacheStore
+
+    cache = run.config.cache
+    download = Download(directory=Path(cache.download_dir), max_bytes=round(cache.download_gib * 2**30))
+    return CacheStore.open(run.paths.cache, download)
 
 
 def _devices() -> list[dict[str, Any]]:

@@ -696,7 +696,13 @@ class TrainConfig(Section):
     start_from: str | None = Field(
         default=None, min_length=1, description="an adapter to go on from: a .safetensors file or a folder, of ftk or others"
     )
-    steps: int = Field(default=1000, ge=1)
+    steps: int = Field(default=1000, ge=1, description="updates in all")
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        le=1_000_000,
+        description="length of the run in place of `steps`, which are computed from it when training begins",
+    )
     global_batch_size: int = Field(default=1, ge=1, description="samples per optimizer step, over all processes")
     micro_batch_size: int = Field(
         default=1, ge=1, description="samples per forward pass, of one bucket; a step is cut into such parts"
@@ -749,6 +755,28 @@ class TrainConfig(Section):
         default=("tensorboard",), description="services that show the run, by the names that accelerate gives them"
     )
     project: str = Field(default="ftk", min_length=1, description="under which trackers list the run")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_no_length(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or tree.get("steps", 0) is not None:
+            return tree
+        return {name: value for name, value in tree.items() if name != "steps"}
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> Self:
+        if self.epochs is not None and "steps" in self.model_fields_set:
+            raise ValueError(
+                "`steps` and `epochs` are two ways to give the length of a run: leave one of them out (on the command line "
+                "`--set train.steps=null` takes out what the run file has)"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _with_one_length(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Steps that are still to be computed are not written out: what is written can be read again."""
+        tree: dict[str, Any] = handler(self)
+        return tree if self.epochs is None else {name: value for name, value in tree.items() if name != "steps"}
 
     @model_validator(mode="after")
     def _micro_batch_is_part_of_a_step(self) -> Self:

@@ -25,7 +25,7 @@ from ftk.train.hooks.checkpoints import Checkpoints
 from ftk.train.hooks.recorder import Recorder, ValidationLog
 from ftk.train.hooks.trackers import open_trackers
 from ftk.train.hooks.validation import Validation
-from ftk.train.inputs import Inputs, open_inputs, with_rates
+from ftk.train.inputs import Inputs, as_begun, open_inputs, with_rates
 from ftk.train.loop import Hook, Trainer
 from ftk.train.order import ORDER_VERSION, keyed_seed
 from ftk.train.ranks import Ranks
@@ -55,10 +55,10 @@ def build_trainer(
 ) -> Build:
     """A trainer with its hooks, at the newest checkpoint."""
     ranks = ranks or Ranks()
+    device = device or devices.resolve_device(run.config.train.device)
+    inputs = as_begun(open_inputs(run, device, ranks.size), ranks)
+    run, plan = inputs.run, inputs.sizes.plan
     config, directory = run.config, run.paths.run
-    device = device or devices.resolve_device(config.train.device)
-    inputs = open_inputs(run, device, ranks.size)
-    plan = inputs.sizes.plan
     LOGGER.log(logging.INFO if plan.fits else logging.WARNING, "%s", memory.in_a_line(plan))
     model, parameters = _load(inputs, ranks, device)
     optimizer = optim.MasterOptimizer(parameters, with_rates(run), ranks)
@@ -135,7 +135,9 @@ def _identities(inputs: Inputs, trained_on: TrainedOn | None) -> dict[str, Any]:
     """What else a run is made of: two with the same are the same run. The samples are known to the process that saves."""
     run, plan = inputs.run, inputs.sizes.plan
     family_settings = run.family.config.model_dump(mode="json", exclude_defaults=True)
+    length = {"epochs": inputs.epochs, "steps": run.config.train.steps}
     return {
+        **({checkpoint.LENGTH: length} if inputs.epochs is not None else {}),
         "method": {"name": run.config.method.name, **run.settings.model_dump(mode="json")},
         **({"model": family_settings} if family_settings else {}),
         **({"data": trained_on.identity} if trained_on else {}),

@@ -32,6 +32,8 @@ from ftk.train.ranks import Ranks, Rows
 LOGGER = logging.getLogger("ftk")
 RECEIPT = "COMPLETE"
 BEST = "best.json"
+LENGTH = "length"
+"""Among the settings, of a run whose file gives epochs: those, and the number of steps that they were when it began."""
 _WEIGHTS, _OPTIMIZER, _TRAINER = "adapter", "optimizer", "trainer.json"
 _FILE_BYTES = 4 << 30
 """About the largest file that is written: each is put together in host memory."""
@@ -272,6 +274,15 @@ def all_of(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("[0-9]*") if path.name.isdecimal())
 
 
+def noted_length(directory: Path) -> dict[str, Any] | None:
+    """`LENGTH` of the newest checkpoint that can be read; None if it has none, or there is no checkpoint."""
+    for path in reversed(all_of(directory)):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            length = storage.read_json(path / _TRAINER)["settings"].get(LENGTH)
+            return None if length is None else {"epochs": float(length["epochs"]), "steps": int(length["steps"])}
+    return None
+
+
 def prune(directory: Path, keep_last: int, keep_every: int | None, ranks: Ranks | None = None) -> None:
     """Remove all but the newest, the best, and multiples of `keep_every`, once the newest is verified to be whole.
 
@@ -321,7 +332,10 @@ def refuse_changed_settings(
     Args:
         data_changes: what is other about the samples, in words: it stands for the settings under `data`.
     """
-    before, now = _flat(checkpoint.settings), _flat(json.loads(json.dumps(settings)))
+    before, now = (
+        _flat({name: value for name, value in each.items() if name != LENGTH})
+        for each in (checkpoint.settings, json.loads(json.dumps(settings)))
+    )
     _refuse_other_order(checkpoint, before, now, allow)
     names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name) and not name.startswith("data.")]
     if data_changes or len(names) > 1:

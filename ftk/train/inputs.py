@@ -1,7 +1,7 @@
 """What a run trains on: cache, order, noise, method and memory plan, opened and checked before any weights are read."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -18,10 +18,11 @@ from ftk.models.base import Family, load_model
 from ftk.models.components.schedule import NoiseSchedule
 from ftk.pipeline import dataset as prepared
 from ftk.run import Run
-from ftk.train import memory, optim, optimizers, start
+from ftk.train import checkpoint, memory, optim, optimizers, start
 from ftk.train.flow import SigmaDistribution
 from ftk.train.hooks import samples
 from ftk.train.order import Order
+from ftk.train.ranks import Ranks
 from ftk.train.start import Start
 
 LOGGER = logging.getLogger("ftk")
@@ -29,9 +30,13 @@ LOGGER = logging.getLogger("ftk")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What a run trains on, without any weights in memory. `model` is the folder of the base model."""
+    """What a run trains on, without any weights in memory. `model` is the folder of the base model.
+
+    `run` has its number of steps; `epochs` is what the run file gives in their place, if it does.
+    """
 
     run: Run
+    epochs: float | None
     store: CacheStore
     order: Order
     model: Path
@@ -67,16 +72,47 @@ def open_inputs(run: Run, device: torch.device, world_size: int = 1) -> Inputs:
     store = open_cache(run)
     samples.check(run, store)
     workload = memory.cached_workload(store.table, family, config.train, world_size)
+    order = build_order(config, store)
     return Inputs(
-        run=run,
+        run=with_steps(run, order),
+        epochs=config.train.epochs,
         store=store,
-        order=build_order(config, store),
+        order=order,
         model=model,
         schedule=schedule,
         sigmas=sigmas,
         workload=workload,
         sizes=plan_sizes(run, model, workload, device),
     )
+
+
+def with_steps(run: Run, order: Order, num_steps: int | None = None) -> Run:
+    """The run with its number of steps, where its file gives epochs.
+
+    Args:
+        num_steps: instead of what the epochs of this order have.
+
+    Raises:
+        ConfigError: the schedule does not go with it.
+    """
+    train = run.config.train
+    if train.epochs is None and num_steps is None:
+        return run
+    num_steps = num_steps or order.steps_of(train.epochs or 1)
+    train = train.model_copy(update={"steps": num_steps, "epochs": None})
+    optim.check_length(train)
+    return run.with_config(run.config.model_copy(update={"train": train}))
+
+
+def as_begun(inputs: Inputs, ranks: Ranks) -> Inputs:
+    """All: the inputs with the number of steps that the run was begun with, where its file gives the same epochs still."""
+    if inputs.epochs is None:
+        return inputs
+    noted = checkpoint.noted_length(inputs.run.paths.checkpoints) if ranks.is_main else None
+    _, noted = ranks.from_main(None, noted)
+    if noted is None or noted["epochs"] != inputs.epochs:
+        return inputs
+    return replace(inputs, run=with_steps(inputs.run, inputs.order, noted["steps"]))
 
 
 def plan_sizes(run: Run, model: Path, workload: memory.Workload, device: torch.device) -> Sizes:
@@ -143,7 +179,8 @@ def check_optimizer(run: Run) -> None:
             one for all.
     """
     optim.check(run.config.train)
-    optim.check_length(run.config.train)
+    if run.config.train.epochs is None:
+        optim.check_length(run.config.train)
     rates = {factor for _, factor in methods.parameter_groups(run.method, run.settings)} - {0, 1}
     if rates and optimizers.finds_rate(run.config.train):
         listed, optimizer = ", ".join(f"{rate:g}" for rate in sorted(rates)), run.config.train.optimizer.name

@@ -113,8 +113,8 @@ class Order:
     def steps_of(self, epochs: float) -> int:
         """How many steps so many epochs have, counted from the first; at least 1."""
         whole = int(epochs)
-        last = int(self._num_steps(np.arange(whole, whole + 1))[0])
-        return max(1, int(self._num_steps(np.arange(whole)).sum()) + round((epochs - whole) * last))
+        before = int(self._num_steps(np.arange(whole)).sum()) if self._uses.varies else whole * self.steps_an_epoch
+        return max(1, before + round((epochs - whole) * int(self._num_steps(np.arange(whole, whole + 1))[0])))
 
     def epochs_of(self, steps: int) -> float:
         """How many epochs so many steps are: inverse of `steps_of`."""

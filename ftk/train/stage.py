@@ -28,7 +28,7 @@ from ftk.train.attempts import Attempt
 from ftk.train.build import Build, build_trainer
 from ftk.train.delivery import MakeDelivery
 from ftk.train.hooks import trackers
-from ftk.train.inputs import Inputs, open_inputs
+from ftk.train.inputs import Inputs, as_begun, open_inputs
 from ftk.train.ranks import Ranks
 
 LOGGER = logging.getLogger("ftk")
@@ -138,15 +138,15 @@ def dry_run(run: Run) -> dict[str, Any]:
     """Steps, samples, parameters, the memory plan and the sigmas that will be drawn. Reads no weights, writes nothing."""
     run = run.with_config(launch.applied(run.config))
     trackers.check(run.config.train.trackers)
-    config, device = run.config, devices.resolve_device(run.config.train.device)
-    inputs = open_inputs(run, device, launch.world_size())
-    order, sizes = inputs.order, inputs.sizes
+    device = devices.resolve_device(run.config.train.device)
+    inputs = as_begun(open_inputs(run, device, launch.world_size()), Ranks())
+    order, sizes, num_steps = inputs.order, inputs.sizes, inputs.run.config.train.steps
     found = checkpoint.latest(run.paths.checkpoints)
     return {
         "step": found.step if found else 0,
-        "steps": config.train.steps,
+        "steps": num_steps,
         "samples_an_epoch": order.samples_an_epoch,
-        "epochs": round(order.epochs_of(config.train.steps), 2),
+        "epochs": round(order.epochs_of(num_steps), 2),
         "samples_dropped_an_epoch": order.num_dropped,
         "samples_held_out": len(order.held_out),
         "num_frozen_parameters": sizes.num_frozen_parameters,

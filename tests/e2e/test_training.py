@@ -295,6 +295,41 @@ def test_repeats_that_are_not_whole_pass_through_every_stage(ftk, workspace, tmp
     assert all(sorted(sample for sample in epoch if sample < 12) == sorted(2 * list(range(12))) for epoch in epochs)
 
 
+def test_a_run_of_so_many_epochs_has_their_steps_and_keeps_them(ftk, cached, tmp_path):
+    # 12 samples in steps of 5: three per epoch
+    run_file = cached(train={**TRAIN, "global_batch_size": 5, "steps": None, "epochs": 2, "schedule": {"warmup": 2}})
+    dry = json.loads(ftk("train", run_file, "--dry-run", "--json").out)
+    assert (dry["steps"], dry["epochs"]) == (6, 2)
+    doctor = json.loads(ftk("doctor", run_file, "--json").out)
+    assert (doctor["steps"], doctor["epochs"]) == (6, 2)
+    assert re.search(r"steps +6 +\nepochs +2 ", ftk("doctor", run_file).out)
+    assert json.loads(ftk("train", run_file, "--json").out)["step"] == 6
+    assert load_run(tmp_path / "work/runs/test/config.yaml").config.train.steps == 6
+    counts = [row["num_samples"] for row in read_metrics(tmp_path / "work/runs/test")]
+    assert counts == [5, 5, 2] * 2
+    # The images are seen twice as often now, and still the run has the length that it began with.
+    more = ["--set", "data.sources.0.repeats=2"]
+    assert ftk("prepare", run_file, *more).code == ftk("cache", run_file, *more).code == 0
+    assert ftk("train", run_file, *more).code == 2
+    again = json.loads(ftk("train", run_file, *more, "--allow-change", "--json").out)
+    assert (again["step"], again["num_steps_now"]) == (6, 0)
+    longer = ["--set", "train.epochs=2.2", "--allow-change", "--json"]
+    assert json.loads(ftk("train", run_file, *more, *longer).out)["step"] == 2 * 5 + 1
+
+
+def test_steps_take_the_place_of_epochs_where_one_of_them_is_given(ftk, cached):
+    run_file = cached(train=TRAIN)
+    both = ftk("train", run_file, "--set", "train.epochs=1", "--dry-run")
+    assert both.code == 2
+    assert "`steps` and `epochs` are two ways to give the length of a run" in both.err
+    dry = ftk("train", run_file, "--set", "train.epochs=0.5", "--set", "train.steps=null", "--dry-run", "--json")
+    assert json.loads(dry.out)["steps"] == 2
+    short = ["--set", "train.schedule={name: linear, steps: 2}", "--set", "train.steps=null", "--set", "train.epochs=1"]
+    refused = ftk("train", run_file, *short)
+    assert refused.code == 2
+    assert "steps 2: the learning rate is 0 after that, and the run has 3 steps" in refused.err
+
+
 def test_every_setting_of_training_is_in_its_guide():
     guide = (DOCS / "train.md").read_text() + (DOCS / "cluster.md").read_text()
 

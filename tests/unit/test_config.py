@@ -126,6 +126,15 @@ def test_a_resolution_given_twice_is_refused(tmp_path: Path) -> None:
     assert "same edge twice" in _message(tmp_path, data={**RUN["data"], "resolutions": [512, 512]})
 
 
+def test_a_run_of_epochs_is_written_out_so_that_it_can_be_read_again(tmp_path: Path) -> None:
+    config = _load(tmp_path, train={"epochs": 2})
+    again = yaml.safe_load(load.resolved_yaml(config))
+    assert again["train"]["epochs"] == 2
+    assert "steps" not in again["train"]
+    assert RunConfig.model_validate(again) == config
+    assert _load(tmp_path).train.steps == _load(tmp_path, train={"steps": None}).train.steps == 1000
+
+
 def test_a_micro_batch_that_is_larger_than_a_step_is_refused(tmp_path: Path) -> None:
     message = _message(tmp_path, train={"global_batch_size": 3, "micro_batch_size": 4})
     assert "micro_batch_size 4 is larger than global_batch_size 3" in message
