@@ -357,12 +357,12 @@ def refuse_changed_settings(
 
 
 def _refuse_other_order(checkpoint: Checkpoint, before: Mapping[str, Any], now: Mapping[str, Any], allow: bool) -> None:
-    """Raise `CheckpointError`, or log, if an ftk with other rules for the order of samples wrote the checkpoint."""
+    """Raise `CheckpointError`, or log, if the checkpoint was written under other rules for the order of samples."""
     if before.get("order.version") == now.get("order.version"):
         return
     what = (
-        f"{checkpoint.path} (step {checkpoint.step}) is of an ftk that put samples in another order: its steps were made of "
-        f"micro-batches, so train.micro_batch_size decided which samples share a step, and steps ran on from one epoch into "
+        f"{checkpoint.path} (step {checkpoint.step}) was written by an ftk with another order of samples: its steps were made "
+        f"of micro-batches, so train.micro_batch_size decided which samples share a step, and steps ran on from one epoch into "
         f"the next. Now a step's samples are chosen first, and an epoch begins with a new step"
     )
     if not allow:
