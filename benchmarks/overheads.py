@@ -103,9 +103,10 @@ def record_seconds(options: argparse.Namespace) -> float:
     from ftk.configs.schema import TrainConfig
     from ftk.train.hooks.recorder import Recorder
     from ftk.train.loop import NUM_BANDS, StepResult
+    from ftk.train.ranks import Ranks
 
     config = TrainConfig(steps=100, log_every=10**9)
-    trainer: Any = SimpleNamespace(step=0, device=torch.device("cpu"), config=config)
+    trainer: Any = SimpleNamespace(step=0, device=torch.device("cpu"), config=config, ranks=Ranks())
     result = StepResult(
         step=1, loss=torch.tensor(0.5), grad_norm=torch.tensor(1.0), is_bad=torch.tensor(False),
         band_loss_K=torch.zeros(NUM_BANDS), band_count_K=torch.ones(NUM_BANDS), learning_rate=1e-4, num_samples=2,
