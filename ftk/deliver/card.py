@@ -37,7 +37,10 @@ _PICTURE_PX = 512
 _FRONT = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
 _OTHER_READERS = {
     "comfyui": "ComfyUI: put `comfyui.safetensors` into `models/loras` and load it with the node Load LoRA.",
-    "kohya": "A1111 and Forge: put `kohya.safetensors` into `models/Lora` and write `<lora:kohya:1>` in the prompt.",
+    "kohya": (
+        "A1111 and Forge: put `kohya.safetensors` into `models/Lora` and write `<lora:kohya:1>` in the prompt. ComfyUI: put it "
+        "into `models/loras`. sd-scripts and musubi-tuner: `--network_weights kohya.safetensors`."
+    ),
     "lycoris": (
         "LyCORIS: `create_lycoris_from_weights(1.0, 'lycoris.safetensors', denoiser)`; ComfyUI: put it into `models/loras`."
     ),

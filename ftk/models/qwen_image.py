@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, Field
 
-from ftk.errors import ConfigError, ModelError
+from ftk.errors import ModelError
 from ftk.models.base import Activations, AdapterNames, Conditions, FamilyConfig, Model, PutOnDevice, TargetGroup, move
 from ftk.models.components import flow_matching
 from ftk.models.components.geometry import LatentGeometry, ReferenceRule
@@ -347,15 +347,12 @@ class QwenImage:
         return flow_matching.unpack(output_BND, height, width)
 
     def adapter_names(self, form: str, component: str, module: Any) -> AdapterNames:
-        """diffusers' names, which ComfyUI knows after `diffusion_model.`.
-
-        Raises:
-            ConfigError: the kohya format.
-        """
+        """diffusers' names: ComfyUI knows them after `diffusion_model.`, musubi-tuner after `lora_unet_` with `_` for `.`."""
         if form == "kohya":
-            raise ConfigError(
-                f"{self.name} has no kohya format: its names are those of Stable Diffusion's U-Net, and no reader of them "
-                f"knows this transformer. Write comfyui: ComfyUI and diffusers read it."
+            return AdapterNames(
+                module=lambda name: "lora_unet_" + name.replace(".", "_"),
+                factors=("lora_down", "lora_up"),
+                is_read=lambda name: name.startswith("transformer_blocks."),
             )
         if form == "lycoris":
             return AdapterNames(module=lambda name: "lycoris_" + name.replace(".", "_"))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ftk.cache import gc
 from ftk.cache import stage as cache
@@ -27,9 +27,10 @@ from ftk.deliver import export, merge, sample
 from ftk.deliver.run_delivery import RunDelivery
 from ftk.errors import CacheError, CheckpointError, ConfigError
 from ftk.methods import base as methods
-from ftk.methods.adapters import targets
+from ftk.methods.adapters import adapter_files, targets
 from ftk.models import base as models
-from ftk.models.base import Conditions, load_model
+from ftk.models.base import DENOISER, Conditions, load_model
+from ftk.models.components import loading
 from ftk.pipeline import stage as prepare
 from ftk.pipeline.dataset import PreparedDataset
 from ftk.run import Run, resolve
@@ -165,6 +166,27 @@ def test_a_method_that_reads_control_images_refuses_samples_with_different_numbe
     encode(run)
     with pytest.raises(CacheError, match=r"every sample must have as many: the cache's samples have 0 to 3"):
         train.run(run, RunDelivery)
+
+
+def test_fused_layers_of_another_program_are_split_by_the_pipelines_own_loader(model: Path, tmp_path: Path) -> None:
+    """Names of Flux in sd-scripts, where one layer has queries, keys and values: no key map knows them, diffusers does."""
+    family = models.get(FAMILY)
+    denoiser = family.load_denoiser(model, torch.float32, CPU)
+    width = denoiser.transformer_blocks[0].attn.to_q.weight.shape[0]
+    draw = torch.Generator().manual_seed(0)
+    down, up = torch.randn(2, width, generator=draw), torch.randn(3 * width, 2, generator=draw)
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+    path = tmp_path / "theirs.safetensors"
+    save_file({f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(1.0)}, path)
+    file = adapter_files.read(path, family, {DENOISER: denoiser}, "--add", loading.pipeline_class(model))
+    layers = file.layers[DENOISER]
+    assert layers.keys() == {f"transformer_blocks.0.attn.to_{each}" for each in "qkv"}
+    for number, name in enumerate("qkv"):
+        change = layers[f"transformer_blocks.0.attn.to_{name}"].delta(torch.Size((width, width)))
+        torch.testing.assert_close(change, 0.5 * up[number * width : (number + 1) * width] @ down, atol=1e-6, rtol=1e-5)
+    save_file({f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, "lora_unet_x.lora_up.weight": up.clone()}, path)
+    with pytest.raises(CheckpointError, match="fit nothing"):
+        adapter_files.read(path, family, {DENOISER: denoiser}, "--add", loading.pipeline_class(model))
 
 
 def test_prepare_keeps_the_own_size_of_references(make_run: Callable[..., Run], pictures: Path) -> None:

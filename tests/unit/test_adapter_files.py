@@ -165,6 +165,28 @@ def test_text_encoders_of_sd_scripts_are_read(
         check(file, component, layer, shape, change)
 
 
+def test_names_that_diffusers_gave_before_it_had_peft_are_read(
+    read: Callable[..., AdapterFile], tiny_models: Callable[[str], Path]
+) -> None:
+    name, start = "stable-diffusion", "mid_block.attentions.0.transformer_blocks.0.attn1"
+    modules = components(name, tiny_models(name))
+    (out,) = [each for each, _ in modules["text_encoder"].named_modules() if each.endswith("layers.0.self_attn.out_proj")]
+    places = {
+        (DENOISER, f"{start}.to_q"): f"unet.{start}.processor.to_q_lora",
+        (DENOISER, f"{start}.to_out.0"): f"unet.{start}.processor.to_out_lora",
+        ("text_encoder", out): "text_encoder.text_model.encoder.layers.0.self_attn.to_out_lora",
+    }
+    tensors, expected = {}, {}
+    for seed, ((component, layer), key) in enumerate(places.items()):
+        shape = modules[component].get_submodule(layer).weight.shape
+        down, up = lora_of(shape, 10 * seed)
+        tensors |= {f"{key}.down.weight": down, f"{key}.up.weight": up}
+        expected[component, layer] = (shape, product(down, up))
+    file = read(name, tensors)
+    for (component, layer), (shape, change) in expected.items():
+        check(file, component, layer, shape, change)
+
+
 def kron(left: torch.Tensor, right: Any) -> Any:
     """Cell by cell, as the definition has it; of kernels each cell's matrix."""
     left_LM, right = double(left), np.asarray(right, dtype=np.float64)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import QwenImagePipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -159,6 +160,21 @@ def test_comfyui_names_of_a_transformer(lora: Callable[..., LoraCase], tmp_path:
     assert sorted(load_file(file)) == sorted(
         f"{stem}.{part}" for stem in stems for part in ("alpha", "lora_A.weight", "lora_B.weight")
     )
+
+
+def test_a_kohya_file_of_a_transformer_has_the_names_of_musubi_tuner(lora: Callable[..., LoraCase], tmp_path: Path) -> None:
+    """Which diffusers reads back."""
+    method, config, model, weight = lora(rank=2, alpha=8.0)
+    (file,) = method.export(model, config, Export(directory=tmp_path, form="kohya", metadata={}))
+    stems = [f"lora_unet_transformer_blocks_{number}_attn_to_q" for number in (0, 1)]
+    assert sorted(load_file(file)) == sorted(
+        f"{stem}.{part}" for stem in stems for part in ("alpha", "lora_down.weight", "lora_up.weight")
+    )
+    state = QwenImagePipeline.lora_state_dict(load_file(file))
+    method.merge(model)
+    change = model.denoiser.get_submodule(LAYER).weight.detach() - weight
+    product = state[f"transformer.{LAYER}.lora_B.weight"] @ state[f"transformer.{LAYER}.lora_A.weight"]
+    torch.testing.assert_close(product, change, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["comfyui", "kohya"])

@@ -143,6 +143,6 @@ def test_layers_that_sd_scripts_pass_over_are_named(
     with caplog.at_level(logging.WARNING):
         made.export(model, settings, Export(directory=tmp_path, form="kohya", metadata={}))
         (record,) = caplog.records
-        assert f"no place for {len(unread)} of the layers and pass over them: {', '.join(unread)}." in record.getMessage()
+        assert f"have no place for {len(unread)} of the layers and pass over them: {', '.join(unread)}." in record.getMessage()
         made.export(model, settings, Export(directory=tmp_path, form="comfyui", metadata={}))
     assert len(caplog.records) == 1

@@ -45,6 +45,8 @@ _TENSOR = re.compile(rf"(?P<module>.+)\.(?P<kind>{'|'.join(_KINDS)}|{_OTHERS})(?
 _MUSUBI_MARK = "lokr_factor"
 """A number beside the layers in LoKr files of musubi-tuner, which divides alpha by the longer side of a whole factor."""
 _PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.")
+_OLD_ENCODER = re.compile(r"\.self_attn\.to_(q|k|v|out)_lora\.")
+"""How diffusers named layers before it had PEFT: of a denoiser's attention, and of a text encoder's."""
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _LISTED = 3
 Tensors = dict[str, torch.Tensor]
@@ -356,6 +358,7 @@ def _by_module(file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Ten
 def _split(key: str) -> tuple[str, str | None]:
     """A tensor's module, and what it is of it in PEFT's words."""
     key = _PROCESSOR.sub(lambda match: f".{match[1]}{'.0' if match[1] == 'to_out' else ''}.lora.", key)
+    key = _OLD_ENCODER.sub(lambda match: f".self_attn.{match[1]}_proj.lora.", key)
     match = _TENSOR.fullmatch(key)
     if match is None:
         return key, None

@@ -3,7 +3,7 @@
 | format    | module `a.b.c` is named | read by |
 |-----------|-------------------------|---------|
 | comfyui   | as the family says, such as `diffusion_model.a.b.c` of a transformer | ComfyUI |
-| kohya     | `lora_unet_a_b_c` of a U-Net, SDXL's by their original names | sd-scripts, A1111, Forge, ComfyUI, diffusers |
+| kohya     | `lora_unet_a_b_c`, SDXL's by their original names | sd-scripts, musubi-tuner, A1111, Forge, ComfyUI, diffusers |
 |           | `lora_te_text_model_a_b_c` of a CLIP text encoder | the same |
 | lycoris   | `lycoris_a_b_c` | LyCORIS, ComfyUI |
 
@@ -29,8 +29,8 @@ _READERS = {
     ("comfyui", "lora"): "ComfyUI, diffusers",
     ("comfyui", "dora"): "ComfyUI; not diffusers, which leaves out dora_scale",
     ("comfyui", "lycoris"): "ComfyUI",
-    ("kohya", "lora"): "sd-scripts, A1111, Forge, ComfyUI, diffusers",
-    ("kohya", "lycoris"): "sd-scripts with LyCORIS, A1111, Forge, ComfyUI",
+    ("kohya", "lora"): "sd-scripts or musubi-tuner, A1111, Forge, ComfyUI, diffusers",
+    ("kohya", "lycoris"): "sd-scripts with LyCORIS or musubi-tuner, A1111, Forge, ComfyUI",
     ("lycoris", "lycoris"): "LyCORIS, ComfyUI",
 }
 
@@ -49,8 +49,8 @@ def warn_of_unread(form: str, names: AdapterNames, modules: Iterable[str]) -> No
     unread = [name for name in modules if not names.is_read(name)]
     if unread:
         LOGGER.warning(
-            "%s: sd-scripts and its relatives have no place for %d of the layers and pass over them: %s. ComfyUI and diffusers "
-            "read them.",
+            "%s: sd-scripts and its relatives, musubi-tuner among them, have no place for %d of the layers and pass over them: "
+            "%s. ComfyUI and diffusers read them.",
             form,
             len(unread),
             ", ".join(unread),
