@@ -248,7 +248,7 @@ def encode_units(job: EncodeJob, units: Iterable[Unit[Any]], advance: Advance) -
         EnvironmentFault: the device has no memory for a single item.
     """
     encoder = _encoder(job)
-    copies = _Copies(encoder.device)
+    copies, freed = _Copies(encoder.device), devices.FreedMemory()
     listed = list(units)
     by_number = {unit.number: unit for unit in listed}
     finished: deque[Future[Done]] = deque()
@@ -258,6 +258,7 @@ def encode_units(job: EncodeJob, units: Iterable[Unit[Any]], advance: Advance) -
         for batch in _batches(encoder, listed):
             tensors = copies.to_host(encoder.encode(copies.to_device(batch)))
             gathered |= {item.id: one for item, one in zip(batch.items, tensors, strict=True)}
+            freed.release()
             advance(len(batch.items), human_bytes(memory_bytes(encoder.device)))
             left[batch.unit] -= len(batch.items)
             if not left[batch.unit]:

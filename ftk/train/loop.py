@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from ftk import devices
 from ftk.configs.schema import TrainConfig
 from ftk.errors import Preempted
 from ftk.methods.base import Method
@@ -80,11 +81,13 @@ class Trainer:
         for hook in self.hooks:
             hook.on_start(self)
         is_stopped, self.is_finished = self.ranks.agree(False, self.is_finished)
+        freed = devices.FreedMemory()
         waiting_since = time.perf_counter()
         for step in () if self.is_finished else steps:
             result = self.update(step, time.perf_counter() - waiting_since)
             for hook in self.hooks:
                 hook.on_step(self, result)
+            freed.release()
             is_stopped, self.is_finished = self.ranks.agree(self.ranks.stop_requested, self.is_finished)
             if is_stopped or self.is_finished:
                 break
