@@ -53,7 +53,7 @@ from ftk.cache import encode, plan
 from ftk.configs.load import validate
 from ftk.configs.schema import CacheConfig, ModelConfig, RunConfig
 from ftk.models import base as models
-from ftk.models.components.loading import locate
+from ftk.models.components.model_folder import locate
 from ftk.models.qwen_image import TEMPLATE
 from ftk.pipeline.dataset import PreparedDataset
 from ftk.pipeline.engine import WorkerPool
@@ -751,7 +751,7 @@ def model_directory(options: argparse.Namespace) -> Iterator[Path]:
     family = models.get(FAMILY)
     if options.model:
         components = (*family.latent_components, *family.text_components)
-        yield locate(family, ModelConfig(family=FAMILY, path=options.model), components)
+        yield locate(family, ModelConfig(family=FAMILY, path=options.model), components, Path(tempfile.gettempdir()))
         return
     with tempfile.TemporaryDirectory(prefix="ftk-bench-", dir=options.directory) as folder:
         family.tiny(Path(folder))

@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,7 +31,7 @@ from rich.table import Table
 from ftk.configs.load import validate
 from ftk.configs.schema import ModelConfig, RunConfig
 from ftk.models import base as models
-from ftk.models.components.loading import locate
+from ftk.models.components.model_folder import locate
 from ftk.pipeline.images import ImageTask, PreparedImage, prepare_image
 from ftk.pipeline.sources.base import Blob
 from ftk.pipeline.stage import image_recipes
@@ -54,7 +55,9 @@ def load_vae(model: str | None) -> Any:
     """The VAE of a model, or one of Qwen-Image's full size with seeded random weights."""
     family, device = models.get(FAMILY), torch.device("cpu")
     if model is not None:
-        directory = locate(family, ModelConfig(family=FAMILY, path=model), family.latent_components)
+        directory = locate(
+            family, ModelConfig(family=FAMILY, path=model), family.latent_components, Path(tempfile.gettempdir())
+        )
         return family.load_vae(directory, torch.float32, device)
     from diffusers import AutoencoderKLQwenImage
 
