@@ -63,6 +63,16 @@ class UnmatchedCaption:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionFinding:
+    """Captions of so many samples that are probably not meant as they are; `examples` are the first of them."""
+
+    kind: str
+    detail: str
+    num_samples: int
+    examples: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRow:
     """One prepared sample; sizes in pixels, `width` and `height` those of the original after its EXIF orientation.
 
@@ -160,6 +170,7 @@ class PreparedManifest:
     num_unmatched_captions: int = 0
     unmatched_captions: list[UnmatchedCaption] = field(default_factory=list)
     hints: list[str] = field(default_factory=list)
+    caption_findings: list[CaptionFinding] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,10 @@ def print_prepared(summary: "PreparedSummary") -> None:
     """Tables of a prepared dataset."""
     tables = (_totals(summary), _buckets(summary.buckets), _captions(summary), _sources(summary), _rejects(summary))
     duplicates = _duplicates(summary) if summary.duplicates else None
-    _print([*tables, _caption_notes(summary), duplicates], f"To look at the samples: ftk inspect {summary.directory} --html")
+    _print(
+        [*tables, _caption_notes(summary), _caption_check(summary), duplicates],
+        f"To look at the samples: ftk inspect {summary.directory} --html",
+    )
 
 
 def print_buckets(counted: Mapping[str, int]) -> None:
@@ -174,6 +177,17 @@ def _caption_notes(summary: "PreparedSummary") -> Any:
     for hint in summary.hints:
         table.add_row("hint", _text(hint, most=len(hint)))
     return table if table.row_count > 2 or summary.num_fallback_captions else None
+
+
+def _caption_check(summary: "PreparedSummary") -> Any:
+    if not summary.caption_findings:
+        return None
+    table = _table("caption check", "", "#samples", "captions have")
+    for finding in summary.caption_findings:
+        examples = f": {', '.join(finding.examples)}" if finding.examples else ""
+        text = f"{finding.detail}{examples}"
+        table.add_row(finding.kind, f"{finding.num_samples:,}", _text(text, most=len(text)))
+    return table
 
 
 def _first(names: Sequence[str], number: int) -> str:

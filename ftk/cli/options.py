@@ -81,10 +81,7 @@ def _lines(name: str, value: Any) -> list[tuple[str, str]]:
         shown = ", ".join(f"{key}: {item}" for key, item in value.items())
         return [(label, shown)] if value else []
     if isinstance(value, list):
-        rows = [
-            ", ".join(str(part) for part in item.values() if part != "") if isinstance(item, Mapping) else str(item)
-            for item in value
-        ]
+        rows = [_row(item) for item in value]
         more = [f"and {len(rows) - 10} more"] if len(rows) > 10 else []
         return [(label if not position else "", row) for position, row in enumerate([*rows[:10], *more])]
     if isinstance(value, bool) or value is None:
@@ -92,3 +89,10 @@ def _lines(name: str, value: Any) -> list[tuple[str, str]]:
     if isinstance(value, float):
         return [(label, f"{value:,.4g}")]
     return [(label, f"{value:,}" if isinstance(value, int) else str(value))]
+
+
+def _row(item: Any) -> str:
+    """One entry of a list on one line: its values, without those that are empty."""
+    if isinstance(item, Mapping):
+        item = list(item.values())
+    return ", ".join(_row(part) for part in item if part not in ("", [])) if isinstance(item, list) else str(item)

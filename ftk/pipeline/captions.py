@@ -175,7 +175,7 @@ def finish(captions: tuple[str, ...], source: SourceConfig, config: CaptionsConf
         for prefix, text, suffix in wildcards.variants(_pattern(caption, source), config.wildcards):
             tags = _Tags.of(_trimmed(text), source.trigger, config)
             for variant in (tags.text, *tags.shuffles(config.tag_shuffles, key)):
-                finished.append(_between(prefix, variant, suffix) if variant else _trimmed(f"{prefix} {suffix}"))
+                finished.append(between(prefix, variant, suffix) if variant else _trimmed(f"{prefix} {suffix}"))
     # Of `{|a cat}` one variant says nothing; where none says anything the caption stays as it is.
     return list(dict.fromkeys(filter(_trimmed, finished))) or list(dict.fromkeys(captions))
 
@@ -261,7 +261,8 @@ def _together(tags: list[str], joints: list[str]) -> str:
     return "".join(piece for pair in zip(tags, [*joints, ""], strict=True) for piece in pair)
 
 
-def _between(prefix: str | None, caption: str, suffix: str | None) -> str:
+def between(prefix: str | None, caption: str, suffix: str | None) -> str:
+    """The caption with its source's prefix and suffix, a space between where one is due."""
     if prefix:
         caption = f"{prefix}{'' if prefix[-1].isspace() else ' '}{caption}"
     if suffix:

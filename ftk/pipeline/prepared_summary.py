@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ftk import storage
-from ftk.contracts import PreparedManifest, Reject, ShardRecord, UnmatchedCaption
+from ftk.contracts import CaptionFinding, PreparedManifest, Reject, ShardRecord, UnmatchedCaption
 from ftk.errors import DatasetError
 from ftk.pipeline.dataset import PreparedDataset, own_settings
 from ftk.progress import track
@@ -119,6 +119,7 @@ class PreparedSummary:
     fallback_captions: list[str]
     unmatched_captions: list[UnmatchedCaption]
     hints: list[str]
+    caption_findings: list[CaptionFinding]
 
 
 def summarise(dataset: PreparedDataset) -> PreparedSummary:
@@ -236,7 +237,14 @@ def summary(dataset: PreparedDataset, scan: Scan, pairs: list[dict[str, Any]]) -
     megapixels = scan.widths.joined().astype(np.float64) * scan.heights.joined() / 1e6
     same = (
         *("fingerprint", "num_inputs", "num_samples", "num_rejects", "num_upscaled", "num_copied", "num_empty_masks"),
-        *("num_fallback_captions", "fallback_captions", "num_unmatched_captions", "unmatched_captions", "hints"),
+        *(
+            "num_fallback_captions",
+            "fallback_captions",
+            "num_unmatched_captions",
+            "unmatched_captions",
+            "hints",
+            "caption_findings",
+        ),
         "num_cut_wildcards",
     )
     return PreparedSummary(

@@ -19,7 +19,7 @@ from ftk.configs.schema import DataConfig, RunConfig, SourceConfig
 from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, RejectReason, ShardRecord
 from ftk.errors import ConfigError, SourceError, TooManyRejects
 from ftk.models.base import sizes_of
-from ftk.pipeline import class_images, dataset, duplicates, images, shard_writer, source_units
+from ftk.pipeline import caption_check, class_images, dataset, duplicates, images, shard_writer, source_units
 from ftk.pipeline.buckets import bucket_sizes
 from ftk.pipeline.class_images import ClassImages
 from ftk.pipeline.dataset import own_settings
@@ -68,6 +68,7 @@ class PrepareReport:
     fallback_captions: list[str]
     unmatched_captions: list[dict[str, str]]
     hints: list[str]
+    caption_findings: list[dict[str, Any]]
 
 
 def run(run: Run, part: JobPart = WHOLE) -> PrepareReport:
@@ -100,6 +101,7 @@ def run(run: Run, part: JobPart = WHOLE) -> PrepareReport:
         manifest = _seal(job, config, [shard for unit in made for shard in unit.shards], planned.notes)
     report = report_of(job.directory, manifest, sum(unit.num_reused for unit in made))
     _warn_of_empty_masks(manifest, config)
+    _warn_of_captions(manifest)
     check_unreachable(report, config.data, reachability)
     check_rejects(report, config.data)
     return report
@@ -342,6 +344,7 @@ def _seal(job: PrepareJob, config: RunConfig, made: list[ShardRecord], notes: No
         rejects_by_reason=dict(sorted(Counter(reject.reason.value for reject in rejects).items())),
         buckets=dict(sorted(buckets.items())),
         shards=made,
+        caption_findings=caption_check.check(_caption_tables(job.directory, made), config.data.sources),
         **_notes_of(made, notes),
     )
     storage.commit_table(job.directory / "rejects.parquet", dataset.reject_table(rejects))
@@ -364,6 +367,22 @@ def _notes_of(shards: Sequence[ShardRecord], notes: Notes) -> dict[str, Any]:
         "unmatched_captions": list(notes.unmatched_captions),
         "hints": list(notes.hints),
     }
+
+
+def _caption_tables(directory: Path, made: Sequence[ShardRecord]) -> Iterator[pa.Table]:
+    return (storage.read_table(shard_writer.shard_files(directory, shard.name)[1], caption_check.COLUMNS) for shard in made)
+
+
+def _warn_of_captions(manifest: PreparedManifest) -> None:
+    """Say what captions hold that is probably not meant; what all of them share may well be, and stands in the report."""
+    for finding in manifest.caption_findings:
+        if finding.kind != "invariant":
+            LOGGER.warning("%s", caption_check.sentence(finding))
+    if manifest.num_cut_wildcards:
+        LOGGER.warning(
+            "images: %s with a caption of more variants than the setting captions.wildcards, so that some were left out",
+            f"{manifest.num_cut_wildcards:,}",
+        )
 
 
 def _columns(directory: Path, made: Sequence[ShardRecord]) -> pa.Table:
@@ -446,7 +465,11 @@ def report_of(directory: Path, manifest: PreparedManifest, num_reused: int) -> P
     same = {field.name for field in fields(PrepareReport)} & {field.name for field in fields(PreparedManifest)}
     plain = {name: getattr(manifest, name) for name in same}
     return PrepareReport(
-        **{**plain, "unmatched_captions": [asdict(one) for one in manifest.unmatched_captions]},
+        **{
+            **plain,
+            "unmatched_captions": [asdict(one) for one in manifest.unmatched_captions],
+            "caption_findings": [asdict(one) for one in manifest.caption_findings],
+        },
         num_shards=len(manifest.shards),
         num_shards_reused=num_reused,
         num_shards_missing=0,
@@ -480,6 +503,7 @@ def _report_of_part(directory: Path, made: Sequence[Made], num_missing: int, not
         buckets=dict(sorted(buckets.items())),
         directory=str(directory),
         rejects=[_plain(reject) for reject in rejects],
+        caption_findings=[],
         **{**of_captions, "unmatched_captions": [asdict(one) for one in notes.unmatched_captions]},
     )
 

@@ -137,3 +137,32 @@ def test_folders_of_sd_scripts_repeat_their_images(prepare, tmp_path):
 
     rows = PreparedDataset.open(tmp_path / "work/prepared").rows()
     assert [(row.repeats, row.captions) for row in rows] == [(30, ["sks dog"]), (6, ["a dog"])]
+
+
+def test_captions_that_are_probably_not_meant_are_told_in_all_reports(prepare, ftk, tmp_path):
+    texts = ["a dog (smile:1.2)", "a [name] on grass", "a cat on a mat", "two birds", "a horse at sea", "a {2$$a|b} fox", "x"]
+    files = {f"{number}.png": None for number in range(len(texts))}
+    _photos(tmp_path / "photos", files | {f"{number}.txt": text for number, text in enumerate(texts)})
+    report = prepare([{"path": "photos"}])
+    assert report["num_samples"] == len(texts)
+    found = {finding["kind"]: (finding["num_samples"], finding["examples"][0][:2]) for finding in report["caption_findings"]}
+    assert found == {"weights": (1, "0-"), "placeholders": (1, "1-"), "wildcards": (1, "5-"), "short": (1, "6-")}
+    again = ftk("prepare", tmp_path / "run.yaml")
+    assert again.code == 0
+    assert "1 sample has captions with weights: " in " ".join(again.err.split())
+    assert json.loads(ftk("inspect", tmp_path / "work", "--json").out)["caption_findings"] == report["caption_findings"]
+    assert "(smile:1.2)" in " ".join(ftk("inspect", tmp_path / "work").out.split())
+    assert ftk("inspect", tmp_path / "work", "--html").code == 0
+    assert "(smile:1.2)" in (tmp_path / "work/prepared/inspect.html").read_text()
+
+
+def test_wildcards_become_captions_and_a_bound_is_told(prepare, ftk, tmp_path):
+    _photos(tmp_path / "photos", {"a.png": None, "a.txt": "a {red|blue} car", "b.png": None, "b.txt": "{a|b|c} {d|e|f}"})
+    report = prepare([{"path": "photos"}], captions={"wildcards": 4})
+    captions = _captions(tmp_path / "work")
+    assert captions["a"] == ["a red car", "a blue car"]
+    assert len(captions["b"]) == 4
+    assert (report["num_cut_wildcards"], report["caption_findings"]) == (1, [])
+    assert "1 with a caption of more variants" in " ".join(ftk("prepare", tmp_path / "run.yaml").err.split())
+    prepare([{"path": "photos"}], captions={"wildcards": 0})
+    assert _captions(tmp_path / "work")["a"] == ["a {red|blue} car"]
