@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from ftk import locations
+from ftk.configs.aspects import Aspect, ratio
 from ftk.configs.resolutions import Resolution
 from ftk.contracts import Role
 from ftk.errors import did_you_mean
@@ -203,6 +204,9 @@ class SourceConfig(BaseModel):
     )
     crop: Crop | None = Field(default=None, description="of this source, in place of data.crop")
     crops: int | None = Field(default=None, ge=1, le=64, description="of this source, in place of data.crops")
+    aspects: tuple[Aspect, ...] | None = Field(
+        default=None, min_length=1, description="of this source, in place of data.aspects"
+    )
     flip: bool | None = Field(default=None, description="of this source, in place of data.flip")
     caption_settings: SourceCaptions | None = Field(
         default=None, description="of this source, in place of those in data.captions; `captions` where that names no columns"
@@ -294,7 +298,13 @@ class DataConfig(Section):
     crop: Crop = Field(
         default="center", description="random: anywhere, fixed by the image's content; focus: libvips' attention crop"
     )
-    crops: int = Field(default=1, ge=1, le=64, description="crops of each image under `crop: random`, each a sample")
+    crops: int = Field(
+        default=1, ge=1, le=64, description="crops of each image under `crop: random` or with `aspects`, each a sample"
+    )
+    aspects: tuple[Aspect, ...] = Field(
+        default=(),
+        description="aspect ratios that crops are cut to (`original`, 4:3), taken in turn; by default the image's own",
+    )
     flip: bool = Field(default=False, description="a mirrored sample beside each")
     resize: Literal["gamma", "linear"] = Field(
         default="gamma", description="whether pixels are averaged as stored, as viewers and trainers do, or as light"
@@ -361,8 +371,11 @@ class DataConfig(Section):
     def idle(self) -> dict[str, str]:
         """By name, why a setting of buckets and crops does nothing beside the others."""
         reasons = {}
-        if self.crop != "random":
-            reasons["crops"] = f"`crops: {self.crops}` needs `crop: random`: every {self.crop} crop of an image is the same"
+        if self.crop != "random" and len(self.aspects) < 2:
+            reasons["crops"] = (
+                f"`crops: {self.crops}` needs `crop: random`, or several `aspects`: every {self.crop} crop of an image is the "
+                "same"
+            )
         if not any(isinstance(resolution, int) for resolution in self.resolutions):
             names = ("max_aspect", "bucket_step")
             reasons |= {name: f"`{name}` has no effect without an edge in `resolutions`" for name in names}
@@ -375,6 +388,8 @@ class DataConfig(Section):
             _refuse_idle(self.captions)
         merged = [self.of(source) for source in self.sources]
         own = [source.overrides for source in self.sources]
+        for each in merged:
+            _refuse_long_aspects(each)
         for name in (*OF_SOURCES, "max_aspect", "bucket_step"):
             _refuse_unused(name, self, merged, own)
         for name in CaptionsConfig.model_fields:
@@ -419,6 +434,15 @@ def _each_once(resolutions: tuple[Resolution, ...]) -> tuple[Resolution, ...]:
             what = "edge" if isinstance(resolution, int) else "size"
             raise ValueError(f"`resolutions` names the same {what} twice: {resolution}")
     return resolutions
+
+
+def _refuse_long_aspects(data: DataConfig) -> None:
+    """Refuse an aspect that no bucket of an edge is near to; of sizes that are listed any may be meant."""
+    edges = [resolution for resolution in data.resolutions if isinstance(resolution, int)]
+    for aspect in data.aspects if edges else ():
+        width_to_height = ratio(aspect)
+        if width_to_height is not None and max(width_to_height, 1 / width_to_height) > data.max_aspect:
+            raise ValueError(f"`aspects`: {aspect} is longer than any bucket: raise `max_aspect`, which is {data.max_aspect:g}")
 
 
 def _refuse_unused(name: str, common: Section, merged: Sequence[Section], own: Sequence[Mapping[str, Any]]) -> None:

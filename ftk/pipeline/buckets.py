@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -113,16 +113,36 @@ def follow(leader: Placement, width: int, height: int) -> Placement:
     )
 
 
-def random_crops(placement: Placement, content_sha256: str, crops: int) -> tuple[Placement, ...]:
-    """Crops anywhere in the resized image, equal ones once; drawn from the content's hash and the crop's index alone.
+def largest_part(width: int, height: int, aspect: Fraction | None) -> tuple[int, int]:
+    """(width, height) of the largest part of an image that has this ratio of width to height; all of it for None."""
+    if aspect is None:
+        return width, height
+    return max(1, round(min(Fraction(width), height * aspect))), max(1, round(min(Fraction(height), width / aspect)))
+
+
+def share_out(aspects: Sequence[str], content_sha256: str, crops: int) -> dict[str, list[int]]:
+    """Which of an image's crops, by number, are cut to which aspect.
+
+    They take the aspects in turn, from one on that the content's hash decides: one crop is of a random one, and as many
+    crops as there are aspects are one of each.
+    """
+    first = int.from_bytes(hashlib.sha256(f"ftk aspect {content_sha256}".encode()).digest()[:8], "big")
+    shares: dict[str, list[int]] = {}
+    for number in range(crops):
+        shares.setdefault(aspects[(first + number) % len(aspects)], []).append(number)
+    return shares
+
+
+def random_crops(placement: Placement, content_sha256: str, numbers: Iterable[int]) -> tuple[Placement, ...]:
+    """Crops anywhere in the resized image, equal ones once; drawn from the content's hash and the crop's number alone.
 
     No library's generator takes part, so that a crop stays where it is whatever is upgraded, and an image keeps its crops
     when others come or go.
     """
     across, down = placement.slack
     drawn: list[Placement] = []
-    for index in range(crops):
-        digest = hashlib.sha256(f"ftk crop {content_sha256} {index}".encode()).digest()
+    for number in numbers:
+        digest = hashlib.sha256(f"ftk crop {content_sha256} {number}".encode()).digest()
         x, y = (int.from_bytes(digest[start : start + 8], "big") for start in (0, 8))
         # 64-bit fractions of the places that there are.
         drawn.append(placement.at(x * (across + 1) >> 64, y * (down + 1) >> 64))

@@ -65,7 +65,9 @@ _NOT_THE_SAMPLES = {"path", "format", "name", "generate"}
 def recipe(config: RunConfig) -> dict[str, Any]:
     """What the configuration says about the samples, without where anything lies: later stages compare it."""
     settings = {source.source_name: _source_recipe(source) for source in config.data.sources}
-    plain = {**config.data.model_dump(mode="json", include=set(_FROM_DATA)), "sources": settings}
+    # Only where there are some: a dataset without aspects has the recipe that it always had.
+    names = {*_FROM_DATA, *(["aspects"] if config.data.aspects else [])}
+    plain = {**config.data.model_dump(mode="json", include=names), "sources": settings}
     return without_places(plain, config)
 
 

@@ -9,17 +9,18 @@ Never imports torch.
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from ftk import locations, storage
+from ftk.configs.aspects import ORIGINAL, ratio
 from ftk.contracts import RejectReason
 from ftk.models.components.geometry import ReferenceRule
 from ftk.pipeline import decode, resize
-from ftk.pipeline.buckets import Placement, follow, place, place_exactly, random_crops
+from ftk.pipeline.buckets import Placement, cover, follow, largest_part, place, place_exactly, random_crops, share_out
 from ftk.pipeline.decode import Opened, Unfit
 from ftk.pipeline.image_encoding import PNG, copied_suffix, encode, encoding_of
 from ftk.pipeline.perceptual import perceptual_hash
@@ -60,6 +61,7 @@ class ImageRecipe:
     max_pixels: int
     max_input_aspect: float
     exact_sizes: tuple[tuple[int, int], ...] = ()
+    aspects: tuple[str, ...] = ()
     references: ReferenceRule | None = None
 
 
@@ -204,8 +206,8 @@ def probe_image(task: ImageTask) -> Probe | ImageProblem:
     try:
         opened = _open_all(files, task.recipe)[0]
         placements: list[Placement] = []
-        for placement in _placements(opened, task.recipe):
-            placements += _crops(placement, None, contents[0], task.recipe)
+        for placement, numbers in _placements(opened, contents[0], task.recipe).items():
+            placements += _crops(placement, numbers, None, contents[0], task.recipe)
     except Unfit as unfit:
         return ImageProblem(reason=unfit.reason, detail=unfit.detail, contents=contents)
     copies = 2 if task.recipe.flip else 1
@@ -327,14 +329,18 @@ def _check_header(opened: Opened, recipe: ImageRecipe) -> None:
         raise Unfit(RejectReason.ANIMATED, "it has several frames, and data.animated says reject")
 
 
-def _placements(opened: Opened, recipe: ImageRecipe) -> list[Placement]:
-    """Where the image goes in each resolution that it may reach; two resolutions can share a bucket: one placement."""
+def _placements(opened: Opened, sha256: str, recipe: ImageRecipe) -> dict[Placement, list[int]]:
+    """Where the image goes in each resolution that it may reach, with the numbers of the crops that are cut there.
+
+    Two resolutions can share a bucket: one placement.
+    """
     width, height = opened.width, opened.height
     limit = {"always": float("inf"), "limit": recipe.upscale_limit, "never": 1.0}[recipe.upscale]
-    nearest = [place(width, height, list(sizes)) for sizes in recipe.sizes]
-    if recipe.exact_sizes:
-        nearest.append(place_exactly(width, height, recipe.exact_sizes))
-    reached = [placement for placement in nearest if placement.enlargement(width, height) <= limit]
+    nearest: dict[Placement, list[int]] = {}
+    for aspect, numbers in share_out(recipe.aspects or (ORIGINAL,), sha256, recipe.crops).items():
+        for placement in _nearest(width, height, aspect, recipe):
+            nearest[placement] = sorted({*nearest.get(placement, ()), *numbers})
+    reached = {placement: numbers for placement, numbers in nearest.items() if placement.enlargement(width, height) <= limit}
     if not reached:
         least = min(nearest, key=lambda placement: placement.enlargement(width, height))
         setting = "data.upscale: never" if recipe.upscale == "never" else f"data.upscale_limit {limit:g}"
@@ -343,12 +349,23 @@ def _placements(opened: Opened, recipe: ImageRecipe) -> list[Placement]:
             f"{width} x {height} would be enlarged {least.enlargement(width, height):.2f} times to reach "
             f"{least.bucket_width} x {least.bucket_height}, against {setting}",
         )
-    return list(dict.fromkeys(reached))
+    return reached
 
 
-def _crops(placement: Placement, resized: Image.Image | None, sha256: str, recipe: ImageRecipe) -> tuple[Placement, ...]:
+def _nearest(width: int, height: int, aspect: str, recipe: ImageRecipe) -> list[Placement]:
+    """Of each resolution the bucket that is nearest to an aspect, covered by the whole image."""
+    part = largest_part(width, height, ratio(aspect))
+    placements = [place(*part, list(sizes)) for sizes in recipe.sizes]
+    if recipe.exact_sizes:
+        placements.append(place_exactly(*part, recipe.exact_sizes))
+    return [cover(width, height, (placement.bucket_width, placement.bucket_height)) for placement in placements]
+
+
+def _crops(
+    placement: Placement, numbers: Sequence[int], resized: Image.Image | None, sha256: str, recipe: ImageRecipe
+) -> tuple[Placement, ...]:
     if recipe.crop == "random":
-        return random_crops(placement, sha256, recipe.crops)
+        return random_crops(placement, sha256, numbers)
     if recipe.crop == "focus" and resized is not None and placement.slack != (0, 0):
         return (placement.at(*resize.attention(resized, placement.bucket_width, placement.bucket_height)),)
     return (placement,)
@@ -357,14 +374,14 @@ def _crops(placement: Placement, resized: Image.Image | None, sha256: str, recip
 def _prepare(files: list[_File], contents: tuple[str, ...], recipe: ImageRecipe) -> PreparedImage:
     opened = _open_all(files, recipe)
     image = opened[0]
-    placements = _placements(image, recipe)
+    placements = _placements(image, contents[0], recipe)
     pictures = [_picture(file, one, recipe) for file, one in zip(files, opened, strict=True)]
     variants: list[Variant] = []
     hashed = ""
-    for placement in placements:
+    for placement, numbers in placements.items():
         parts = [_part(file, picture, placement, recipe) for file, picture in zip(files, pictures, strict=True)]
         hashed = hashed or perceptual_hash(parts[0].resized)
-        for cropped in _crops(placement, parts[0].resized, contents[0], recipe):
+        for cropped in _crops(placement, numbers, parts[0].resized, contents[0], recipe):
             variants += [_variant(parts, image, cropped, flipped, recipe) for flipped in (False, True)[: 1 + recipe.flip]]
     return PreparedImage(
         width=image.width, height=image.height, contents=contents, perceptual_hash=hashed, variants=tuple(variants)

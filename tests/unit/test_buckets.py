@@ -3,6 +3,8 @@
 import itertools
 import math
 import random
+from collections import Counter
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -14,9 +16,11 @@ from ftk.pipeline.buckets import (
     bucket_sizes,
     cover,
     follow,
+    largest_part,
     place,
     place_exactly,
     random_crops,
+    share_out,
 )
 
 SETTINGS = list(itertools.product([64, 500, 512, 1000, 1024], [8, 16, 32], [1.0, 1.5, 2.0, 4.0]))
@@ -155,16 +159,16 @@ CONTENT = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"
 
 def test_random_crops_are_fixed_by_the_content_for_ever() -> None:
     # Golden: a prepared dataset is resumed by later versions too, whose crops must be these.
-    crops = random_crops(cover(3000, 1000, (1000, 1000)), CONTENT, 4)
+    crops = random_crops(cover(3000, 1000, (1000, 1000)), CONTENT, range(4))
     assert [crop.crop_x for crop in crops] == [1155, 289, 596, 1519]
     assert {crop.crop_y for crop in crops} == {0}
-    assert random_crops(cover(3000, 1000, (1000, 1000)), CONTENT, 2) == crops[:2]
-    assert random_crops(cover(3000, 1000, (1000, 1000)), CONTENT[::-1], 4) != crops
+    assert random_crops(cover(3000, 1000, (1000, 1000)), CONTENT, range(2)) == crops[:2]
+    assert random_crops(cover(3000, 1000, (1000, 1000)), CONTENT[::-1], range(4)) != crops
 
 
 def test_random_crops_lie_inside_and_reach_both_ends() -> None:
     placement = cover(1100, 1000, (1000, 1000))
-    crops = random_crops(placement, CONTENT, 3000)
+    crops = random_crops(placement, CONTENT, range(3000))
     assert all(_inside(crop) for crop in crops)
     assert {crop.crop_x for crop in crops} == set(range(101))
     assert len(set(crops)) == len(crops) == 101, "equal crops are one"
@@ -172,19 +176,19 @@ def test_random_crops_lie_inside_and_reach_both_ends() -> None:
 
 def test_an_image_of_its_buckets_shape_has_one_crop() -> None:
     placement = cover(2000, 2000, (1000, 1000))
-    assert random_crops(placement, CONTENT, 64) == (placement,)
+    assert random_crops(placement, CONTENT, range(64)) == (placement,)
 
 
 def test_a_mask_of_the_images_size_goes_exactly_where_the_image_goes() -> None:
     sizes = bucket_sizes(512, 16, 2.0)
     for width, height in _random_images()[:100]:
-        for crop in random_crops(place(width, height, sizes), CONTENT, 5):
+        for crop in random_crops(place(width, height, sizes), CONTENT, range(5)):
             assert follow(crop, width, height) == crop
 
 
 @pytest.mark.parametrize("size", [(750, 250), (6000, 2000), (301, 100)])
 def test_a_mask_of_its_own_size_is_cropped_at_the_same_relative_place(size: tuple[int, int]) -> None:
-    for crop in random_crops(cover(3000, 1000, (1000, 1000)), CONTENT, 20):
+    for crop in random_crops(cover(3000, 1000, (1000, 1000)), CONTENT, range(20)):
         own = follow(crop, *size)
         assert (own.bucket_width, own.bucket_height) == (1000, 1000)
         assert _inside(own)
@@ -250,7 +254,7 @@ def test_any_resize_covers_its_bucket_and_no_crop_leaves_the_image(
     for placement in (place_exactly(width, height, sizes), place(width, height, sizes)):
         assert _inside(placement)
         assert 0 in placement.slack
-        for crop in random_crops(placement, CONTENT, 3):
+        for crop in random_crops(placement, CONTENT, range(3)):
             assert _inside(crop)
             assert _bucket(crop) == _bucket(placement)
 
@@ -275,3 +279,26 @@ def test_the_nearest_size_is_a_multiple_and_none_is_nearer(width: int, height: i
 
 def test_a_square_image_between_two_turned_sizes_becomes_upright() -> None:
     assert _bucket(place_exactly(700, 700, [(1664, 928), (928, 1664)])) == (928, 1664)
+
+
+@pytest.mark.parametrize("size", [(1600, 1200), (1200, 1600), (500, 500), (3000, 400), (7, 5)])
+@pytest.mark.parametrize("aspect", [Fraction(16, 9), Fraction(4, 3), Fraction(1), Fraction(3, 4)])
+def test_the_largest_part_of_an_aspect_keeps_one_side_whole(size: tuple[int, int], aspect: Fraction) -> None:
+    width, height = size
+    # As trainers with random ratios cut it.
+    expected = (height * aspect, height) if Fraction(width, height) > aspect else (width, width / aspect)
+    part = largest_part(width, height, aspect)
+    assert all(abs(mine - theirs) <= 0.5 for mine, theirs in zip(part, expected, strict=True))
+    assert largest_part(width, height, None) == size
+
+
+def test_crops_take_the_aspects_in_turn() -> None:
+    aspects = ("original", "1:1", "4:3", "16:9")
+    assert sorted(share_out(aspects, CONTENT, 4)) == sorted(aspects)
+    seven = share_out(aspects, CONTENT, 7)
+    assert sorted(map(len, seven.values())) == [1, 2, 2, 2]
+    assert sorted(number for numbers in seven.values() for number in numbers) == list(range(7))
+    firsts = [next(iter(share_out(aspects, f"{seed:064x}", 1))) for seed in range(2000)]
+    assert all(400 < number < 600 for number in Counter(firsts).values()), "images are spread evenly over the aspects"
+    # Golden: a prepared dataset is resumed by later versions too, whose crops must be these.
+    assert firsts[:4] == ["1:1", "16:9", "4:3", "4:3"]

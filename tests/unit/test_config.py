@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from ftk.configs import load
-from ftk.configs.schema import MethodConfig, RunConfig, SourceConfig
+from ftk.configs.schema import DataConfig, MethodConfig, RunConfig, SourceConfig
 from ftk.errors import ConfigError
 from ftk.methods import base as methods
 from ftk.pipeline.sources import base as sources
@@ -384,3 +385,42 @@ def test_pictures_at_the_start_need_prompts(tmp_path: Path) -> None:
     assert "`at_start` has no effect without `prompts`" in _message(tmp_path, sample={"at_start": True})
     assert _load(tmp_path, sample={"at_start": True, "prompts": ["a dog"]}).sample.draws_in_training
     assert not _load(tmp_path, sample={"prompts": ["a dog"]}).sample.draws_in_training
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("[original, '1:1', '4:3', 16/9]", ("original", "1:1", "4:3", "16:9")),
+        # Without quotes YAML reads numbers to base 60.
+        ("[1:1, 4:3, 16:9, 9:16, 21:9]", ("1:1", "4:3", "16:9", "9:16", "21:9")),
+    ],
+)
+def test_aspects_are_read_as_they_are_written(written: str, meant: tuple[str, ...]) -> None:
+    tree = {"sources": [{"path": "a"}], "aspects": yaml.safe_load(written), "crops": 2, "max_aspect": 3}
+    data = DataConfig.model_validate(tree)
+    assert data.aspects == meant
+    assert DataConfig.model_validate(yaml.safe_load(yaml.safe_dump(data.model_dump(mode="json")))) == data
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"aspects": ["orginal"]}, "Did you mean `original`"),
+        ({"aspects": ["4:0"]}, "a ratio of width to height"),
+        ({"aspects": ["wide"]}, "a ratio of width to height"),
+        ({"aspects": [True]}, "a ratio of width to height"),
+        ({"aspects": ["21:9"]}, "raise `max_aspect`"),
+        ({"aspects": ["9:21"]}, "raise `max_aspect`"),
+        ({"aspects": ["1:1"], "crops": 2}, "several `aspects`"),
+        ({"sources": [{"path": "a", "aspects": ["3:1"]}]}, "raise `max_aspect`"),
+    ],
+)
+def test_aspects_that_make_no_sense_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(said)):
+        DataConfig.model_validate({"sources": [{"path": "a"}], **settings})
+
+
+def test_a_source_may_have_aspects_of_its_own() -> None:
+    tree = {"sources": [{"path": "a", "aspects": ["1:1", "4:3"], "crops": 2}, {"path": "b"}]}
+    data = DataConfig.model_validate(tree)
+    assert [data.of(source).aspects for source in data.sources] == [("1:1", "4:3"), ()]

@@ -275,6 +275,48 @@ def test_random_crops_are_parts_of_the_image_fixed_by_its_content(noise_image: N
     assert len(_good(encoded(noise_image(128, 128), "PNG"), recipe).variants) == 1, "equal crops are one"
 
 
+ASPECTS = ("original", "1:1", "4:3", "16:9")
+
+
+def test_crops_are_cut_to_the_aspects_in_turn(noise_image: Noise, encoded: Encoded) -> None:
+    sizes = ((64, 64), (80, 60), (96, 54), (48, 80))
+    image = noise_image(120, 200)
+    data = encoded(image, "PNG")
+    recipe = replace(RECIPE, sizes=(sizes,), aspects=ASPECTS)
+    every = _good(data, replace(recipe, crops=4))
+    buckets = [(variant.placement.bucket_width, variant.placement.bucket_height) for variant in every.variants]
+    assert sorted(buckets) == sorted(sizes), "one of each, the image's own among them"
+    for variant in every.variants:
+        # Of every shape the largest part: one side of the image is whole.
+        assert 0 in variant.placement.slack
+        assert variant.placement.crop_x == variant.placement.slack[0] // 2
+    # One crop is the first of them, and the same image has the same one whenever it is prepared.
+    single = _good(data, recipe).variants
+    assert [variant.image_id for variant in single] == [every.variants[0].image_id]
+    assert len(_good(data, replace(recipe, crops=9)).variants) == 4, "equal crops are one"
+    anywhere = _good(data, replace(recipe, crops=9, crop="random")).variants
+    assert len({variant.image_id for variant in anywhere}) == len(anywhere) > 6
+    firsts = {
+        _good(encoded(noise_image(120, 200, seed=seed), "PNG"), recipe).variants[0].placement.bucket_width for seed in range(12)
+    }
+    assert firsts == {48, 64, 80, 96}, "other images begin with others"
+
+
+def test_masks_follow_crops_of_every_aspect(encoded: Encoded) -> None:
+    image = Image.linear_gradient("L").resize((200, 120))
+    recipe = replace(RECIPE, sizes=(((64, 64), (80, 60), (96, 54), (80, 48)),), aspects=ASPECTS, crops=4, crop="random")
+    prepared = _good(encoded(image.convert("RGB"), "PNG"), recipe, mask=encoded(image, "PNG"))
+    assert len(prepared.variants) == 4
+    for variant in prepared.variants:
+        assert np.abs(_array(variant.mask, "L") - _array(variant.data)[..., 0]).max() <= 2
+
+
+def test_without_aspects_crops_and_names_are_what_they_were(noise_image: Noise, encoded: Encoded) -> None:
+    data = encoded(noise_image(150, 64), "PNG")
+    for recipe in (RECIPE, replace(SQUARE, crop="random", crops=3)):
+        assert _good(data, recipe) == _good(data, replace(recipe, aspects=("original",)))
+
+
 @pytest.mark.parametrize("left", [10, 180])
 def test_a_focus_crop_holds_what_stands_out(encoded: Encoded, left: int) -> None:
     image = Image.new("RGB", (256, 64), (128, 128, 128))
