@@ -231,6 +231,7 @@ def trained(
             f"{checkpoint.path} holds other parameters than method {run.method.name} trains with these settings. Name the run "
             f"and the settings that it was trained with."
         )
+    peft_directory.refuse_not_finite(tensors[0], checkpoint.path)
     optimizer.restore(*tensors, checkpoint.optimizer_facts)
     with optimizer.averaged():
         yield model

@@ -17,15 +17,16 @@ from pydantic import BaseModel, Field
 
 from ftk.errors import ModelError
 from ftk.models.base import Activations, AdapterNames, Conditions, FamilyConfig, Model, PutOnDevice, TargetGroup, move
-from ftk.models.components import flow_matching
+from ftk.models.components import configuration, flow_matching, kl_vae
 from ftk.models.components.geometry import LatentGeometry, ReferenceRule
 from ftk.models.components.loading import (
     check_pipeline,
-    first_line,
+    check_vocabulary,
     hide_progress_bars,
     load_component,
     load_pipeline,
     outline,
+    reading,
 )
 from ftk.models.components.schedule import NoiseSchedule
 from ftk.models.components.single_file import Layout
@@ -132,6 +133,7 @@ class QwenImage:
         """AutoencoderKLQwenImage, frozen, its encoder folded for single frames: `vae.encode` is gone, `vae.decode` is not."""
         from diffusers import AutoencoderKLQwenImage
 
+        _check_statistics(directory)
         vae = load_component(AutoencoderKLQwenImage, directory, "vae", dtype).requires_grad_(False).eval()
         fold_single_frame(vae)
         return vae.to(device)
@@ -208,6 +210,7 @@ class QwenImage:
                 f"{PREFIX_TOKENS}, so captions would be cut in the wrong place. This is not Qwen-Image's tokenizer."
             )
         model = load_component(Qwen2_5_VLForConditionalGeneration, directory, "text_encoder", dtype)
+        check_vocabulary(tokenizer, model, directory / "tokenizer")
         model = place(model.requires_grad_(False).eval(), device)
         with torch.inference_mode():
             ids_BL = torch.tensor([prefix_ids], device=device)
@@ -251,10 +254,10 @@ class QwenImage:
     def _tokenizer(directory: Path) -> Any:
         from transformers import Qwen2Tokenizer
 
-        try:
-            return Qwen2Tokenizer.from_pretrained(directory / "tokenizer")
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{directory / 'tokenizer'} cannot be loaded: {first_line(error)}") from error
+        with reading(directory / "tokenizer", "a tokenizer"):
+            tokenizer = Qwen2Tokenizer.from_pretrained(directory / "tokenizer")
+            tokenizer("a")
+        return tokenizer
 
     def text_memory(self, encoder: QwenTextEncoder, tokens: int) -> int:
         """Keys and values of all layers, the widest part of one layer, and the mask, which is causal.
@@ -287,8 +290,7 @@ class QwenImage:
         from diffusers import QwenImageTransformer2DModel
 
         if device.type == "meta":
-            config = QwenImageTransformer2DModel.load_config(directory / "transformer")
-            return outline(QwenImageTransformer2DModel, config, dtype)
+            return outline(QwenImageTransformer2DModel, directory / "transformer", dtype)
         denoiser = load_component(QwenImageTransformer2DModel, directory, "transformer", dtype)
         return denoiser.requires_grad_(False).train().to(device)
 
@@ -489,11 +491,14 @@ def _vae_config(directory: Path) -> Any:
     import torch
     from diffusers import AutoencoderKLQwenImage
 
-    try:
-        with torch.device("meta"):
-            return AutoencoderKLQwenImage.from_config(AutoencoderKLQwenImage.load_config(directory / "vae")).config
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{directory / 'vae'} cannot be read as AutoencoderKLQwenImage: {first_line(error)}") from error
+    _check_statistics(directory)
+    return outline(AutoencoderKLQwenImage, directory / "vae", torch.float32).config
+
+
+def _check_statistics(directory: Path) -> None:
+    path = directory / "vae" / "config.json"
+    tree = configuration.read(path)
+    kl_vae.check_statistics(path, tree, tree.get("z_dim", 16))
 
 
 def _tiny_tokenizer() -> Any:

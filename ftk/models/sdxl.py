@@ -15,7 +15,7 @@ from ftk.errors import ConfigError, ModelError
 from ftk.models.base import Activations, Conditions, Model, PutOnDevice, Texts, move
 from ftk.models.components import clip, kl_vae, latent_diffusion, unet
 from ftk.models.components.geometry import SampleGeometry
-from ftk.models.components.loading import check_pipeline, hide_progress_bars, load_pipeline
+from ftk.models.components.loading import check_pipeline, check_vocabulary, hide_progress_bars, load_pipeline
 from ftk.models.components.single_file import Layout
 from ftk.models.components.weights import Tensor
 
@@ -116,9 +116,12 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
     ) -> TextEncoders:
         """CLIPTextModel and CLIPTextModelWithProjection."""
         tokenizers = (clip.load_tokenizer(directory, "tokenizer"), clip.load_tokenizer(directory, "tokenizer_2"))
-        first = place(clip.load_text_model(directory, "text_encoder", dtype), device)
-        second = place(clip.load_text_model(directory, "text_encoder_2", dtype, has_projection=True), device)
-        return TextEncoders(tokenizers=tokenizers, models=(first, second))
+        first = clip.load_text_model(directory, "text_encoder", dtype)
+        check_vocabulary(tokenizers[0], first, directory / "tokenizer")
+        first = place(first, device)
+        second = clip.load_text_model(directory, "text_encoder_2", dtype, has_projection=True)
+        check_vocabulary(tokenizers[1], second, directory / "tokenizer_2")
+        return TextEncoders(tokenizers=tokenizers, models=(first, place(second, device)))
 
     def encode_texts(
         self, encoder: TextEncoders, captions: Sequence[str], references: "Sequence[Sequence[torch.Tensor]]" = ()

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftk import storage
 from ftk.errors import ModelError
 from ftk.models.base import Activations, Conditions, Model, PutOnDevice, Texts, move
-from ftk.models.components import clip, kl_vae, latent_diffusion, unet
-from ftk.models.components.loading import check_pipeline, hide_progress_bars, load_pipeline
+from ftk.models.components import clip, configuration, kl_vae, latent_diffusion, unet
+from ftk.models.components.loading import check_pipeline, check_vocabulary, hide_progress_bars, load_pipeline
 from ftk.models.components.single_file import Layout, shaped
 from ftk.models.components.weights import Tensor
 
@@ -86,7 +85,9 @@ class StableDiffusion(latent_diffusion.LatentDiffusion):
     ) -> ClipTextEncoder:
         """CLIPTextModel."""
         tokenizer = clip.load_tokenizer(directory, "tokenizer")
-        model = place(clip.load_text_model(directory, "text_encoder", dtype), device)
+        model = clip.load_text_model(directory, "text_encoder", dtype)
+        check_vocabulary(tokenizer, model, directory / "tokenizer")
+        model = place(model, device)
         return ClipTextEncoder(tokenizer=tokenizer, model=model)
 
     def encode_texts(
@@ -156,7 +157,7 @@ class StableDiffusion(latent_diffusion.LatentDiffusion):
 
     def published_names(self, directory: Path) -> Mapping[str, str]:
         """As sd-scripts write them; `ss_v2` is how A1111 knows 2.x, whose texts are 1,024 wide."""
-        if storage.read_json(directory / "unet" / "config.json")["cross_attention_dim"] != _WIDTH_OF_2:
+        if configuration.read(directory / "unet" / "config.json").get("cross_attention_dim") != _WIDTH_OF_2:
             return {"modelspec.architecture": "stable-diffusion-v1", "ss_base_model_version": "sd_v1"}
         variant = "768-v" if self.load_schedule(directory).objective == "v" else "512"
         return {"modelspec.architecture": f"stable-diffusion-v2-{variant}", "ss_base_model_version": "sd_v2", "ss_v2": "True"}

@@ -12,6 +12,7 @@ from ftk.errors import CheckpointError
 from ftk.methods.adapters import injection, targets
 from ftk.methods.base import Export
 from ftk.models.base import DENOISER, Family, Model
+from ftk.models.components.loading import num_not_finite
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +127,7 @@ def read_tensors(path: Path) -> "dict[str, torch.Tensor]":
     """All tensors of a file.
 
     Raises:
-        CheckpointError: it is missing, damaged, or empty.
+        CheckpointError: it is missing, damaged, or empty, or a value is not finite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -139,7 +140,22 @@ def read_tensors(path: Path) -> "dict[str, torch.Tensor]":
         raise CheckpointError(f"{path} is damaged: {injection.first_line(error)}. Export it again.") from error
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors. Export it again.")
+    refuse_not_finite(tensors, path)
     return tensors
+
+
+def refuse_not_finite(tensors: "Mapping[str, torch.Tensor]", path: Path) -> None:
+    """Refuse trained weights that hold NaN or infinity: pictures would be black, and a merged model useless.
+
+    Raises:
+        CheckpointError: with the tensor's name.
+    """
+    for name, tensor in tensors.items():
+        if count := num_not_finite(tensor):
+            raise CheckpointError(
+                f"{path}: {count:,} of the {tensor.numel():,} values of {name} are NaN or infinite. The file is damaged, or "
+                f"its training broke: use an earlier step, or train again with a lower learning rate."
+            )
 
 
 def check_fits(model: Any, tensors: "Mapping[str, torch.Tensor]", path: Path) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftk import storage
 from ftk.errors import ConfigError, ModelError
 from ftk.models.base import AdapterNames, TargetGroup
-from ftk.models.components.loading import first_line, load_component
+from ftk.models.components import configuration
+from ftk.models.components.loading import load_component, outline, reading
 
 if TYPE_CHECKING:
     import torch
@@ -30,24 +30,20 @@ LORA_FACTORS = ("lora_down", "lora_up")
 
 def load_text_model(directory: Path, name: str, dtype: "torch.dtype", *, has_projection: bool = False) -> Any:
     """CLIPTextModel, or CLIPTextModelWithProjection; frozen, on the CPU."""
-    return load_component(_text_model_class(has_projection), directory, name, dtype).requires_grad_(False).eval()
+    model = load_component(_text_model_class(has_projection), directory, name, dtype).requires_grad_(False).eval()
+    if not isinstance(model.config.eos_token_id, int):
+        found = model.config.eos_token_id
+        raise ModelError(f"{directory / name / 'config.json'}: `eos_token_id` is {found!r:.80}. It must be a token's number.")
+    return model
 
 
 def load_trainable(
     directory: Path, name: str, dtype: "torch.dtype", device: "torch.device", *, has_projection: bool = False
 ) -> Any:
     """The same on the device, in training mode; on `meta` its shapes alone."""
-    import torch
-
     if device.type != "meta":
         return load_text_model(directory, name, dtype, has_projection=has_projection).train().to(device)
-    made = _text_model_class(has_projection)
-    try:
-        config = made.config_class.from_pretrained(directory / name)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{directory / name} cannot be loaded: {first_line(error)}") from error
-    with torch.device("meta"):
-        return made(config).to(dtype).requires_grad_(False)
+    return outline(_text_model_class(has_projection), directory / name, dtype)
 
 
 def _text_model_class(has_projection: bool) -> Any:
@@ -60,15 +56,15 @@ def load_tokenizer(directory: Path, name: str) -> Any:
     """CLIPTokenizer; one of another length than 77 would give texts that no model of this line was trained on."""
     from transformers import CLIPTokenizer
 
-    try:
+    with reading(directory / name, "a tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(directory / name)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{directory / name} cannot be loaded: {first_line(error)}") from error
     if tokenizer.model_max_length != TOKENS:
         raise ModelError(
             f"{directory / name}: its texts have {tokenizer.model_max_length} tokens instead of {TOKENS}. "
             f"This is not the CLIP tokenizer of a Stable Diffusion model."
         )
+    with reading(directory / name, "a tokenizer"):
+        tokenizer("a", padding="max_length", max_length=TOKENS, truncation=True)
     return tokenizer
 
 
@@ -148,11 +144,12 @@ def add_tokens(tokenizer: Any, model: Any, tokens: Mapping[str, str]) -> None:
 
 def flops(directory: Path) -> float:
     """Two for each weight of the layers and token, of 77 tokens."""
-    try:
-        config = storage.read_json(directory / "config.json")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{directory / 'config.json'} cannot be read: {first_line(error)}") from error
-    width, inner, layers = (int(config[name]) for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    path = directory / "config.json"
+    config = configuration.read(path)
+    width, inner, layers = (
+        configuration.number(path, config, name, lambda value: value > 0, "a number above 0")
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers")
+    )
     return 2.0 * TOKENS * layers * (4 * width**2 + 2 * width * inner)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ftk.errors import ModelError
-from ftk.models.components.loading import first_line
+from ftk.models.components import configuration
+from ftk.models.components.loading import reading
 from ftk.models.components.schedule import NoiseSchedule, TokenShift
 
 if TYPE_CHECKING:
@@ -22,11 +23,16 @@ def load_schedule(directory: Path) -> NoiseSchedule:
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    try:
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(directory, subfolder="scheduler")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{directory / 'scheduler'} cannot be loaded: {first_line(error)}") from error
+    path = directory / "scheduler"
+    config = configuration.scheduler(FlowMatchEulerDiscreteScheduler, path)
+    with reading(path, "a scheduler"):
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
     settings = scheduler.config
+    sigmas = (scheduler.timesteps / settings.num_train_timesteps).float()
+    if not (((sigmas > 0) & (sigmas <= 1)).all() and (sigmas.diff() < 0).all()):
+        raise ModelError(f"{path}: its settings give no noise levels that fall from 1 to 0. Download the model again.")
+    if settings.base_image_seq_len == settings.max_image_seq_len:
+        raise ModelError(f"{path}: `base_image_seq_len` and `max_image_seq_len` are equal. Download the model again.")
     is_by_tokens = settings.use_dynamic_shifting and settings.time_shift_type == "exponential"
     token_shift = TokenShift(
         base_tokens=settings.base_image_seq_len,
@@ -36,7 +42,7 @@ def load_schedule(directory: Path) -> NoiseSchedule:
     )
     return NoiseSchedule(
         objective="flow",
-        sigmas=(scheduler.timesteps / settings.num_train_timesteps).float(),
+        sigmas=sigmas,
         token_shift=token_shift if is_by_tokens else None,
     )
 

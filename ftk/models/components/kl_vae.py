@@ -3,11 +3,14 @@
 Shape legend: B batch, C latent channels, H W latent cells.
 """
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ModelError
-from ftk.models.components.loading import first_line, load_component
+from ftk.models.components import configuration
+from ftk.models.components.loading import load_component, outline
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +20,7 @@ def load(directory: Path, dtype: "torch.dtype") -> Any:
     """AutoencoderKL, frozen, on the CPU."""
     from diffusers import AutoencoderKL
 
+    _check_constants(directory)
     return load_component(AutoencoderKL, directory, "vae", dtype).requires_grad_(False).eval()
 
 
@@ -81,11 +85,38 @@ def _vae_config(directory: Path) -> Any:
     import torch
     from diffusers import AutoencoderKL
 
-    try:
-        with torch.device("meta"):
-            return AutoencoderKL.from_config(AutoencoderKL.load_config(directory / "vae")).config
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{directory / 'vae'} cannot be read as AutoencoderKL: {first_line(error)}") from error
+    _check_constants(directory)
+    return outline(AutoencoderKL, directory / "vae", torch.float32).config
+
+
+def _check_constants(directory: Path) -> None:
+    """Check what latents are shifted and scaled by, which no weight can be compared with."""
+    path = directory / "vae" / "config.json"
+    tree = configuration.read(path)
+    if "scaling_factor" in tree:
+        configuration.number(path, tree, "scaling_factor", _is_positive, "a number above 0")
+    check_statistics(path, tree, tree.get("latent_channels", 4))
+
+
+def check_statistics(path: Path, tree: Mapping[str, Any], channels: Any) -> None:
+    """Check the mean and deviation of each latent channel in the settings of a VAE, where there are any.
+
+    Raises:
+        ModelError: they are not a number for each channel, or a deviation is not above 0.
+    """
+    for name in ("latents_mean", "latents_std"):
+        values = tree.get(name)
+        if values is None:
+            continue
+        if not isinstance(values, list) or len(values) != channels:
+            raise ModelError(f"{path}: `{name}` is {values!r:.80}. It must be a list of {channels} numbers, one per channel.")
+        is_valid, rule = (math.isfinite, "numbers") if name == "latents_mean" else (_is_positive, "numbers above 0")
+        for value in values:
+            configuration.number(path, {name: value}, name, is_valid, rule)
+
+
+def _is_positive(value: float) -> bool:
+    return value > 0
 
 
 def _constants(config: Any) -> tuple[list[float], list[float]]:

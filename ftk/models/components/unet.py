@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ModelError
 from ftk.models.base import DENOISER, Activations, AdapterNames, Conditions, Model, TargetGroup, Texts, encoded
-from ftk.models.components import clip
+from ftk.models.components import clip, configuration
 from ftk.models.components.geometry import LatentGeometry
-from ftk.models.components.loading import first_line, load_component, outline
+from ftk.models.components.loading import load_component, outline, reading
 from ftk.models.components.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -52,11 +52,7 @@ def load(directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
     from diffusers import UNet2DConditionModel
 
     if device.type == "meta":
-        try:
-            config = UNet2DConditionModel.load_config(directory / "unet")
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{directory / 'unet'} cannot be loaded: {first_line(error)}") from error
-        return outline(UNet2DConditionModel, config, dtype)
+        return outline(UNet2DConditionModel, directory / "unet", dtype)
     unet = load_component(UNet2DConditionModel, directory, "unet", dtype)
     return unet.requires_grad_(False).train().to(device)
 
@@ -76,17 +72,17 @@ def load_schedule(directory: Path) -> NoiseSchedule:
     from diffusers import DDPMScheduler
 
     path = directory / "scheduler"
-    try:
-        config = DDPMScheduler.load_config(path)
-        if "beta_schedule" not in config and not config.get("trained_betas"):
-            raise ModelError(f"{path}: a {config.get('_class_name')} has no betas, which a diffusion model is trained with.")
+    config = configuration.scheduler(DDPMScheduler, path)
+    if "beta_schedule" not in config and not config.get("trained_betas"):
+        raise ModelError(f"{path}: a {config.get('_class_name')} has no betas, which a diffusion model is trained with.")
+    with reading(path, "a scheduler"):
         scheduler = DDPMScheduler.from_config(config)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be loaded: {first_line(error)}") from error
     prediction = scheduler.config.prediction_type
     if prediction not in ("epsilon", "v_prediction"):
-        raise ModelError(f"{path}: prediction_type is {prediction!r}; epsilon and v_prediction can be trained.")
-    signals = scheduler.alphas_cumprod.flip(0)
+        raise ModelError(f"{path}: prediction_type is {prediction!r:.80}; epsilon and v_prediction can be trained.")
+    signals = scheduler.alphas_cumprod.float().flip(0)
+    if not (((signals >= 0) & (signals <= 1)).all() and (signals.diff() >= 0).all()):
+        raise ModelError(f"{path}: its betas do not lie between 0 and 1: they give no falling signal, such as {signals[0]:g}.")
     return NoiseSchedule(
         objective="v" if prediction == "v_prediction" else "epsilon",
         sigmas=(1 - signals) ** 0.5,

@@ -176,7 +176,7 @@ class ForeignEdit:
         from diffusers import FluxTransformer2DModel
 
         if device.type == "meta":
-            return outline(FluxTransformer2DModel, FluxTransformer2DModel.load_config(directory / "transformer"), dtype)
+            return outline(FluxTransformer2DModel, directory / "transformer", dtype)
         denoiser = load_component(FluxTransformer2DModel, directory, "transformer", dtype)
         return denoiser.requires_grad_(False).train().to(device)
 
