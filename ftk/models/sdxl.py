@@ -3,7 +3,8 @@
 Sources: diffusers, `pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl.py` and
 `examples/text_to_image/train_text_to_image_lora_sdxl.py`; Podell et al. 2023 (arXiv 2307.01952).
 
-Shape legend: B batch, C latent channels (4), H W latent cells, L text tokens (77), D text width (2048), P pooled width (1280).
+Shape legend: B batch, C latent channels (4), H W latent cells, L text tokens (77, or 75 a window and 2), D text width (2048),
+P pooled width (1280).
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,9 +45,9 @@ class TextEncoders:
 
 
 class StableDiffusionXL(latent_diffusion.LatentDiffusion):
-    """Text to image with two CLIP encoders. Text item: `embeds` [77,D], both side by side, and `pooled` [P].
+    """Text to image with two CLIP encoders. Text item: `embeds` [L,D], both side by side, and `pooled` [P].
 
-    And `input_ids`, `input_ids_2` [77], of either tokenizer.
+    And `input_ids`, `input_ids_2` [77], of either tokenizer; with `max_text_tokens` above 75 those of all windows.
     """
 
     name = "sdxl"
@@ -108,8 +109,8 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
         return super().load_vae(directory, dtype, device)
 
     def text_flops(self, directory: Path, tokens: int) -> float:
-        """Of 77 tokens in both encoders, whatever the text's own number."""
-        return clip.flops(directory / "text_encoder") + clip.flops(directory / "text_encoder_2")
+        """Of 77 tokens a window in both encoders, whatever the text's own number."""
+        return self.text_windows * (clip.flops(directory / "text_encoder") + clip.flops(directory / "text_encoder_2"))
 
     def load_text_encoder(
         self, directory: Path, dtype: "torch.dtype", device: "torch.device", place: PutOnDevice = move
@@ -131,7 +132,7 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
 
         with torch.inference_mode():
             ids = [
-                clip.tokenised(tokenizer, captions, model.device)["input_ids"].to(torch.int32)
+                clip.tokenised(tokenizer, captions, model.device, self.text_windows)["input_ids"].to(torch.int32)
                 for tokenizer, model in zip(encoder.tokenizers, encoder.models, strict=True)
             ]
             embeds_BLD, pooled_BP = self._encoded(encoder.models, ids)
@@ -154,17 +155,20 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
         return {**texts, "embeds": embeds_BLD, "pooled": pooled_BP}
 
     def _encoded(self, models: Sequence[Any], ids: Sequence[Any]) -> "tuple[torch.Tensor, torch.Tensor]":
-        """[B,77,D] of the layers before the last, side by side, and [B,P] of the second model's projection."""
+        """[B,L,D] of the layers before the last, side by side, and [B,P] of the second model's projection.
+
+        Of several windows, the pooled text is that of the first, as in sd-scripts.
+        """
         import torch
 
-        skip = self.config.clip_skip or 0
-        outputs = [model(ids_BL, output_hidden_states=True) for model, ids_BL in zip(models, ids, strict=True)]
-        embeds = [clip.hidden_state(output.hidden_states, 2, skip) for output in outputs]
-        return torch.cat(embeds, dim=-1), outputs[-1].text_embeds
+        skip, batch = self.config.clip_skip or 0, len(ids[0])
+        outputs = [model(clip.windows_of(ids_BL), output_hidden_states=True) for model, ids_BL in zip(models, ids, strict=True)]
+        embeds = [clip.joined(clip.hidden_state(output.hidden_states, 2, skip), batch) for output in outputs]
+        return torch.cat(embeds, dim=-1), outputs[-1].text_embeds.unflatten(0, (batch, -1))[:, 0]
 
     def text_memory(self, encoder: TextEncoders, tokens: int) -> int:
         """Of the second encoder, beside what the first has left: all hidden states of both."""
-        return sum(clip.memory(model, tokens) for model in encoder.models)
+        return self.text_windows * sum(clip.memory(model, clip.TOKENS) for model in encoder.models)
 
     def activations(self, denoiser: Any, image_tokens: int, text_tokens: int, dtype: "torch.dtype") -> Activations:
         """Counted in a forward pass without values."""
@@ -203,7 +207,10 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
             components["vae"] = self.load_vae(directory, torch.float32, device)
             decoder = components["vae"].post_quant_conv or components["vae"].decoder
             decoder.register_forward_pre_hook(_to_weights)
-        return load_pipeline(StableDiffusionXLPipeline, directory, device, dtype=dtype, add_watermarker=False, **components)
+        pipeline = load_pipeline(StableDiffusionXLPipeline, directory, device, dtype=dtype, add_watermarker=False, **components)
+        if self.text_windows > 1:
+            self.encode_own_texts(pipeline, lambda: _encoders(pipeline), lambda _text: True)
+        return pipeline
 
     def pipeline_texts(self, texts: Mapping[str, "torch.Tensor"]) -> dict[str, Any]:
         """Embeddings and pooled embeddings of one prompt."""
@@ -239,6 +246,12 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
             vae=vae, text_encoder=first, text_encoder_2=second, tokenizer=tokenizers[0], tokenizer_2=tokenizers[1],
             unet=denoiser, scheduler=EulerDiscreteScheduler(timestep_spacing="leading", **unet.SCHEDULE), add_watermarker=False,
         ).save_pretrained(directory)  # fmt: skip
+
+
+def _encoders(pipeline: Any) -> TextEncoders:
+    return TextEncoders(
+        tokenizers=(pipeline.tokenizer, pipeline.tokenizer_2), models=(pipeline.text_encoder, pipeline.text_encoder_2)
+    )
 
 
 def time_ids(geometry_BG: "torch.Tensor") -> "torch.Tensor":

@@ -3,7 +3,7 @@
 Sources: diffusers, `pipelines/stable_diffusion/pipeline_stable_diffusion.py` and
 `examples/text_to_image/train_text_to_image_lora.py`; Rombach et al. 2022 (latent diffusion, arXiv 2112.10752).
 
-Shape legend: B batch, C latent channels (4), H W latent cells, L text tokens (77), D text width.
+Shape legend: B batch, C latent channels (4), H W latent cells, L text tokens (77, or 75 a window and 2), D text width.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,9 +34,10 @@ class ClipTextEncoder:
 
 
 class StableDiffusion(latent_diffusion.LatentDiffusion):
-    """Text to image with one CLIP encoder. Text item: `embeds` [77,D], the normed last hidden state, and `input_ids` [77].
+    """Text to image with one CLIP encoder. Text item: `embeds` [L,D], the normed last hidden state, and `input_ids` [77].
 
     Padding is included. Where the encoder's configuration says so it is masked, and the item holds `attention_mask` [77].
+    With `max_text_tokens` above 75 ids and mask are those of all windows, one after another.
     """
 
     name = "stable-diffusion"
@@ -77,8 +78,8 @@ class StableDiffusion(latent_diffusion.LatentDiffusion):
         return {**shape, **self.skip_options()}
 
     def text_flops(self, directory: Path, tokens: int) -> float:
-        """Of 77 tokens, whatever the text's own number."""
-        return clip.flops(directory / "text_encoder")
+        """Of 77 tokens a window, whatever the text's own number."""
+        return self.text_windows * clip.flops(directory / "text_encoder")
 
     def load_text_encoder(
         self, directory: Path, dtype: "torch.dtype", device: "torch.device", place: PutOnDevice = move
@@ -98,7 +99,7 @@ class StableDiffusion(latent_diffusion.LatentDiffusion):
 
         model = encoder.model
         with torch.inference_mode():
-            batch = clip.tokenised(encoder.tokenizer, captions, model.device)
+            batch = clip.tokenised(encoder.tokenizer, captions, model.device, self.text_windows)
             read = {"input_ids": batch["input_ids"].to(torch.int32)}
             if getattr(model.config, "use_attention_mask", False):
                 read["attention_mask"] = batch["attention_mask"].to(torch.int32)
@@ -118,18 +119,18 @@ class StableDiffusion(latent_diffusion.LatentDiffusion):
         return {**texts, "embeds": self._embeds(encoders["text_encoder"], texts)}
 
     def _embeds(self, model: Any, texts: Mapping[str, Any]) -> "torch.Tensor":
-        """[B,77,D]: the normed last hidden state, or with `clip_skip` an earlier one, normed by the same layer."""
-        ids, mask, skip = texts["input_ids"], texts.get("attention_mask"), self.config.clip_skip
+        """[B,L,D]: the normed last hidden state, or with `clip_skip` an earlier one, normed by the same layer."""
+        ids, mask, skip = clip.windows_of(texts["input_ids"]), texts.get("attention_mask"), self.config.clip_skip
+        mask = None if mask is None else clip.windows_of(mask)
         if skip is None:
-            embeds: torch.Tensor = model(ids, attention_mask=mask)[0]
-            return embeds
+            return clip.joined(model(ids, attention_mask=mask)[0], len(texts["input_ids"]))
         states = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
-        normed: torch.Tensor = getattr(model, "text_model", model).final_layer_norm(clip.hidden_state(states, 1, skip))
-        return normed
+        normed = getattr(model, "text_model", model).final_layer_norm(clip.hidden_state(states, 1, skip))
+        return clip.joined(normed, len(texts["input_ids"]))
 
     def text_memory(self, encoder: ClipTextEncoder, tokens: int) -> int:
         """Of the widest part of a layer."""
-        return clip.memory(encoder.model, tokens)
+        return self.text_windows * clip.memory(encoder.model, clip.TOKENS)
 
     def activations(self, denoiser: Any, image_tokens: int, text_tokens: int, dtype: "torch.dtype") -> Activations:
         """Counted in a forward pass without values."""
@@ -149,6 +150,12 @@ class StableDiffusion(latent_diffusion.LatentDiffusion):
         pipeline = load_pipeline(StableDiffusionPipeline, directory, device, dtype=dtype, **left_out, **components)
         if self.config.clip_skip is not None:
             pipeline.encode_prompt = _with_text_model(pipeline.text_encoder)(pipeline.encode_prompt)
+        if self.text_windows > 1:
+            self.encode_own_texts(
+                pipeline,
+                lambda: ClipTextEncoder(tokenizer=pipeline.tokenizer, model=pipeline.text_encoder),
+                lambda _text: True,
+            )
         return pipeline
 
     def pipeline_texts(self, texts: Mapping[str, "torch.Tensor"]) -> dict[str, Any]:

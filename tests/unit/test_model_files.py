@@ -153,7 +153,7 @@ def model(linked: Callable[[str, Path], Path], tmp_path: Path) -> Path:
         ("vae/config.json", {"scaling_factor": float("nan")}, "`scaling_factor` is nan, which is not a finite number"),
         ("vae/config.json", {"block_out_channels": [1e9]}, "`block_out_channels` holds 1000000000.0, where a whole number"),
         ("vae/config.json", {"block_out_channels": [10**9] * 4}, r"describes a tensor \[1000000000, 3, 3, 3\]"),
-        ("vae/config.json", {"norm_num_groups": 0}, "could be built without `norm_num_groups`, which is 0"),
+        ("vae/config.json", {"act_fn": "nope"}, "could be built without `act_fn`, which is 'nope'"),
         ("vae/config.json", {"block_out_channels": [8, 8, 16, 16]}, r"conv_in\.weight is \[4, 3, 3, 3\] there.*\[8, 3, 3, 3\]"),
         ("vae/config.json", {"layers_per_block": 10**9}, "more layers than the [0-9]+ tensors beside it"),
         ("vae/config.json", {"layers_per_block": 2}, "lacks [0-9]+ of the tensors"),

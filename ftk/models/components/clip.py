@@ -1,6 +1,10 @@
-"""CLIP text encoders, as Stable Diffusion has one of and SDXL two: 77 tokens a text, padding included.
+"""CLIP text encoders, as Stable Diffusion has one of and SDXL two: 77 tokens at a time, padding included.
 
-Shape legend: B batch, L text tokens (77), D text width.
+A longer text is encoded in windows of 75 tokens, each with a beginning and an end of its own, whose hidden states are then put
+in a row between the first beginning and the last end. Source: sd-scripts' `max_token_length`, `_get_input_ids` in
+`library/strategy_base.py` and `encode_tokens` in `library/strategy_sd.py`.
+
+Shape legend: B batch, N windows, L text tokens (75 N + 2), D text width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 TOKENS = 77
+"""What a text encoder takes at a time, with the beginning and the end of a text."""
+_WINDOW = 75
 _BLOCK = "CLIPEncoderLayer"
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 TARGETS: Mapping[str, TargetGroup] = {
@@ -68,20 +74,58 @@ def load_tokenizer(directory: Path, name: str) -> Any:
     return tokenizer
 
 
-def tokenised(tokenizer: Any, captions: Sequence[str], device: "torch.device") -> Any:
-    """`input_ids` and `attention_mask`, each [B,77], cut and padded by the tokenizer's own rule, as the pipelines do."""
-    return tokenizer(
-        list(captions), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
-    ).to(device)  # fmt: skip
+def tokenised(tokenizer: Any, captions: Sequence[str], device: "torch.device", windows: int = 1) -> "dict[str, torch.Tensor]":
+    """`input_ids` and `attention_mask`, each [B,77 N], cut and padded by the tokenizer's own rule, as the pipelines do."""
+    found = tokenizer(
+        list(captions), padding="max_length", max_length=_WINDOW * windows + 2, truncation=True, return_tensors="pt"
+    ).to(device)
+    ids_BL, mask_BL = found["input_ids"], found["attention_mask"]
+    if windows > 1:
+        ids_BL, mask_BL = _in_windows(ids_BL), _in_windows(mask_BL)
+        _end_windows(ids_BL, tokenizer)
+    return {"input_ids": ids_BL.flatten(1), "attention_mask": mask_BL.flatten(1)}
 
 
-def tokens_cut(tokenizer: Any, captions: Sequence[str]) -> list[int]:
+def _in_windows(tokens_BL: "torch.Tensor") -> "torch.Tensor":
+    """[B,N,77]: each window between the first token of all and the last."""
+    import torch
+
+    first, last = tokens_BL[:, :1], tokens_BL[:, -1:]
+    windows = [torch.cat([first, window, last], dim=1) for window in tokens_BL[:, 1:-1].split(_WINDOW, dim=1)]
+    return torch.stack(windows, dim=1)
+
+
+def _end_windows(ids_BNL: "torch.Tensor", tokenizer: Any) -> None:
+    """Where padding is not the end of a text, put an end behind a full window, and at the beginning of an empty one."""
+    end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if padding == end:
+        return
+    is_full = (ids_BNL[..., -2] != end) & (ids_BNL[..., -2] != padding)
+    ids_BNL[..., -1].masked_fill_(is_full, end)
+    ids_BNL[..., 1].masked_fill_(ids_BNL[..., 1] == padding, end)
+
+
+def windows_of(tokens_BL: "torch.Tensor") -> "torch.Tensor":
+    """[B N,77] of what `tokenised` gives: what the text encoder takes."""
+    return tokens_BL.reshape(-1, TOKENS)
+
+
+def joined(states_WLD: "torch.Tensor", batch: int) -> "torch.Tensor":
+    """[B,75 N + 2,D]: the hidden states of windows in a row; the first one's beginning and the last one's end stay."""
+    import torch
+
+    states_BNLD = states_WLD.unflatten(0, (batch, -1))
+    return torch.cat([states_BNLD[:, 0, :1], states_BNLD[:, :, 1:-1].flatten(1, 2), states_BNLD[:, -1, -1:]], dim=1)
+
+
+def tokens_cut(tokenizer: Any, captions: Sequence[str], windows: int = 1) -> list[int]:
     """How many tokens of each caption `tokenised` leaves out."""
-    return [max(0, len(ids) - TOKENS) for ids in tokenizer(list(captions), verbose=False)["input_ids"]]
+    most = _WINDOW * windows + 2
+    return [max(0, len(ids) - most) for ids in tokenizer(list(captions), verbose=False)["input_ids"]]
 
 
 def hidden_state(states: "Sequence[torch.Tensor]", from_end: int, skip: int) -> "torch.Tensor":
-    """[B,77,D]: one of a text encoder's hidden states, that of its embeddings first, `skip` layers before the usual one.
+    """[B N,77,D]: one of a text encoder's hidden states, that of its embeddings first, `skip` layers before the usual one.
 
     Args:
         from_end: where the usual one stands, counted from the end: 1 is the last.

@@ -1,8 +1,10 @@
-"""What Stable Diffusion and SDXL share as families: U-Net, VAE, noise, and texts of 77 tokens."""
+"""What Stable Diffusion and SDXL share as families: U-Net, VAE, noise, and texts of 77 tokens or a few windows of them."""
 
-from collections.abc import Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
@@ -32,6 +34,9 @@ SINGLE_FILE: Mapping[str, Sequence[Layout]] = {
 class LatentDiffusionConfig(FamilyConfig):
     """Settings under `model:`."""
 
+    max_text_tokens: Literal[75, 150, 225] = Field(
+        default=75, description="tokens of a caption that are kept; more than 75 are encoded in windows of 75, as sd-scripts do"
+    )
     clip_skip: int | None = Field(
         default=None, ge=1, le=11, description="layers of CLIP that are left out at the end, as diffusers counts them"
     )
@@ -42,7 +47,6 @@ class LatentDiffusion:
 
     Config: ClassVar[type[BaseModel]] = LatentDiffusionConfig
     geometry = unet.GEOMETRY
-    max_text_tokens = clip.TOKENS
     pads_texts = True
     sigma_defaults: Mapping[str, Any] = {}
     native_sizes: tuple[tuple[int, int], ...]
@@ -56,9 +60,21 @@ class LatentDiffusion:
     trainable_encoders: tuple[str, ...]
     kohya_names_are_original = False
     """Whether sd-scripts name the U-Net's layers as in the original model, not as diffusers."""
+    encode_texts: Callable[..., "list[dict[str, torch.Tensor]]"]
+    pipeline_texts: Callable[..., dict[str, Any]]
 
     def __init__(self, config: LatentDiffusionConfig | None = None) -> None:
         self.config = config or LatentDiffusionConfig()
+
+    @property
+    def max_text_tokens(self) -> int:
+        """With the beginning and the end of a text: 77 by default."""
+        return int(self.config.max_text_tokens) + 2
+
+    @property
+    def text_windows(self) -> int:
+        """How many times a text encoder reads 77 tokens of a text."""
+        return int(self.config.max_text_tokens) // 75
 
     def load_vae(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
         """AutoencoderKL, frozen."""
@@ -85,13 +101,13 @@ class LatentDiffusion:
         return kl_vae.decode(vae, latents_BCHW)
 
     def text_lengths(self, encoder: Any, captions: Sequence[str]) -> list[int]:
-        """Always 77."""
-        return [clip.TOKENS] * len(captions)
+        """Always the most: texts are padded."""
+        return [self.max_text_tokens] * len(captions)
 
     def tokens_cut(self, directory: Path, captions: Sequence[str]) -> list[int]:
         """By the tokenizer that makes most of each."""
         names = [name for name in self.text_components if name.startswith("tokenizer")]
-        counts = [clip.tokens_cut(clip.load_tokenizer(directory, name), captions) for name in names]
+        counts = [clip.tokens_cut(clip.load_tokenizer(directory, name), captions, self.text_windows) for name in names]
         return [max(each) for each in zip(*counts, strict=True)]
 
     def load_denoiser(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
@@ -103,7 +119,7 @@ class LatentDiffusion:
         return unet.load_schedule(directory)
 
     def collate_texts(self, texts: Sequence[Mapping[str, "torch.Tensor"]]) -> dict[str, "torch.Tensor | None"]:
-        """Each tensor [B,77,...]: all texts have one length, and the U-Net takes no mask."""
+        """Each tensor [B,L,...]: all texts have one length, and the U-Net takes no mask."""
         import torch
 
         return {name: torch.stack([text[name] for text in texts]) for name in texts[0]}
@@ -120,6 +136,37 @@ class LatentDiffusion:
         """CLIP's, with `text_model.`."""
         return clip.published_key(key)
 
+    def encode_own_texts(self, pipeline: Any, encoder: Callable[[], Any], is_own: Callable[[str], bool]) -> None:
+        """Have a pipeline take the family's own encoding of texts that diffusers encodes otherwise.
+
+        Args:
+            encoder: the pipeline's text encoders, as `encode_texts` takes them.
+            is_own: whether a text is encoded by the family. If one of a batch is, all of it are.
+        """
+        plain = pipeline.encode_prompt
+        parameters = inspect.signature(plain)
+
+        @functools.wraps(plain)
+        def encode_prompt(*positional: Any, **named: Any) -> Any:
+            arguments = parameters.bind(*positional, **named).arguments
+            prompts = _as_list(arguments.get("prompt"), 1)
+            negative = arguments.get("negative_prompt")
+            if negative is None and self.text_windows > 1:
+                negative = ""
+            for prefix, texts in (("", prompts), ("negative_", _as_list(negative, len(prompts)))):
+                if prompts and any(map(is_own, texts)) and arguments.get(f"{prefix}prompt_embeds") is None:
+                    arguments |= self._pipeline_texts(encoder(), texts, prefix)
+            return plain(**arguments)
+
+        pipeline.encode_prompt = encode_prompt
+
+    def _pipeline_texts(self, encoder: Any, texts: Sequence[str], prefix: str) -> "dict[str, torch.Tensor]":
+        """The arguments that stand for these texts in a pipeline."""
+        import torch
+
+        items = [self.pipeline_texts(item) for item in self.encode_texts(encoder, texts)]
+        return {f"{prefix}{name}": torch.cat([item[name] for item in items]) for name in items[0]}
+
     def generation(self, guidance_scale: float) -> dict[str, Any]:
         """Classifier-free guidance; at 1 or less the pipeline leaves the negative prompt out."""
         return {"guidance_scale": guidance_scale, **self.skip_options()}
@@ -127,3 +174,10 @@ class LatentDiffusion:
     def skip_options(self) -> dict[str, Any]:
         """`clip_skip` where it is set: an option of the pipeline, and part of the texts' fingerprint."""
         return {} if self.config.clip_skip is None else {"clip_skip": self.config.clip_skip}
+
+
+def _as_list(prompt: Any, count: int) -> list[str]:
+    """A pipeline takes one prompt or a list of them, and one negative prompt for all."""
+    if prompt is None:
+        return []
+    return [prompt] * count if isinstance(prompt, str) else list(prompt)
