@@ -91,6 +91,16 @@ class Run:
         """The same if they are on this machine already; see `model_folder.local_components`."""
         return model_folder.local_components(self.family, self.config.model, components, self.paths.models)
 
+    def negative_prompt(self, directory: Path) -> str | None:
+        """What sample images are drawn without: `sample.negative_prompt`, else the family's, of the model in `directory`."""
+        written = self.config.sample.negative_prompt
+        return self.family.unconditional(directory) if written is None else written
+
+    def dropped_text(self, directory: Path) -> str | None:
+        """What dropped captions train: `train.caption_dropout_text`, else the family's own, of the model in `directory`."""
+        written = self.config.train.caption_dropout_text
+        return self.family.unconditional(directory) if written is None else written
+
     @property
     def sample_size(self) -> tuple[int, int]:
         """(width, height) in px of sample images.

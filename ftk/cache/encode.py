@@ -287,7 +287,7 @@ def _refuse_infinite(job: EncodeJob, item: Any, tensors: Tensors) -> None:
     if all(torch.isfinite(tensor).all() for tensor in tensors.values() if tensor.is_floating_point()):
         return
     if isinstance(item, TextItem):
-        what, setting, dtype = f"caption {item.caption[:60]!r}", "text_stored", job.config.stored_text_dtype
+        what, setting, dtype = f"caption {(item.caption or '')[:60]!r}", "text_stored", job.config.stored_text_dtype
     else:
         what, setting, dtype = f"sample {item.key}", "latents_dtype", job.config.latents_dtype
     raise CacheError(

@@ -47,10 +47,13 @@ class ImageItem:
 
 @dataclass(frozen=True, slots=True)
 class TextItem:
-    """A caption, the empty one or a prompt; with the references that the text encoder sees beside it, if it sees any."""
+    """A caption, what stands for none, or a prompt; with the references that the text encoder sees beside it, if any.
+
+    `caption` is None for no text at all: see `Family.unconditional`.
+    """
 
     id: str
-    caption: str
+    caption: str | None
     references: tuple[ImageItem, ...] = ()
 
 
@@ -65,8 +68,8 @@ class Unit(Generic[Item]):
     items: tuple[Item, ...]
 
 
-def text_id(caption: str, references: Sequence[str] = ()) -> str:
-    """Names a caption, with the ids of the references that its encoding depends on: equal ones are stored once."""
+def text_id(caption: str | None, references: Sequence[str] = ()) -> str:
+    """Names a caption, or no text, with the ids of the references that its encoding depends on: equal ones are stored once."""
     return storage.digest(["text", caption, *([list(references)] if references else [])])
 
 
@@ -85,22 +88,22 @@ def control_ids(ids: pa.ChunkedArray, needs: CacheNeeds) -> pa.ChunkedArray:
     return pa.chunked_array([pa.ListArray.from_arrays(offsets, flat)])
 
 
-def needed_texts(captions: pa.ChunkedArray, prompts: Iterable[TextItem]) -> Iterator[TextItem]:
-    """Every text that training and its sample images need, each once: captions (lists, one per sample), empty, prompts."""
-    distinct: list[str] = pc.unique(pc.list_flatten(captions)).to_pylist()
-    yield from _each_once([*(TextItem(text_id(caption), caption) for caption in [*distinct, ""]), *prompts])
+def needed_texts(captions: pa.ChunkedArray, prompts: Iterable[TextItem], dropped: str | None) -> Iterator[TextItem]:
+    """Every text that training and its sample images need, each once: captions (lists), what dropped ones train, prompts."""
+    distinct: list[str | None] = pc.unique(pc.list_flatten(captions)).to_pylist()
+    yield from _each_once([*(TextItem(text_id(caption), caption) for caption in [*distinct, dropped]), *prompts])
 
 
-def needed_texts_of_edits(tables: Iterable[pa.Table], prompts: Iterable[TextItem]) -> Iterator[TextItem]:
-    """The same where texts depend on references: each sample's captions, and the empty one, beside its own references."""
+def needed_texts_of_edits(tables: Iterable[pa.Table], prompts: Iterable[TextItem], dropped: str | None) -> Iterator[TextItem]:
+    """The same where texts depend on references: each sample's captions, and the dropped one, beside its own references."""
 
     def all_of() -> Iterator[TextItem]:
         for table in tables:
             for row in table.select([*IMAGE_COLUMNS, "captions", *_REFERENCE_COLUMNS]).to_pylist():
                 references = tuple(_references(row))
-                for caption in [*row["captions"], ""]:
+                for caption in [*row["captions"], dropped]:
                     yield TextItem(text_id(caption, [each.id for each in references]), caption, references)
-        yield TextItem(text_id(""), "")
+        yield TextItem(text_id(dropped), dropped)
         yield from prompts
 
     return _each_once(all_of())
@@ -155,7 +158,7 @@ def picture_bytes(picture: ImageItem, geometry: LatentGeometry, itemsize: int) -
 
 def text_bytes(text: TextItem, token_bytes: int) -> int:
     """A guess at one text item's size before it is tokenised; it only decides where a shard ends."""
-    return (len(text.caption.encode("utf-8", "replace")) // _BYTES_A_TOKEN + _TOKENS_OF_A_TEMPLATE) * token_bytes
+    return (len((text.caption or "").encode("utf-8", "replace")) // _BYTES_A_TOKEN + _TOKENS_OF_A_TEMPLATE) * token_bytes
 
 
 def units(needed: Iterable[Item], size: Callable[[Item], int], shard_bytes: int, there: Container[str]) -> Iterator[Unit[Item]]:

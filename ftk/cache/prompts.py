@@ -1,9 +1,11 @@
 """What sample images are drawn from: the texts and images of `sample.prompts`, as items of the cache."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ftk.cache import plan
 from ftk.cache.plan import ImageItem, TextItem
+from ftk.configs.schema import negative_key
 from ftk.errors import ConfigError
 from ftk.methods.base import HasControls
 from ftk.pipeline import prompt_images
@@ -24,8 +26,11 @@ class Prompts:
         return [item for part in (self.references, self.controls) for items in part.values() for item in items]
 
 
-def of(run: Run) -> Prompts:
+def of(run: Run, model: Path) -> Prompts:
     """The prompts of a run and the negative one; nothing where there are no prompts.
+
+    Args:
+        model: the folder of the base model.
 
     Raises:
         ConfigError: an image cannot be read, or the family or method has no use for it.
@@ -48,12 +53,12 @@ def of(run: Run) -> Prompts:
             prompts.controls[key] = controls if is_latents else tuple(map(plan.as_pixels, controls))
         references = _seen_by_texts(run, prompts, key)
         prompts.texts[key] = _text(entry.prompt, references)
+    negative = run.negative_prompt(model) if settings.entries else None
     for entry in settings.entries:
         references = _seen_by_texts(run, prompts, entry.key())
         # Where texts do not depend on references all prompts share one negative prompt.
-        prompts.texts[entry.key(settings.negative_prompt) if references else settings.negative_prompt] = _text(
-            settings.negative_prompt, references
-        )
+        key = entry.key(negative) if references else negative_key(negative)
+        prompts.texts[key] = _text(negative, references)
     return prompts
 
 
@@ -69,7 +74,7 @@ def _seen_by_texts(run: Run, prompts: Prompts, key: str) -> tuple[ImageItem, ...
     return prompts.references.get(key, ()) if rule is not None and rule.in_texts else ()
 
 
-def _text(caption: str, references: tuple[ImageItem, ...]) -> TextItem:
+def _text(caption: str | None, references: tuple[ImageItem, ...]) -> TextItem:
     return TextItem(plan.text_id(caption, [each.id for each in references]), caption, references)
 
 

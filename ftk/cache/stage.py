@@ -117,11 +117,16 @@ class _Work:
         rule = self.run.family.references
         return rule is not None and rule.in_texts and self.dataset.has_references
 
+    @property
+    def dropped_text(self) -> str | None:
+        """What a sample trains on without its caption."""
+        return self.run.dropped_text(self.model)
+
     def needed_texts(self) -> Iterator[plan.TextItem]:
         """Every text, in the order in which shards are cut."""
         if self.texts_see_references:
-            return plan.needed_texts_of_edits(self.dataset.tables(), self.prompts.texts.values())
-        return plan.needed_texts(self.captions, self.prompts.texts.values())
+            return plan.needed_texts_of_edits(self.dataset.tables(), self.prompts.texts.values(), self.dropped_text)
+        return plan.needed_texts(self.captions, self.prompts.texts.values(), self.dropped_text)
 
 
 def run(run: Run, part: JobPart = WHOLE) -> CacheReport:
@@ -193,7 +198,7 @@ def _plan(run: Run, directory: Path) -> _Work:
         directory=directory,
         dataset=dataset,
         captions=captions,
-        prompts=prompts.of(run),
+        prompts=prompts.of(run, model),
         kinds=kinds,
     )
     itemsize = getattr(torch, config.cache.latents_dtype).itemsize
@@ -373,7 +378,7 @@ def _seal(work: _Work) -> dict[str, pa.Table]:
         "normalisation": work.run.family.normalisation(work.model),
         "prepared_fingerprint": work.dataset.manifest.fingerprint,
         "prepared_recipe": without_places(work.dataset.manifest.recipe, work.run.config),
-        "empty_text": plan.text_id(""),
+        "empty_text": plan.text_id(work.dropped_text),
         "prompts": {key: item.id for key, item in work.prompts.texts.items()},
         "prompt_images": _prompt_images(work.prompts),
     }
@@ -424,10 +429,12 @@ def _text_ids(work: _Work, captions: pa.ListArray, table: pa.Table) -> pa.Array:
 
 
 def _empty_texts(work: _Work, table: pa.Table) -> pa.Array:
-    """The empty caption beside each sample's references; "" where one serves all."""
+    """The text of dropped captions beside each sample's references; "" where one serves all."""
     if not work.texts_see_references:
         return pa.array([""] * len(table), pa.string())
-    return pa.array([plan.text_id("", references) for references in table["reference_ids"].to_pylist()], pa.string())
+    dropped = work.dropped_text
+    rows = table["reference_ids"].to_pylist()
+    return pa.array([plan.text_id(dropped, references) for references in rows], pa.string())
 
 
 def _report_of_part(work: _Work, num_left: int) -> CacheReport:
@@ -449,7 +456,7 @@ def _texts_cut(work: _Work, stored: pa.Table) -> list[tuple[str, int]]:
     """Texts that are longer than the encoder reads, in the order of the samples, and by how many tokens."""
     at_limit = stored.filter(pc.greater_equal(stored["length"], work.run.family.max_text_tokens))
     suspects = set(at_limit["id"].to_pylist())
-    captions = [text.caption for text in work.needed_texts() if text.id in suspects]
+    captions = [text.caption for text in work.needed_texts() if text.id in suspects and text.caption is not None]
     texts_cut: list[tuple[str, int]] = []
     for start in range(0, len(captions), _TOKENISED_AT_ONCE):
         batch = captions[start : start + _TOKENISED_AT_ONCE]

@@ -755,7 +755,10 @@ class TrainConfig(Section):
     posterior: Literal["sample", "mean", "frozen"] = Field(
         default="sample", description="draw latents afresh each epoch, use the mean, or one draw for good"
     )
-    caption_dropout: float = Field(default=0.0, ge=0, le=1, description="share of samples that train on the empty caption")
+    caption_dropout: float = Field(default=0.0, ge=0, le=1, description="share of samples that train without their caption")
+    caption_dropout_text: str | None = Field(
+        default=None, description="what these train on; the family's own text for no prompt by default"
+    )
     validation: ValidationConfig = ValidationConfig()
     precision: Literal["auto", "bf16", "fp32"] = Field(
         default="bf16", description="of the frozen weights and the computation; auto: bf16 where the device computes in it"
@@ -802,6 +805,18 @@ class TrainConfig(Section):
         tree: dict[str, Any] = handler(self)
         return tree if self.epochs is None else {name: value for name, value in tree.items() if name != "steps"}
 
+    @field_validator("caption_dropout_text")
+    @classmethod
+    def _dropped_text_is_text(cls, value: str | None) -> str | None:
+        _require_text(value or "")
+        return value
+
+    @model_validator(mode="after")
+    def _dropped_text_takes_effect(self) -> Self:
+        if not self.caption_dropout:
+            _require_default(self, "caption_dropout_text", "caption_dropout")
+        return self
+
     @model_validator(mode="after")
     def _micro_batch_is_part_of_a_step(self) -> Self:
         if self.micro_batch_size > self.global_batch_size:
@@ -819,6 +834,11 @@ class AddedAdapterConfig(Section):
     strength: float = Field(default=1.0, ge=-10, le=10)
 
 
+def negative_key(negative: str | None) -> str:
+    """What a cache lists a negative prompt under; no text has a key that no prompt has."""
+    return "\0" if negative is None else negative
+
+
 class PromptConfig(Section):
     """A prompt, with the images that are drawn from."""
 
@@ -826,9 +846,9 @@ class PromptConfig(Section):
     references: tuple[str, ...] = Field(default=(), description="files of input images, for an edit model")
     controls: tuple[str, ...] = Field(default=(), description="files of control images, for a method that reads them")
 
-    def key(self, text: str | None = None) -> str:
-        """What a cache lists this prompt under, or another text that goes with the same images; no path is in it."""
-        text = self.prompt if text is None else text
+    def key(self, negative: str | Literal[False] | None = False) -> str:
+        """What a cache lists this prompt under, or the negative one that goes with the same images; no path is in it."""
+        text = self.prompt if negative is False else negative_key(negative)
         files = [list(self.references), list(self.controls)]
         return f"{text} #{hashlib.sha256(repr(files).encode()).hexdigest()[:12]}" if any(files) else text
 
@@ -849,7 +869,9 @@ class SampleConfig(Section):
     """Images drawn to look at. `strength` and `adapters` are for `ftk sample`: training draws the weights as they are."""
 
     prompts: tuple[Prompt, ...] = Field(default=(), description="prompts; with images: {prompt: ..., references: [FILE]}")
-    negative_prompt: str = " "
+    negative_prompt: str | None = Field(
+        default=None, description="what is not to be seen; the family's own text for no prompt by default"
+    )
     every: int | None = Field(default=None, ge=1, description="steps between sample images while training; none by default")
     at_start: bool = Field(default=False, description="sample images before the first step, too: of what training begins with")
     num_inference_steps: int = Field(default=30, ge=1)
@@ -867,8 +889,8 @@ class SampleConfig(Section):
 
     @field_validator("prompts", "negative_prompt")
     @classmethod
-    def _prompts_are_text(cls, value: tuple[Prompt, ...] | str) -> tuple[Prompt, ...] | str:
-        for prompt in (value,) if isinstance(value, str) else value:
+    def _prompts_are_text(cls, value: tuple[Prompt, ...] | str | None) -> tuple[Prompt, ...] | str | None:
+        for prompt in (value,) if isinstance(value, str) else value or ():
             _require_text(prompt if isinstance(prompt, str) else prompt.prompt)
         return value
 

@@ -60,19 +60,20 @@ def _run(run: Run, choice: Choice, adapter: Path) -> SampleReport:
     dtype = getattr(torch, choice.dtype) if choice.dtype else run_dtype(run)
     directory = run.locate(run.all_components)
     images = _prompt_images(run, directory, device, dtype)
+    negative = run.negative_prompt(directory)
     pipeline = run.family.pipeline(directory, dtype, device)
     files = mixing.read(run.family, pipeline, added)
     own = {} if run.trains_base else {mixing.OWN: config.sample.strength}
     num_columns = 3 if added else 2
     with track("sample", num_columns * len(config.sample.prompts), "image") as progress:
         # The base model takes the references of an edit model, and knows nothing of a method's control images.
-        columns = [_draw_all(pipeline, run, [replace(each, controls=()) for each in images], progress)]
+        columns = [_draw_all(pipeline, run, [replace(each, controls=()) for each in images], negative, progress)]
         pipeline = run.method.load_into(run.family, pipeline, adapter)
         mixing.set_strengths(pipeline, own)
-        columns.append(_draw_all(pipeline, run, images, progress))
+        columns.append(_draw_all(pipeline, run, images, negative, progress))
         if added:
             mixing.add(run.family, pipeline, own, [(file, each.strength) for file, each in zip(files, added, strict=True)])
-            columns.append(_draw_all(pipeline, run, images, progress))
+            columns.append(_draw_all(pipeline, run, images, negative, progress))
     del pipeline
     gc.collect()
     path = run.paths.run / "samples" / f"base-and-{_file_name(run, choice)}.png"
@@ -127,7 +128,7 @@ class _PromptImages:
 
 def _prompt_images(run: Run, directory: Path, device: torch.device, dtype: torch.dtype) -> list[_PromptImages]:
     """What each prompt is drawn from besides its text, encoded as `ftk cache` encodes it."""
-    prompts = cached_prompts.of(run)
+    prompts = cached_prompts.of(run, directory)
     vae = run.family.load_vae(directory, torch.float32, device) if prompts.images else None
 
     def tensor(item: ImageItem) -> torch.Tensor:
@@ -145,12 +146,14 @@ def _prompt_images(run: Run, directory: Path, device: torch.device, dtype: torch
     ]
 
 
-def _draw_all(pipeline: Any, run: Run, images: Sequence[_PromptImages], progress: ProgressBar) -> list[Image.Image]:
+def _draw_all(
+    pipeline: Any, run: Run, images: Sequence[_PromptImages], negative: str | None, progress: ProgressBar
+) -> list[Image.Image]:
     drawn = []
     for position, (entry, shown) in enumerate(zip(run.config.sample.entries, images, strict=True)):
         arguments: dict[str, Any] = {"prompt": entry.prompt}
-        if run.config.sample.guidance_scale > 1:
-            arguments["negative_prompt"] = run.config.sample.negative_prompt
+        if run.config.sample.guidance_scale > 1 and negative is not None:
+            arguments["negative_prompt"] = negative
         arguments |= image_arguments(run, shown.references, shown.controls)
         drawn.append(generate(pipeline, run, arguments, position))
         progress.advance(1)

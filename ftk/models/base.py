@@ -199,6 +199,12 @@ class Family(Protocol):
     def check(self, directory: Path) -> None:
         """Raise `ModelError` unless `directory` is a model of this family in the Diffusers layout."""
 
+    def unconditional(self, directory: Path) -> str | None:
+        """The text that its pipeline draws without: the negative prompt where none is given, and what dropped captions train.
+
+        None: no text, whose encoding is zeros.
+        """
+
     def text_options(self) -> dict[str, Any]:
         """What shapes text embeddings besides the weights (the template): part of the fingerprint."""
 
@@ -232,17 +238,18 @@ class Family(Protocol):
         """Tokenizer and text encoder, frozen, put onto the device by `place`; whatever object `encode_texts` takes."""
 
     def encode_texts(
-        self, encoder: Any, captions: Sequence[str], references: "Sequence[Sequence[torch.Tensor]]" = ()
+        self, encoder: Any, captions: Sequence[str | None], references: "Sequence[Sequence[torch.Tensor]]" = ()
     ) -> list[dict[str, "torch.Tensor"]]:
         """One dict of unpadded tensors per caption, on the encoder's device.
 
         A caption's result does not depend on the other captions of its batch, beyond the rounding of the precision.
 
         Args:
+            captions: None among them only of a family whose `unconditional` can be None.
             references: of a family with `references.in_texts`, for each caption its input images: [3,H,W] in [-1, 1].
         """
 
-    def text_lengths(self, encoder: Any, captions: Sequence[str]) -> list[int]:
+    def text_lengths(self, encoder: Any, captions: Sequence[str | None]) -> list[int]:
         """How many tokens `encode_texts` will keep of each caption, at most `max_text_tokens`; no model runs."""
 
     def tokens_cut(self, directory: Path, captions: Sequence[str]) -> list[int]:

@@ -125,6 +125,10 @@ class QwenImage:
         """The one model; a file of it holds the transformer alone."""
         return "Qwen/Qwen-Image"
 
+    def unconditional(self, directory: Path) -> str:
+        """A space: what the model's own examples give as the negative prompt. Without one its pipeline has no guidance."""
+        return " "
+
     def text_options(self) -> dict[str, Any]:
         """The prompt template and the cut."""
         return {"template": TEMPLATE, "prefix_tokens": PREFIX_TOKENS, "max_text_tokens": self.max_text_tokens}

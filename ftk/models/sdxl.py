@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ConfigError, ModelError
 from ftk.models.base import Activations, Conditions, Model, PutOnDevice, Texts, move
-from ftk.models.components import clip, kl_vae, latent_diffusion, unet
+from ftk.models.components import clip, configuration, kl_vae, latent_diffusion, unet
 from ftk.models.components.geometry import SampleGeometry
 from ftk.models.components.loading import check_pipeline, check_vocabulary, hide_progress_bars, load_pipeline
 from ftk.models.components.single_file import Layout
@@ -33,6 +33,7 @@ NATIVE_SIZES = (
     (512, 2048),
 )
 """(width, height) in px that the model was trained at: Podell et al., appendix I. 704 x 1344 is not among them."""
+_NO_TOKEN = -1
 _TEXT_ITEM = ("embeds", "pooled", "input_ids", "input_ids_2")
 
 
@@ -86,6 +87,14 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
             raise ModelError("this is not an SDXL checkpoint: its U-Net is not told of sizes. Is it of stable-diffusion?")
         return "stabilityai/stable-diffusion-xl-base-1.0"
 
+    def unconditional(self, directory: Path) -> str | None:
+        """No text, where the pipeline's configuration says `force_zeros_for_empty_prompt`, as that of the base model does."""
+        path = directory / "model_index.json"
+        is_zero = configuration.read(path).get("force_zeros_for_empty_prompt", True)
+        if not isinstance(is_zero, bool):
+            raise ModelError(f"{path}: `force_zeros_for_empty_prompt` is {is_zero!r:.80}. It must be true or false.")
+        return None if is_zero else ""
+
     def text_options(self) -> dict[str, Any]:
         """Which layers are read, and how texts are padded."""
         return {
@@ -125,19 +134,26 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
         return TextEncoders(tokenizers=tokenizers, models=(first, place(second, device)))
 
     def encode_texts(
-        self, encoder: TextEncoders, captions: Sequence[str], references: "Sequence[Sequence[torch.Tensor]]" = ()
+        self, encoder: TextEncoders, captions: Sequence[str | None], references: "Sequence[Sequence[torch.Tensor]]" = ()
     ) -> list[dict[str, "torch.Tensor"]]:
-        """As `StableDiffusionXLPipeline.encode_prompt`: the layer before the last of both, not normed, side by side."""
+        """As `StableDiffusionXLPipeline.encode_prompt`: the layer before the last of both, not normed, side by side.
+
+        No text is zeros, with token ids of -1.
+        """
         import torch
 
+        written = [caption or "" for caption in captions]
         with torch.inference_mode():
             ids = [
-                clip.tokenised(tokenizer, captions, model.device, self.text_windows)["input_ids"].to(torch.int32)
+                clip.tokenised(tokenizer, written, model.device, self.text_windows)["input_ids"].to(torch.int32)
                 for tokenizer, model in zip(encoder.tokenizers, encoder.models, strict=True)
             ]
             embeds_BLD, pooled_BP = self._encoded(encoder.models, ids)
-        items = zip(embeds_BLD, pooled_BP, *ids, strict=True)
-        return [{name: row.clone() for name, row in zip(_TEXT_ITEM, item, strict=True)} for item in items]
+        items = [dict(zip(_TEXT_ITEM, item, strict=True)) for item in zip(embeds_BLD, pooled_BP, *ids, strict=True)]
+        return [
+            {name: _nothing(name, row) if caption is None else row.clone() for name, row in item.items()}
+            for caption, item in zip(captions, items, strict=True)
+        ]
 
     def load_encoder(self, directory: Path, name: str, dtype: "torch.dtype", device: "torch.device") -> Any:
         """CLIPTextModel, or CLIPTextModelWithProjection for the second."""
@@ -149,10 +165,16 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
             clip.add_tokens(tokenizer, model, tokens)
 
     def encode_tokens(self, encoders: Mapping[str, Any], texts: Texts) -> dict[str, "torch.Tensor | None"]:
-        """`embeds` and `pooled` from the token ids of both."""
+        """`embeds` and `pooled` from the token ids of both; zeros for those that are no text."""
         models = (encoders["text_encoder"], encoders["text_encoder_2"])
-        embeds_BLD, pooled_BP = self._encoded(models, (texts["input_ids"], texts["input_ids_2"]))
-        return {**texts, "embeds": embeds_BLD, "pooled": pooled_BP}
+        ids: list[Any] = [texts["input_ids"], texts["input_ids_2"]]
+        embeds_BLD, pooled_BP = self._encoded(models, [each.clamp(min=0) for each in ids])
+        is_text_B1 = ids[0][:, :1] >= 0
+        return {
+            **texts,
+            "embeds": embeds_BLD.where(is_text_B1[..., None], 0.0),
+            "pooled": pooled_BP.where(is_text_B1, 0.0),
+        }
 
     def _encoded(self, models: Sequence[Any], ids: Sequence[Any]) -> "tuple[torch.Tensor, torch.Tensor]":
         """[B,L,D] of the layers before the last, side by side, and [B,P] of the second model's projection.
@@ -246,6 +268,13 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
             vae=vae, text_encoder=first, text_encoder_2=second, tokenizer=tokenizers[0], tokenizer_2=tokenizers[1],
             unet=denoiser, scheduler=EulerDiscreteScheduler(timestep_spacing="leading", **unet.SCHEDULE), add_watermarker=False,
         ).save_pretrained(directory)  # fmt: skip
+
+
+def _nothing(name: str, row: "torch.Tensor") -> "torch.Tensor":
+    """What stands in the item of no text for a tensor of this name."""
+    import torch
+
+    return torch.full_like(row, _NO_TOKEN if name.startswith("input_ids") else 0)
 
 
 def _encoders(pipeline: Any) -> TextEncoders:

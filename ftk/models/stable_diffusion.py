@@ -72,6 +72,10 @@ class StableDiffusion(latent_diffusion.LatentDiffusion):
         config_id: str = fetch_diffusers_config(shaped(tensors))["pretrained_model_name_or_path"]
         return config_id
 
+    def unconditional(self, directory: Path) -> str:
+        """The empty text."""
+        return ""
+
     def text_options(self) -> dict[str, Any]:
         """Which layer is read, and how texts are padded."""
         shape = {"layer": "last, normed", "padding": "max_length", "max_text_tokens": self.max_text_tokens}

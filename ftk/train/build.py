@@ -12,6 +12,7 @@ import torch
 
 from ftk import devices
 from ftk.cache import fingerprint
+from ftk.cache.plan import text_id
 from ftk.configs.schema import ScheduleConfig, TrainConfig
 from ftk.methods import base as methods
 from ftk.models.base import Model, load_model
@@ -149,7 +150,14 @@ def _identities(inputs: Inputs, trained_on: TrainedOn | None) -> dict[str, Any]:
         **({"start_from": inputs.sizes.start.digest} if inputs.sizes.start is not None else {}),
         "dtype": plan.dtype,
         "base": plan.base,
+        **_dropped_text(inputs),
     }
+
+
+def _dropped_text(inputs: Inputs) -> dict[str, str]:
+    """The item of the text that dropped captions train, where there are any; the empty text goes without saying."""
+    item = inputs.store.manifest.empty_text
+    return {"dropped_text": item} if inputs.run.config.train.caption_dropout and item != text_id("") else {}
 
 
 def _validation(inputs: Inputs, builder: BatchBuilder, recorder: Recorder, checkpoints: Checkpoints) -> list[Hook]:

@@ -38,8 +38,8 @@ _WEIGHTS, _OPTIMIZER, _TRAINER = "adapter", "optimizer", "trainer.json"
 _FILE_BYTES = 4 << 30
 """About the largest file that is written: each is put together in host memory."""
 _FREE = {"checkpoint_every", "keep_last", "keep_every", "log_every", "trackers", "project", "device", "sharding",
-         "timeout_seconds", "max_bad_steps", "micro_batch_size", "start_from"}  # fmt: skip
-# What a run starts from counts by its digest, wherever it lies.
+         "timeout_seconds", "max_bad_steps", "micro_batch_size", "start_from", "caption_dropout_text"}  # fmt: skip
+# What a run starts from counts by its digest, wherever it lies; the text of dropped captions as it is in the cache.
 # Which share is held out is part of the order; these only say what is done with it.
 _FREE_VALIDATION = {"every", "samples", "sigmas", "patience"}
 # Where things are computed changes their rounding alone; 8-bit weights are other weights.
@@ -50,6 +50,7 @@ _DIGESTS = {
     "latents": "images were encoded with another VAE, or other settings of it",
     "texts": "captions were encoded with other text encoders, or other settings of them",
     "denoiser": "the weights of the base model are others",
+    "dropped_text": "dropped captions train another text (train.caption_dropout_text)",
 }
 
 

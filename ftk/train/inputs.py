@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 import torch
 
-from ftk.cache import fingerprint
+from ftk.cache import fingerprint, plan
 from ftk.cache.fetch import Download
 from ftk.cache.shards import KINDS
 from ftk.cache.store import CacheStore
@@ -70,7 +70,8 @@ def open_inputs(run: Run, device: torch.device, world_size: int = 1) -> Inputs:
     schedule = family.load_schedule(model)
     sigmas = sigma_distribution(config.train, schedule, family)
     store = open_cache(run)
-    samples.check(run, store)
+    samples.check(run, store, model)
+    _check_dropped_text(run, store, model)
     workload = memory.cached_workload(store.table, family, config.train, world_size)
     order = build_order(config, store)
     return Inputs(
@@ -235,6 +236,20 @@ def open_cache(run: Run) -> CacheStore:
     elif num_unused:
         LOGGER.warning("%d samples have control images, which method %s does not use.", num_unused, run.method.name)
     return store
+
+
+def _check_dropped_text(run: Run, store: CacheStore, model: Path) -> None:
+    """What captions are dropped for must be what the cache holds for that.
+
+    Raises:
+        CacheError: it is another text.
+    """
+    text = run.dropped_text(model)
+    if run.config.train.caption_dropout and store.manifest.empty_text != plan.text_id(text):
+        raise CacheError(
+            f"train.caption_dropout_text: {store.location} holds another text for dropped captions than "
+            f"{'none' if text is None else repr(text)}. Run `ftk cache RUN.yaml`: it encodes that text alone."
+        )
 
 
 def _check_controls(run: Run, store: CacheStore) -> None:

@@ -285,9 +285,10 @@ CHANGES: dict[str, list[Change]] = {
     ],
     "`data.flip`, more `crops` or resolutions": [{"data.flip": True}, {"data.resolutions": [64, 96]}],
     "`repeats`, `role`": [{"data.sources.0.repeats": 3}, {"data.sources.0.role": "class"}],
-    "`sample.prompts`, `sample.negative_prompt`": [
+    "`sample.prompts`, `sample.negative_prompt`, `train.caption_dropout_text`": [
         {"sample.prompts": ["a red circle", "a blue square"]},
         {"sample.negative_prompt": "blurry"},
+        {"train.caption_dropout": 0.1, "train.caption_dropout_text": "a picture"},
     ],
     "weights or configuration of the VAE": [_touch_model("vae/*.safetensors"), _touch_model("vae/config.json")],
     "weights or configuration of the text encoder or tokenizer": [
@@ -543,7 +544,7 @@ def test_names_are_the_digests_that_the_guide_defines(pets):
     for caption in ("", "a cat", 'ein Bär, 熊 \\ "x"'):
         assert digest(["text", caption], 32) == plan.text_id(caption)
     assert f"`{plan.text_id('')}`" in GUIDE
-    assert manifest["empty_text"] == plan.text_id("")
+    assert manifest["empty_text"] == plan.text_id(" ")
     for kind in shards.KINDS:
         assert digest(manifest["encoders"][kind], 16) == manifest[f"{kind}_fingerprint"]
     for receipt in cache.glob(f"*/*/*{shards.RECEIPT}"):

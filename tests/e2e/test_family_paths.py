@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ftk.cache.store import CacheStore
+from ftk.configs.schema import negative_key
 from ftk.models import sdxl
 from ftk.models.components.geometry import SampleGeometry
 from ftk.run import load_run
@@ -87,3 +88,25 @@ def test_sdxl_is_told_of_each_samples_own_size_and_crop(run_file: Callable[..., 
         assert time_ids[0, :2].tolist() == [row["height"], row["width"]]
         seen.add(tuple(time_ids[0].tolist()))
     assert len(seen) > 1
+
+
+def test_dropped_captions_of_sdxl_train_zeros_until_the_run_file_names_a_text(
+    run_file: Callable[..., Path], ftk: Callable, tmp_path: Path
+) -> None:
+    path = run_file("sdxl", caption_dropout=0.5, steps=2)
+    for stage in ("prepare", "cache", "train"):
+        assert (result := ftk(stage, path)).code == 0, result.err
+    store = open_inputs(load_run(path), torch.device("cpu")).store
+    assert not store.empty_text()["embeds"].any()
+    assert not store.prompt(negative_key(None))["embeds"].any()
+    other = ("--set", "train.caption_dropout_text=a picture")
+    result = ftk("train", path, *other)
+    assert result.code == 2
+    assert "holds another text for dropped captions than 'a picture'. Run `ftk cache RUN.yaml`" in result.err
+    result = ftk("cache", path, *other, "--json")
+    assert json.loads(result.out)["num_texts_encoded"] == 1
+    # The same run cannot go on with another text.
+    result = ftk("train", path, *other, "--set", "train.steps=4")
+    assert result.code == 2
+    assert "dropped_text" in result.err
+    assert (result := ftk("train", path, *other, "--set", "run=other")).code == 0, result.err

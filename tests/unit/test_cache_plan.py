@@ -46,7 +46,8 @@ def _captions(*samples: list[str]) -> pa.ChunkedArray:
 def _texts(captions: pa.ChunkedArray, **settings: object) -> list[TextItem]:
     tree = {"run": "test", "model": {"family": "qwen-image", "path": "unused"}, "data": {"sources": [{"path": "unused"}]}}
     run = resolve(RunConfig.model_validate({**tree, "sample": settings}))
-    return list(plan.needed_texts(captions, prompts.of(run).texts.values()))
+    model = Path("unused")
+    return list(plan.needed_texts(captions, prompts.of(run, model).texts.values(), run.dropped_text(model)))
 
 
 def _sized(count: int, seed: int = 0) -> tuple[list[TextItem], dict[str, int]]:
@@ -145,23 +146,27 @@ def test_a_mask_id_without_a_mask_needs_nothing() -> None:
     assert [picture.id for picture in _pictures([_row("a", mask_id="stale")])] == ["a-image"]
 
 
-def test_texts_are_distinct_captions_in_order_then_the_empty_one() -> None:
+def test_texts_are_distinct_captions_in_order_then_what_dropped_ones_train() -> None:
     texts = _texts(_captions(["b", "a"], ["a", "c"], [], ["b"], ["d"]))
-    assert [text.caption for text in texts] == ["b", "a", "c", "d", ""]
+    assert [text.caption for text in texts] == ["b", "a", "c", "d", " "]
     assert [text.id for text in texts] == [plan.text_id(text.caption) for text in texts]
 
 
-def test_an_empty_caption_of_a_sample_is_the_empty_caption() -> None:
-    assert [text.caption for text in _texts(_captions(["a"], [""], ["b"]))] == ["a", "", "b"]
+def test_a_caption_that_dropped_ones_train_too_is_one_text() -> None:
+    assert [text.caption for text in _texts(_captions(["a"], [" "], ["b"]))] == ["a", " ", "b"]
 
 
 def test_prompts_come_last_and_once_with_their_negative() -> None:
     texts = _texts(_captions(["a"], ["b"]), prompts=["fox", "a", "fox"], negative_prompt="blurred")
-    assert [text.caption for text in texts] == ["a", "b", "", "fox", "blurred"]
+    assert [text.caption for text in texts] == ["a", "b", " ", "fox", "blurred"]
 
 
 def test_without_prompts_there_is_nothing_to_be_negative_about() -> None:
-    assert [text.caption for text in _texts(_captions(["a"], ["b"]), negative_prompt="blurred")] == ["a", "b", ""]
+    assert [text.caption for text in _texts(_captions(["a"], ["b"]), negative_prompt="blurred")] == ["a", "b", " "]
+
+
+def test_dropped_captions_and_pictures_without_a_negative_prompt_share_a_text() -> None:
+    assert [text.caption for text in _texts(_captions(["a"], ["b"]), prompts=["fox"])] == ["a", "b", " ", "fox"]
 
 
 def test_the_id_of_a_text_is_of_its_content_alone() -> None:

@@ -100,7 +100,7 @@ class LatentDiffusion:
         """Inverse of the normalisation, then the decoder."""
         return kl_vae.decode(vae, latents_BCHW)
 
-    def text_lengths(self, encoder: Any, captions: Sequence[str]) -> list[int]:
+    def text_lengths(self, encoder: Any, captions: Sequence[str | None]) -> list[int]:
         """Always the most: texts are padded."""
         return [self.max_text_tokens] * len(captions)
 
@@ -151,7 +151,7 @@ class LatentDiffusion:
             arguments = parameters.bind(*positional, **named).arguments
             prompts = _as_list(arguments.get("prompt"), 1)
             negative = arguments.get("negative_prompt")
-            if negative is None and self.text_windows > 1:
+            if negative is None and not getattr(pipeline.config, "force_zeros_for_empty_prompt", False):
                 negative = ""
             for prefix, texts in (("", prompts), ("negative_", _as_list(negative, len(prompts)))):
                 if prompts and any(map(is_own, texts)) and arguments.get(f"{prefix}prompt_embeds") is None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ftk import storage
 from ftk.cache.store import CacheStore
-from ftk.configs.schema import PromptConfig
+from ftk.configs.schema import PromptConfig, negative_key
 from ftk.errors import CacheError
 from ftk.methods.base import HasControls
 from ftk.models.base import encoded
@@ -23,7 +23,7 @@ from ftk.train.hooks.recorder import Recorder
 from ftk.train.loop import StepResult, Trainer
 
 
-def check(run: Run, store: CacheStore) -> None:
+def check(run: Run, store: CacheStore, model: Path) -> None:
     """Before anything is loaded, not at the first picture: is all there that is to be drawn, and can it be drawn?
 
     Raises:
@@ -35,7 +35,8 @@ def check(run: Run, store: CacheStore) -> None:
         return
     _ = run.sample_size  # refuses a size that the family does not have
     needed = [(entry.key(), entry.prompt, "prompts") for entry in config.sample.entries]
-    needed.append((config.sample.negative_prompt, config.sample.negative_prompt, "negative_prompt"))
+    negative = run.negative_prompt(model)
+    needed.append((negative_key(negative), negative or "no text", "negative_prompt"))
     for key, prompt, setting in needed:
         # With references that texts depend on there is a negative prompt beside those of each prompt instead.
         is_there = key in store.manifest.prompts or (setting == "negative_prompt" and store.manifest.prompt_images)
@@ -178,8 +179,9 @@ class Samples:
 
         arguments = texts(entry.key())
         if sample.guidance_scale > 1:
-            key = entry.key(sample.negative_prompt)
-            negative = texts(key if key in self._store.manifest.prompts else sample.negative_prompt)
+            without = self._run.negative_prompt(self._model)
+            key = entry.key(without)
+            negative = texts(key if key in self._store.manifest.prompts else negative_key(without))
             arguments |= {f"negative_{name}": tensor for name, tensor in negative.items()}
         references, controls = (
             [batch_of_one(item) for item in self._store.prompt_images(entry.key(), part)] for part in ("references", "controls")

@@ -98,6 +98,10 @@ class ForeignEdit:
         """A Diffusers folder of the Kontext pipeline."""
         check_pipeline(directory, self.name, "FluxKontextPipeline")
 
+    def unconditional(self, directory: Path) -> str:
+        """The empty text."""
+        return ""
+
     def text_options(self) -> dict[str, Any]:
         """Where T5 cuts."""
         return {"max_text_tokens": self.max_text_tokens}
