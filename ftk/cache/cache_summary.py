@@ -16,6 +16,7 @@ import torch
 
 from ftk.cache.shards import KINDS, RECEIPT, SHARD
 from ftk.cache.store import CacheStore
+from ftk.configs.schema import negative_key
 from ftk.contracts import CacheManifest
 from ftk.models import base as models
 from ftk.pipeline.prepared_summary import BucketSummary, buckets, length_bins
@@ -149,7 +150,7 @@ def summarise(store: CacheStore) -> CacheSummary:
         text_lengths=_lengths(pc.list_flatten(table["text_lengths"]).to_numpy(), _limit(manifest)),
         latents=_latents(store, _LATENTS_READ),
         encoders={kind: {"fingerprint": fingerprints[kind], **manifest.encoders.get(kind, {})} for kind in KINDS},
-        prompts=list(manifest.prompts),
+        prompts=["(no prompt)" if key == negative_key(None) else key for key in manifest.prompts],
         prepared_fingerprint=manifest.prepared_fingerprint,
     )
 

@@ -172,7 +172,7 @@ data:
 train: {steps: 2, precision: fp32}
 sample: {prompts: [a red circle], num_inference_steps: 1}
 """
-NUM_LATENTS, NUM_TEXTS = 9, 6
+NUM_LATENTS, NUM_TEXTS = 9, 5
 
 
 def _add(place: Path, name: str, caption: str) -> None:
