@@ -187,6 +187,7 @@ def _tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         raise CheckpointError(f"{path} is damaged: {injection.first_line(error)}. Fetch or export it again.") from error
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors. Export it again.")
+    peft_directory.refuse_not_finite(tensors, path)
     return tensors, header
 
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftk import storage
 from ftk.errors import ModelError
 from ftk.models.components import configuration, weights
 from ftk.models.components.configuration import first_line, outline, reading
@@ -23,6 +24,7 @@ __all__ = [
     "load_pipeline",
     "num_not_finite",
     "outline",
+    "pipeline_class",
     "reading",
 ]
 LOGGER = logging.getLogger("ftk")
