@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from ftk.errors import CheckpointError, FtkError, ModelError
 from ftk.methods import base as methods
-from ftk.methods.adapters import peft_directory
+from ftk.methods.adapters import adapter_files, peft_directory
 from ftk.models import base as models
-from ftk.models.base import Family
+from ftk.models.base import DENOISER, Family
 from ftk.models.components import loading
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -290,3 +290,16 @@ def test_an_adapter_that_is_not_finite_is_refused_when_it_is_loaded(
     peft_directory.commit_tensors(path, tensors, {})
     with pytest.raises(CheckpointError, match=f"{path}: 1 of the .* values of {key} are NaN or infinite"):
         method.load_into(family, family.pipeline(directory, torch.float32, CPU), tmp_path)
+
+
+def test_an_adapter_of_another_program_that_is_not_finite_is_refused(
+    tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    family = models.get("stable-diffusion")
+    unet = family.load_denoiser(tiny_models("stable-diffusion"), torch.float32, META)
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    factors = {"lora_down.weight": torch.ones(2, 32), "lora_up.weight": torch.full((32, 2), float("inf"))}
+    path = tmp_path / "kohya.safetensors"
+    save_file({f"{layer}.{name}": tensor for name, tensor in factors.items()}, path)
+    with pytest.raises(CheckpointError, match=f"{path}: 64 of the 64 values of {layer}.lora_up.weight are NaN or infinite"):
+        adapter_files.read(path, family, {DENOISER: unet}, "sample.adapters.0")
