@@ -183,6 +183,25 @@ def test_a_setting_that_lies_is_named_with_its_file(model: Path, file: str, sett
     assert str(model) in str(caught.value)
 
 
+def test_what_published_configurations_have_is_accepted(model: Path) -> None:
+    """A safety checker of the pipeline's own module, a class that is gone, settings that were not known yet."""
+    index = json.loads((model / "model_index.json").read_text())
+    others = {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPFeatureExtractor"],
+        "requires_safety_checker": True,
+    }
+    replace(model / "model_index.json", {**index, **others})
+    for name in ("safety_checker", "feature_extractor"):
+        (model / name).mkdir()
+        (model / name / "config.json").write_text("{}")
+    lie(model, "unet/config.json", upcast_attention=None, attention_head_dim=[2, 2], pooled_projection_dim=768)
+    family = models.get("stable-diffusion")
+    family.check(model)
+    family.load_denoiser(model, torch.float32, CPU)
+    family.pipeline(model, torch.float32, CPU)
+
+
 def test_files_that_are_no_settings_are_refused(model: Path) -> None:
     family = models.get("stable-diffusion")
     for name, content, reason in [
