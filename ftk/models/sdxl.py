@@ -190,7 +190,7 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
 
     def text_memory(self, encoder: TextEncoders, tokens: int) -> int:
         """Of the second encoder, beside what the first has left: all hidden states of both."""
-        return self.text_windows * sum(clip.memory(model, clip.TOKENS) for model in encoder.models)
+        return sum(clip.memory(model, tokens) for model in encoder.models)
 
     def activations(self, denoiser: Any, image_tokens: int, text_tokens: int, dtype: "torch.dtype") -> Activations:
         """Counted in a forward pass without values."""

@@ -134,7 +134,7 @@ class StableDiffusion(latent_diffusion.LatentDiffusion):
 
     def text_memory(self, encoder: ClipTextEncoder, tokens: int) -> int:
         """Of the widest part of a layer."""
-        return self.text_windows * clip.memory(encoder.model, clip.TOKENS)
+        return clip.memory(encoder.model, tokens)
 
     def activations(self, denoiser: Any, image_tokens: int, text_tokens: int, dtype: "torch.dtype") -> Activations:
         """Counted in a forward pass without values."""
