@@ -210,7 +210,7 @@ def test_captions_that_the_text_encoder_cuts_are_counted_and_named(ftk, workspac
         assert result.code == 0
         assert json.loads(result.out)["num_texts_truncated"] == 7
         said = " ".join(result.err.split())
-        assert f"7 of 15 texts are longer than the {limit} tokens that {family} reads" in said
+        assert f"7 of 14 texts are longer than the {limit} tokens that {family} reads" in said
         assert [f"picture {number} " in said for number in range(7)] == [True] * 5 + [False] * 2
         assert "and 2 more" in said
         assert "\x1b" not in said
