@@ -46,7 +46,9 @@ def run(run: Run) -> None:
 
 def _complete(images: ClassImages, run: Run) -> None:
     model, components = run.config.model, run.all_components
-    has_moved = images.record is not None and images.record["model"] != model.model_dump(mode="json")
+    # Settings that are not set are left out: an older record does not name all of them.
+    recorded = {name: value for name, value in (images.record or {}).get("model", {}).items() if value is not None}
+    has_moved = images.record is not None and recorded != model.model_dump(mode="json", exclude_none=True)
     must_load = images.num_missing or has_moved
     directory = run.locate(components) if must_load else run.local_components(components)
     if directory is None:
