@@ -545,8 +545,10 @@ class SigmaConfig(Section):
     maximum: float = Field(default=1.0, gt=0, le=1)
     stratified: bool = Field(default=False, description="one draw from each of as many equal shares as a step has samples")
     continuous: bool = Field(default=False, description="any sigma, not those of the family's training table alone")
-    weighting: Literal["none", "sigma_sqrt", "cosmap", "min_snr"] = "none"
-    min_snr_gamma: float = Field(default=5.0, gt=0, description="signal-to-noise ratio above which min_snr weighs less")
+    weighting: Literal["none", "sigma_sqrt", "cosmap", "min_snr", "soft_min_snr", "debiased", "like_epsilon"] = "none"
+    min_snr_gamma: float = Field(
+        default=5.0, gt=0, description="signal-to-noise ratio above which min_snr and soft_min_snr weigh less"
+    )
 
     @field_validator("shift")
     @classmethod
@@ -562,7 +564,7 @@ class SigmaConfig(Section):
         for name, owner in owners.items():
             if self.sampling != owner:
                 _require_default(self, name, f"sampling: {owner}")
-        if self.weighting != "min_snr":
+        if self.weighting not in ("min_snr", "soft_min_snr"):
             _require_default(self, "min_snr_gamma", "weighting: min_snr")
         if self.minimum >= self.maximum:
             raise ValueError(f"`minimum` {self.minimum} is not below `maximum` {self.maximum}")
@@ -572,8 +574,14 @@ class SigmaConfig(Section):
 class LossConfig(Section):
     """How a prediction is compared with its target."""
 
-    kind: Literal["mse", "huber"] = "mse"
+    kind: Literal["mse", "l1", "huber", "smooth_l1"] = Field(
+        default="mse",
+        description="squared or absolute errors; huber: squared up to huber_delta; smooth_l1: huber / huber_delta",
+    )
     huber_delta: float = Field(default=0.1, gt=0, description="errors above it count linearly; a latent's deviation is about 1")
+    huber_schedule: Literal["constant", "exponential", "snr"] = Field(
+        default="constant", description="huber_delta over the noise levels: it is that of pure noise, and 1 without noise"
+    )
     prior_weight: float = Field(default=1.0, ge=0, description="weight of samples with `role: class` (prior preservation)")
     unmasked_weight: float = Field(
         default=0.0, ge=0, le=1, description="weight of what a sample's mask leaves out; 1 ignores masks"
@@ -581,8 +589,28 @@ class LossConfig(Section):
 
     @model_validator(mode="after")
     def _settings_take_effect(self) -> Self:
-        if self.kind != "huber":
+        if self.kind not in ("huber", "smooth_l1"):
             _require_default(self, "huber_delta", "kind: huber")
+            _require_default(self, "huber_schedule", "kind: huber")
+        return self
+
+
+class NoiseConfig(Section):
+    """What noise is added to images, beside plain Gaussian noise."""
+
+    offset: float = Field(default=0.0, ge=0, le=1, description="deviation of a random constant added to each channel")
+    pyramid_levels: int = Field(default=0, ge=0, le=16, description="coarser layers of noise that are added; 0 adds none")
+    pyramid_discount: float = Field(default=0.4, gt=0, le=1, description="weight of each layer over that of the finer one")
+    perturbation: float = Field(
+        default=0.0, ge=0, le=1, description="deviation of noise that the model sees and is not told to predict"
+    )
+
+    @model_validator(mode="after")
+    def _settings_take_effect(self) -> Self:
+        if not self.pyramid_levels:
+            _require_default(self, "pyramid_discount", "pyramid_levels")
+        elif self.offset:
+            raise ValueError("`offset` and `pyramid_levels` both add coarse noise: leave one of them out")
         return self
 
 
@@ -752,6 +780,7 @@ class TrainConfig(Section):
     )
     sigma: SigmaConfig = SigmaConfig()
     loss: LossConfig = LossConfig()
+    noise: NoiseConfig = NoiseConfig()
     posterior: Literal["sample", "mean", "frozen"] = Field(
         default="sample", description="draw latents afresh each epoch, use the mean, or one draw for good"
     )

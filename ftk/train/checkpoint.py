@@ -338,6 +338,9 @@ def refuse_changed_settings(
         for each in (checkpoint.settings, json.loads(json.dumps(settings)))
     )
     _refuse_other_order(checkpoint, before, now, allow)
+    # What an older ftk had no setting for, it did as the default says.
+    defaults = _flat({"train": TrainConfig().model_dump(mode="json")})
+    before = {name: defaults[name] for name in now if name in defaults} | before
     names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name) and not name.startswith("data.")]
     if data_changes or len(names) > 1:
         # Where samples or settings are others, so is the order: only alone does it tell anything.

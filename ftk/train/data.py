@@ -19,6 +19,7 @@ from ftk.methods.base import HasControls
 from ftk.models.base import Conditions
 from ftk.models.components.geometry import SampleGeometry
 from ftk.run import Run
+from ftk.train import flow
 from ftk.train.flow import SigmaDistribution
 from ftk.train.order import Draw, MicroBatch, Order, keyed_permutation, keyed_seed, share
 
@@ -32,8 +33,9 @@ _GEOMETRY_COLUMNS = tuple(field.name for field in fields(SampleGeometry))
 class Batch:
     """One micro-batch: clean latents and noise in the working dtype, sigma in fp32, and what the samples are conditioned on.
 
-    `weight_B` is each sample's own (that of class images), `cell_weight_BHW` that of its cells (masks). `share` is 0 where
-    a process computes along only because the others do.
+    `weight_B` is each sample's own (that of class images), `cell_weight_BHW` that of its cells (masks). `seen_noise_BCHW` is
+    what the image is mixed with, where that is not the noise to predict. `share` is 0 where a process computes along only
+    because the others do.
     """
 
     latents_BCHW: torch.Tensor
@@ -42,6 +44,7 @@ class Batch:
     weight_B: torch.Tensor
     conditions: Conditions
     cell_weight_BHW: torch.Tensor | None = None
+    seen_noise_BCHW: torch.Tensor | None = None
     share: float = 1.0
 
     def __len__(self) -> int:
@@ -56,6 +59,7 @@ class Batch:
             weight_B=function(self.weight_B),
             conditions=self.conditions.map(function),
             cell_weight_BHW=None if self.cell_weight_BHW is None else function(self.cell_weight_BHW),
+            seen_noise_BCHW=None if self.seen_noise_BCHW is None else function(self.seen_noise_BCHW),
             share=self.share,
         )
 
@@ -94,7 +98,15 @@ class BatchBuilder:
         if strata is not None:
             first_B, count_B = torch.tensor(strata, dtype=torch.float32).T
             u_B = ((first_B + u_B) / count_B).clamp(max=_U_BELOW_1)
-        return self._batch([draw.sample for draw in micro_batch], [draw.caption for draw in micro_batch], pairs, u_B)
+        batch = self._batch([draw.sample for draw in micro_batch], [draw.caption for draw in micro_batch], pairs, u_B)
+        strength = self.config.noise.perturbation
+        if not strength:
+            return batch
+        # Ning et al. 2023 (arXiv 2301.11706): the model sees more noise than it is told to predict.
+        seen = [
+            noise + strength * _normal(noise.shape, *key, "perturbation") for (_, noise), key in zip(pairs, keys, strict=True)
+        ]
+        return replace(batch, seen_noise_BCHW=torch.stack(seen).to(self.dtype))
 
     def fixed(self, samples: Sequence[int], position: int, count: int) -> Batch:
         """For validation: latents' means, first captions, and noise and sigma that never change.
@@ -145,8 +157,18 @@ class BatchBuilder:
         latents = mean
         if self.config.posterior != "mean":
             drawn_by = key if self.config.posterior == "sample" else (self.config.seed, self._name(draw.sample))
-            latents = mean + std * torch.randn(mean.shape, generator=_generator(*drawn_by, "posterior"))
-        return latents, torch.randn(mean.shape, generator=_generator(*key, "noise"))
+            latents = mean + std * _normal(mean.shape, *drawn_by, "posterior")
+        return latents, self._noise(mean.shape, key)
+
+    def _noise(self, shape: Sequence[int], key: Sequence[object]) -> torch.Tensor:
+        """[C,H,W]."""
+        settings, noise = self.config.noise, _normal(shape, *key, "noise")
+        if settings.offset:
+            noise = noise + settings.offset * _normal((shape[0], 1, 1), *key, "noise offset")
+        if settings.pyramid_levels:
+            layers = _generator(*key, "pyramid")
+            noise = flow.pyramid_noise(noise, settings.pyramid_levels, settings.pyramid_discount, layers)
+        return noise
 
     def _cell_weights(self, samples: Sequence[int], height: int, width: int) -> torch.Tensor | None:
         unmasked = self.config.loss.unmasked_weight
@@ -193,6 +215,10 @@ def conditions_of(
 def control_tensor(item: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A cached control image: the mean of its latents [C,h,w], or its pixels [3,H,W] in [-1, 1]."""
     return item["pixels"].float() / 127.5 - 1.0 if "pixels" in item else item["mean"].float()
+
+
+def _normal(shape: Sequence[int], *key: object) -> torch.Tensor:
+    return torch.randn(*shape, generator=_generator(*key))
 
 
 def _generator(*key: object) -> torch.Generator:

@@ -20,10 +20,14 @@ from ftk.models.components.schedule import Objective, TokenShift
 
 Sampling = Literal["uniform", "logit_normal", "sigmoid", "mode", "beta"]
 Weighting = Literal["none", "sigma_sqrt", "cosmap"]
+SnrWeighting = Literal["min_snr", "soft_min_snr", "debiased", "like_epsilon"]
+HuberSchedule = Literal["exponential", "snr"]
 
 _BELOW_1 = 1 - 2.0**-24
 SMALLEST_WEIGHTED_SIGMA = 2.0**-10
 """Smaller sigmas weigh as this one does. Below 1/1000, the end of the usual training table, also when rounded to bf16."""
+LEAST_SNR, MOST_SNR = 1e-4, 1e3
+"""Bounds of the signal-to-noise ratio where a weight would otherwise be infinite; tables of usual models reach 0.0047."""
 _BETA_POINTS = 2**16
 _BETA_LOGIT = 20.0
 
@@ -153,6 +157,60 @@ def min_snr_weight(signal_B: torch.Tensor, sigma_B: torch.Tensor, objective: Obj
     return (gamma / snr_B).clamp(max=1.0)
 
 
+def snr_weight(
+    signal_B: torch.Tensor, sigma_B: torch.Tensor, objective: Objective, weighting: SnrWeighting, gamma: float
+) -> torch.Tensor:
+    """[B] loss weights of diffusion by SNR = (signal / sigma)^2; sigma above 0.
+
+    `min_snr`: see `min_snr_weight`. `soft_min_snr`: the same with a smooth minimum, SNR gamma / (SNR + gamma) (Crowson et al.
+    2024, arXiv 2401.11605, section 4.3). `debiased`: 1 / sqrt(SNR) (Yu et al. 2023, arXiv 2310.08442), for v 1 / (SNR + 1),
+    with SNR between `LEAST_SNR` and `MOST_SNR`. `like_epsilon`: SNR / (SNR + 1), which turns a loss of v into one of the
+    noise, with SNR at most `MOST_SNR`. The last two are those of sd-scripts, and so is the upper bound.
+    """
+    if weighting == "min_snr":
+        return min_snr_weight(signal_B, sigma_B, objective, gamma)
+    snr_B = (signal_B / sigma_B) ** 2
+    if weighting == "soft_min_snr":
+        return gamma / (snr_B + gamma) * (snr_B / (snr_B + 1) if objective == "v" else 1.0)
+    if weighting == "like_epsilon":
+        bounded_B = snr_B.clamp(max=MOST_SNR)
+        return bounded_B / (bounded_B + 1)
+    bounded_B = snr_B.clamp(LEAST_SNR, MOST_SNR)
+    return 1 / (bounded_B + 1) if objective == "v" else bounded_B.rsqrt()
+
+
+def huber_deltas(
+    delta: float, schedule: HuberSchedule, signal_B: torch.Tensor, sigma_B: torch.Tensor, time_B: torch.Tensor
+) -> torch.Tensor:
+    """[B] the delta of `loss_per_sample` at noise levels, from `delta` for pure noise to 1 without noise.
+
+    `exponential`: delta^t, t in [0, 1] the share of the training table. `snr`: (1 - delta) / (1 + sigma / signal)^2 + delta.
+    Source: Khrapov et al. 2024 (arXiv 2403.16728), section 3, as sd-scripts computes them.
+    """
+    if schedule == "exponential":
+        return torch.exp(math.log(delta) * time_B)
+    # Without the division: signal may be 0.
+    return (1 - delta) * (signal_B / (signal_B + sigma_B)) ** 2 + delta
+
+
+def pyramid_noise(noise_CHW: torch.Tensor, levels: int, discount: float, generator: torch.Generator) -> torch.Tensor:
+    """[C,H,W] noise plus layers of noise, each coarser by a random factor's power and weighted by the discount's power.
+
+    The result has a standard deviation of 1. Source: Whitaker 2023 (multi-resolution noise), as sd-scripts computes it, but
+    with a deviation of each sample's own instead of one over its batch.
+    """
+    height, width = noise_CHW.shape[-2:]
+    for level in range(levels):
+        factor = (float(torch.rand((), generator=generator)) * 2 + 2) ** level
+        sides = max(1, int(height / factor)), max(1, int(width / factor))
+        layer = torch.randn(1, len(noise_CHW), *sides, generator=generator)
+        upsampled = torch.nn.functional.interpolate(layer, (height, width), mode="bilinear", align_corners=False)
+        noise_CHW = noise_CHW + upsampled[0] * discount**level
+        if 1 in sides:
+            break
+    return noise_CHW / noise_CHW.std()
+
+
 def weight(sigma_B: torch.Tensor, weighting: Weighting) -> torch.Tensor:
     """[B] loss weights: sigma^-2 (`sigma_sqrt`), 2 / (pi (1 - 2 sigma + 2 sigma^2)) (`cosmap`), or 1.
 
@@ -170,7 +228,8 @@ def loss_per_sample(
     target_BCHW: torch.Tensor,
     weight_B: torch.Tensor,
     cell_weight_BHW: torch.Tensor | None = None,
-    huber_delta: float | None = None,
+    huber_delta: float | torch.Tensor | None = None,
+    is_absolute: bool = False,
 ) -> torch.Tensor:
     """[B] fp32: the weight times the mean error over each sample's latent.
 
@@ -178,10 +237,14 @@ def loss_per_sample(
         cell_weight_BHW: 0 or more; the mean is weighted with it and divided by its sum. A sample without any weight has 0.
         huber_delta: the error e counts e^2, or with a delta pseudo-Huber (Charbonnier et al. 1997), 2 delta (sqrt(e^2 +
             delta^2) - delta), as diffusers' scripts scale it: e^2 for small errors and for delta to infinity, 2 delta |e|
-            for large errors.
+            for large errors. A tensor [B] has each sample's own.
+        is_absolute: the error e counts |e| instead.
     """
-    error = (prediction_BCHW.float() - target_BCHW.float()) ** 2
+    difference = prediction_BCHW.float() - target_BCHW.float()
+    error = difference.abs() if is_absolute else difference**2
     if huber_delta is not None:
+        if isinstance(huber_delta, torch.Tensor):
+            huber_delta = huber_delta.view(-1, 1, 1, 1)
         # The same without the difference, in which small errors would be lost.
         error = 2 * error / (1 + torch.sqrt(1 + error / huber_delta**2))
     if cell_weight_BHW is None:

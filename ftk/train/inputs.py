@@ -312,11 +312,18 @@ def sigma_distribution(config: TrainConfig, schedule: NoiseSchedule, family: Fam
 def _check_sigma(config: TrainConfig, schedule: NoiseSchedule, family: Family) -> None:
     """Weightings are made for one kind of objective; noise levels off the table for models that have no table."""
     is_flow, weighting = schedule.objective == "flow", config.sigma.weighting
-    if is_flow == (weighting == "min_snr") and weighting != "none":
-        fitting = "sigma_sqrt, cosmap or none" if is_flow else "min_snr or none"
+    is_for_flow, is_for_v = weighting in ("sigma_sqrt", "cosmap"), weighting == "like_epsilon"
+    if weighting != "none" and (is_flow != is_for_flow or (is_for_v and schedule.objective != "v")):
+        others = "soft_min_snr, debiased and like_epsilon" if schedule.objective == "v" else "soft_min_snr and debiased"
+        fitting = "sigma_sqrt, cosmap or none" if is_flow else f"min_snr or none; {others} fit, too"
         raise ConfigError(
             f"train.sigma.weighting: {weighting} is not made for {family.name}, which predicts "
             f"{'velocities' if is_flow else schedule.objective}. Set it to {fitting}."
+        )
+    if is_flow and config.loss.huber_schedule == "snr":
+        raise ConfigError(
+            f"train.loss.huber_schedule: snr is made for models that predict noise or v; {family.name} predicts velocities. "
+            f"Set it to exponential or constant."
         )
     if schedule.times is None:
         return

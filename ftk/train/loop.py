@@ -130,22 +130,38 @@ class Trainer:
         # In flow matching: x_sigma = (1 - sigma) x + sigma n, and the model learns n - x. Other objectives have tables of both.
         noise = self.model.schedule
         signal_B, sigma_B = noise.scales(batch.sigma_B, batch.latents_BCHW.dtype)
-        noisy_BCHW = flow.interpolate(batch.latents_BCHW, batch.noise_BCHW, signal_B, sigma_B)
+        seen_BCHW = batch.noise_BCHW if batch.seen_noise_BCHW is None else batch.seen_noise_BCHW
+        noisy_BCHW = flow.interpolate(batch.latents_BCHW, seen_BCHW, signal_B, sigma_B)
         prediction_BCHW = self.method.predict(self.model, noisy_BCHW, batch.sigma_B, batch.conditions)
+        kind, delta = self.config.loss.kind, self._huber_delta(batch.sigma_B, signal_B.float(), sigma_B.float())
+        weight_B = self._weights(signal_B.float(), sigma_B.float())
         return batch.weight_B * flow.loss_per_sample(
             prediction_BCHW,
             flow.target(noise.objective, batch.latents_BCHW, batch.noise_BCHW, signal_B, sigma_B),
-            self._weights(signal_B.float(), sigma_B.float()),
+            weight_B / delta if kind == "smooth_l1" and delta is not None else weight_B,
             cell_weight_BHW=batch.cell_weight_BHW,
-            huber_delta=self.config.loss.huber_delta if self.config.loss.kind == "huber" else None,
+            huber_delta=delta,
+            is_absolute=kind == "l1",
         )
+
+    def _huber_delta(
+        self, table_sigma_B: torch.Tensor, signal_B: torch.Tensor, sigma_B: torch.Tensor
+    ) -> float | torch.Tensor | None:
+        loss = self.config.loss
+        if loss.kind not in ("huber", "smooth_l1"):
+            return None
+        if loss.huber_schedule == "constant":
+            return loss.huber_delta
+        schedule = self.model.schedule
+        time_B = table_sigma_B if schedule.times is None else schedule.time(table_sigma_B) / len(schedule.sigmas)
+        return flow.huber_deltas(loss.huber_delta, loss.huber_schedule, signal_B, sigma_B, time_B)
 
     def _weights(self, signal_B: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
         """[B]: of the sigma that was applied, rounded to the working dtype as in the interpolation."""
         settings = self.config.sigma
-        if settings.weighting == "min_snr":
-            return flow.min_snr_weight(signal_B, sigma_B, self.model.schedule.objective, settings.min_snr_gamma)
-        return flow.weight(sigma_B, settings.weighting)
+        if settings.weighting == "none" or settings.weighting == "sigma_sqrt" or settings.weighting == "cosmap":
+            return flow.weight(sigma_B, settings.weighting)
+        return flow.snr_weight(signal_B, sigma_B, self.model.schedule.objective, settings.weighting, settings.min_snr_gamma)
 
 
 def band_totals(sigma_B: torch.Tensor, losses_B: torch.Tensor) -> torch.Tensor:

@@ -142,6 +142,8 @@ def test_many_bad_steps_in_a_row_stop_the_training_before_anything_is_saved(cach
         {"sigma": {"sampling": "logit_normal", "shift": "resolution", "stratified": True}},
         {"sigma": {"sampling": "beta", "beta_alpha": 2.0, "continuous": True, "minimum": 0.1}},
         {"loss": {"kind": "huber"}},
+        {"loss": {"kind": "smooth_l1", "huber_schedule": "exponential"}, "noise": {"offset": 0.1, "perturbation": 0.1}},
+        {"loss": {"kind": "l1"}, "noise": {"pyramid_levels": 3}},
         {"group_by": "text_length", "caption_dropout": 0.3},
         {"remainder": "fill", "posterior": "frozen"},
         pytest.param(
@@ -169,6 +171,31 @@ def test_each_setting_takes_effect_and_a_run_with_it_resumes_to_the_bit(cached, 
     if "memory" not in settings or settings["memory"].get("base") == "int8":
         assert final[0] != final[2]
     assert [row["loss"] for row in read_metrics(whole.directory)] == [row["loss"] for row in read_metrics(rest.directory)]
+
+
+def test_noise_is_shaped_by_each_samples_own_generator(cached):
+    run_file = cached(train={**TRAIN, "micro_batch_size": 4})
+
+    def batches(*settings):
+        build = build_trainer(load_run(run_file, settings), RunDelivery)
+        return [batch for step in range(3) for _, batch in build.loader.step(step).batches]
+
+    plain, shaped = batches(), batches("train.noise.offset=0.5", "train.noise.perturbation=0.25")
+    offsets, perturbations = [], []
+    for before, after in zip(plain, shaped, strict=True):
+        offset = after.noise_BCHW - before.noise_BCHW
+        assert torch.allclose(offset, offset.mean((2, 3), keepdim=True), atol=1e-5)
+        offsets += offset.mean((2, 3)).flatten().tolist()
+        perturbations += (after.seen_noise_BCHW - after.noise_BCHW).flatten().tolist()
+        assert torch.equal(after.sigma_B, before.sigma_B)
+        assert before.seen_noise_BCHW is None
+    assert len(set(offsets)) == len(offsets)
+    assert np.std(offsets) == pytest.approx(0.5, rel=0.15)
+    assert np.std(perturbations) == pytest.approx(0.25, rel=0.05)
+    # Whoever computes a sample, and with which others, it has the same noise.
+    alone = batches("train.noise.offset=0.5", "train.noise.perturbation=0.25", "train.micro_batch_size=1")
+    rows = [[row for batch in each for row in batch.seen_noise_BCHW.flatten(1).sum(1).tolist()] for each in (shaped, alone)]
+    assert sorted(rows[0]) == pytest.approx(sorted(rows[1]))
 
 
 class StopAfter:
@@ -355,7 +382,7 @@ def test_pictures_at_the_start_are_those_of_the_base_model(ftk, cached, tmp_path
     assert prompt == "a red circle"
     assert np.abs(np.asarray(at_start, np.int16) - np.asarray(base, np.int16)).max() <= 2
     page = tmp_path / "page.html"
-    assert ftk("inspect", run, "--html", page).code == 0
+    assert ftk("inspect", run, "--html", "--out", page).code == 0
     assert "<figcaption>step 0</figcaption>" in page.read_text()
     (run / "samples/step-00000000.png").unlink()
     assert ftk("train", run_file, "--set", "train.steps=3").code == 0

@@ -65,6 +65,16 @@ def test_changed_settings_are_named_with_both_values(tmp_path, optimizer):
         checkpoint.refuse_changed_settings(found, {"train": {"seed": 1, "learning_rate": 1e-3}})
 
 
+def test_a_setting_that_an_older_ftk_did_not_have_is_unchanged_at_its_default(tmp_path, optimizer):
+    old = checkpoint.exact_settings(TrainConfig(), {})
+    del old["train"]["noise"]
+    checkpoint.save_checkpoint(tmp_path, 5, 5, optimizer, old)
+    found = checkpoint.latest(tmp_path)
+    checkpoint.refuse_changed_settings(found, checkpoint.exact_settings(TrainConfig(), {}))
+    with pytest.raises(CheckpointError, match=r"train\.noise\.offset: checkpoint 0\.0, now 0\.1"):
+        checkpoint.refuse_changed_settings(found, checkpoint.exact_settings(TrainConfig(noise={"offset": 0.1}), {}))
+
+
 def test_pruning_keeps_the_best_and_every_so_many_steps(tmp_path, optimizer):
     for step in range(1, 10):
         checkpoint.save_checkpoint(tmp_path, step, step, optimizer, {})

@@ -229,6 +229,82 @@ def test_min_snr_weights_of_pure_noise_are_finite():
     assert flow.min_snr_weight(zero, one, "v", 5.0).item() == 0.0
 
 
+def levels_of_stable_diffusion():
+    """(signal, sigma, SNR) of each entry of the usual table, in float64."""
+    alphas = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod.double()
+    return alphas**0.5, (1 - alphas) ** 0.5, alphas / (1 - alphas)
+
+
+def test_relatives_of_min_snr_equal_the_formulas_of_their_papers():
+    signal, sigma, snr = levels_of_stable_diffusion()
+
+    def weight(name, objective):
+        return flow.snr_weight(signal, sigma, objective, name, 4.0)
+
+    # The weight of a loss on the image itself, 1 / (sigma^2 / signal^2 + 1 / gamma), carried over to noise and v.
+    soft = 1 / (1 / snr + 1 / 4.0)
+    assert torch.allclose(weight("soft_min_snr", "epsilon"), soft / snr, rtol=1e-6)
+    assert torch.allclose(weight("soft_min_snr", "v"), soft / (snr + 1), rtol=1e-6)
+    # As sd-scripts has them, where no SNR is above 1000.
+    bounded = snr.clamp(max=1000)
+    assert torch.allclose(weight("debiased", "epsilon"), 1 / bounded.sqrt(), rtol=1e-6)
+    assert torch.allclose(weight("debiased", "v"), 1 / (bounded + 1), rtol=1e-6)
+    assert torch.allclose(weight("like_epsilon", "v"), bounded / (bounded + 1), rtol=1e-6)
+    assert torch.equal(weight("min_snr", "v"), flow.min_snr_weight(signal, sigma, "v", 4.0))
+
+
+def test_a_loss_of_v_weighted_like_epsilon_is_the_loss_of_the_noise():
+    clean, noise, guess = torch.randn(3, 2, 4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    signal, sigma = torch.tensor([0.9, 0.3], dtype=torch.float64), torch.tensor([0.19**0.5, 0.91**0.5], dtype=torch.float64)
+    v = flow.target("v", clean, noise, signal, sigma)
+    noisy = flow.interpolate(clean, noise, signal, sigma)
+    noise_guessed = signal.view(-1, 1, 1, 1) * guess + sigma.view(-1, 1, 1, 1) * noisy
+    expected = ((noise_guessed - noise) ** 2).mean((1, 2, 3))
+    weight = flow.snr_weight(signal, sigma, "v", "like_epsilon", 5.0)
+    assert torch.allclose(flow.loss_per_sample(guess, v, weight).double(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weighting", ["soft_min_snr", "debiased", "like_epsilon"])
+@pytest.mark.parametrize("objective", ["epsilon", "v"])
+def test_no_weight_of_pure_noise_is_infinite(weighting, objective):
+    assert torch.isfinite(flow.snr_weight(torch.zeros(1), torch.ones(1), objective, weighting, 5.0)).all()
+
+
+def test_l1_and_smooth_l1_equal_their_closed_forms():
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = (torch.randn(3, 2, 4, 4, generator=generator) for _ in range(2))
+    difference, weight, delta = (prediction - target).double(), torch.tensor([1.0, 2.0, 0.5]), torch.tensor([0.1, 0.5, 1.0])
+    absolute = flow.loss_per_sample(prediction, target, weight, is_absolute=True)
+    assert torch.allclose(absolute.double(), weight * difference.abs().mean((1, 2, 3)), rtol=1e-6)
+    # As sd-scripts and diffusers scale it: 2 (sqrt(e^2 + delta^2) - delta).
+    smooth = flow.loss_per_sample(prediction, target, weight / delta, huber_delta=delta)
+    wide = delta.double().view(-1, 1, 1, 1)
+    expected = weight * (2 * ((difference**2 + wide**2).sqrt() - wide)).mean((1, 2, 3))
+    assert torch.allclose(smooth.double(), expected, rtol=1e-5)
+
+
+def test_schedules_of_huber_are_those_of_sd_scripts():
+    signal, sigma, snr = levels_of_stable_diffusion()
+    share = torch.arange(1000, dtype=torch.float64) / 1000
+    exponential = flow.huber_deltas(0.1, "exponential", signal, sigma, share)
+    assert torch.allclose(exponential, torch.exp(-(-math.log(0.1) / 1000) * torch.arange(1000).double()))
+    ratio = (1 / snr) ** 0.5
+    assert torch.allclose(flow.huber_deltas(0.1, "snr", signal, sigma, share), (1 - 0.1) / (1 + ratio) ** 2 + 0.1)
+    assert flow.huber_deltas(0.1, "snr", torch.zeros(1), torch.ones(1), share).item() == pytest.approx(0.1)
+
+
+def test_pyramid_noise_has_unit_variance_and_coarse_structure():
+    def smoothness(levels):
+        generator = torch.Generator().manual_seed(0)
+        noise = flow.pyramid_noise(torch.randn(8, 64, 48, generator=generator), levels, 0.6, generator)
+        assert noise.shape == (8, 64, 48)
+        assert noise.std().item() == pytest.approx(1, abs=1e-5)
+        return (noise[:, 1:] * noise[:, :-1]).mean().item()
+
+    assert abs(smoothness(1)) < 0.02  # one level is as fine as the noise itself
+    assert 0.1 < smoothness(3) < smoothness(16)
+
+
 def test_loss_is_a_mean_over_each_sample_alone():
     prediction, target = torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2)
     target[1] *= 3

@@ -19,7 +19,7 @@ from diffusers import (
 from diffusers.training_utils import compute_snr
 from peft import LoraConfig
 
-from ftk.configs.schema import OptimizerConfig, SigmaConfig, TrainConfig
+from ftk.configs.schema import LossConfig, OptimizerConfig, SigmaConfig, TrainConfig
 from ftk.errors import ConfigError, ModelError
 from ftk.methods import base as methods
 from ftk.models import base as models
@@ -204,6 +204,7 @@ def test_schedulers_that_are_no_diffusions_are_refused(changed_model: Callable[.
         ({"maximum": 0.9}, r"train\.sigma\.maximum"),
         ({"continuous": True}, r"train\.sigma\.continuous"),
         ({"weighting": "cosmap"}, "predicts epsilon. Set it to min_snr or none"),
+        ({"weighting": "like_epsilon"}, "predicts epsilon. Set it to min_snr or none; soft_min_snr and debiased fit, too"),
     ],
 )
 def test_what_a_table_cannot_carry_is_refused(
@@ -215,10 +216,18 @@ def test_what_a_table_cannot_carry_is_refused(
         sigma_distribution(config, family.load_schedule(tiny_models("stable-diffusion")), family)
 
 
-def test_min_snr_is_refused_for_flow_matching(tiny_model: Path) -> None:
+@pytest.mark.parametrize("weighting", ["min_snr", "soft_min_snr", "debiased", "like_epsilon"])
+def test_min_snr_and_its_relatives_are_refused_for_flow_matching(tiny_model: Path, weighting: Any) -> None:
     family = models.get("qwen-image")
-    config = TrainConfig(sigma=SigmaConfig(weighting="min_snr"))
-    with pytest.raises(ConfigError, match="min_snr is not made for qwen-image"):
+    config = TrainConfig(sigma=SigmaConfig(weighting=weighting))
+    with pytest.raises(ConfigError, match=f"{weighting} is not made for qwen-image"):
+        sigma_distribution(config, family.load_schedule(tiny_model), family)
+
+
+def test_a_huber_schedule_by_snr_is_refused_for_flow_matching(tiny_model: Path) -> None:
+    family = models.get("qwen-image")
+    config = TrainConfig(loss=LossConfig(kind="huber", huber_schedule="snr"))
+    with pytest.raises(ConfigError, match="Set it to exponential or constant"):
         sigma_distribution(config, family.load_schedule(tiny_model), family)
 
 
