@@ -214,7 +214,7 @@ def test_ray_gives_the_bytes_of_the_local_engine(ftk, ray_cluster, scene, tmp_pa
         done = report(ftk("cache", scene.first, *to(cache), *engine, "--json"))
     finally:
         ray.shutdown()
-    assert encoded(done) == (NUM_PICTURES, 18)
+    assert encoded(done) == (NUM_PICTURES, 17)
     assert files(cache) == files(scene.sealed)
 
 
