@@ -65,9 +65,9 @@ def check_own_strength(strength: float, adapter: Path, method: str, setting: str
     if strength == 1:
         return
     files = adapter_files.in_folder(adapter)
-    found = adapter_files.kind_of(files) if files else None
-    if found not in ADDING:
-        kind = f"{method}, whose weights are the model's own" if found is None else f"of type {found}"
+    adapter_kind = adapter_files.kind_of(files) if files else None
+    if adapter_kind not in ADDING:
+        kind = f"{method}, whose weights are the model's own" if adapter_kind is None else f"of type {adapter_kind}"
         raise ConfigError(
             f"{setting}: {strength:g} has no meaning for {adapter}, which is {kind}: only LoRA, LoHa and LoKr have a "
             f"strength. Leave it out."

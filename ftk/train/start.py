@@ -101,9 +101,9 @@ def _from_layers(run: Run, model: Model, parameters: Mapping[str, Any], file: Ad
             scale = adapted[name].scaling.get(injection.ADAPTER, 1.0) if hasattr(adapted[name], "scaling") else 1.0
             at_run = change.at_scale(scale) if file.strength_is_inside and scale else change
             tensors = _tensors(at_run)
-            own = {key.rpartition(".")[2]: place for key, place in places.items() if key.rpartition(".")[0] == name}
-            if _fits(tensors, own, parameters) and abs(at_run.scale - scale) <= 1e-6 * abs(scale):
-                values |= {own[kind]: tensor.reshape(parameters[own[kind]].shape) for kind, tensor in tensors.items()}
+            targets = {key.rpartition(".")[2]: place for key, place in places.items() if key.rpartition(".")[0] == name}
+            if _fits(tensors, targets, parameters) and abs(at_run.scale - scale) <= 1e-6 * abs(scale):
+                values |= {targets[kind]: tensor.reshape(parameters[targets[kind]].shape) for kind, tensor in tensors.items()}
             else:
                 misfits[prefix(component) + name] = change
     if misfits:
@@ -146,10 +146,10 @@ def _tensors(change: LayerChange) -> dict[str, torch.Tensor]:
     return {**change.tensors, **magnitude}
 
 
-def _fits(tensors: Mapping[str, torch.Tensor], own: Mapping[str, str], parameters: Mapping[str, Any]) -> bool:
-    if tensors.keys() != own.keys():
+def _fits(tensors: Mapping[str, torch.Tensor], targets: Mapping[str, str], parameters: Mapping[str, Any]) -> bool:
+    if tensors.keys() != targets.keys():
         return False
-    shapes = [(tensor, parameters[own[kind]]) for kind, tensor in tensors.items()]
+    shapes = [(tensor, parameters[targets[kind]]) for kind, tensor in tensors.items()]
     return all(
         tensor.shape == parameter.shape or (kind == "lora_magnitude_vector" and tensor.numel() == parameter.numel())
         for kind, (tensor, parameter) in zip(tensors, shapes, strict=True)
@@ -168,11 +168,11 @@ def _numbers(run: Run, file: AdapterFile, misfits: Mapping[str, LayerChange]) ->
         return f"{start} a {kind} ({has}), and method.name is {run.method.name}. Set method.name: {kind}."
     if misfits[name].from_original:
         return f"{start} DoRA in ComfyUI's form, which cannot be trained further. Export it as diffusers or peft."
-    own = {key: _own_setting(run, key) for key in first}
-    differing = {key: value for key, value in first.items() if value != own[key]}
+    current = {key: _own_setting(run, key) for key in first}
+    differing = {key: value for key, value in first.items() if value != current[key]}
     if file.strength_is_inside:
         differing.pop("alpha", None)
-    has_now = ", ".join(f"{key} {value}" for key, value in own.items())
+    has_now = ", ".join(f"{key} {value}" for key, value in current.items())
     others = [each for each, settings in wanted.items() if settings != first]
     more = (
         f" {len(others)} layers differ from that, such as {others[0]}: see method.rank_pattern, alpha_pattern."
@@ -256,10 +256,10 @@ def _differing(file: Path, module: Any) -> str:
         theirs = json.loads((file.parent / peft_directory.CONFIG_FILE).read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: the settings beside it cannot be read: {injection.first_line(error)}.") from error
-    own = peft_directory.plain(module.peft_config[injection.ADAPTER].to_dict())
+    ours = peft_directory.plain(module.peft_config[injection.ADAPTER].to_dict())
     rows = [
-        f"{name} is {theirs[name]} in the file and {own[name]} in the run"
-        for name in sorted(theirs.keys() & own.keys() - _NOT_SETTINGS)
-        if theirs[name] != own[name]
+        f"{name} is {theirs[name]} in the file and {ours[name]} in the run"
+        for name in sorted(theirs.keys() & ours.keys() - _NOT_SETTINGS)
+        if theirs[name] != ours[name]
     ]
     return f"{'; '.join(rows)}: set it as in the file." if rows else "Set method.targets as it was trained with."

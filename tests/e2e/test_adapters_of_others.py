@@ -209,3 +209,32 @@ def test_a_run_of_another_method_goes_on_from_its_own_delivery(ftk, cached, tmp_
         return
     wrong = ftk("train", run_file, "--set", f"train.start_from={first}", "--set", "method.block_size=8", "--set", "run=third")
     assert (wrong.code, "oft_block_size is 4 in the file and 8 in the run" in wrong.err) == (2, True), wrong.err
+
+
+def test_what_took_a_part_out_of_the_weights_is_merged_into_the_original_ones(ftk, cached, tmp_path):
+    """PiSSA took it out of bf16 weights; in another precision or at another strength the delivered change counts."""
+    method = {"name": "lora", "rank": RANK, "targets": list(LAYERS), "initialisation": "pissa"}
+    run_file = cached(method=method, train={**TRAIN, "learning_rate": 1e-3, "precision": "bf16"})
+    assert ftk("train", run_file).code == 0
+    assert ftk("export", run_file, "--out", tmp_path / "out").code == 0
+    done = ftk("merge", run_file, "--dtype", "float32", "--strength", 0.5, "--out", tmp_path / "merged")
+    assert done.code == 0, done.err
+    tensors, _ = tensors_of(tmp_path / "out/pytorch_lora_weights.safetensors")
+    merged, before = (load_file(tmp_path / place / "transformer" / WEIGHTS) for place in ("merged", "model"))
+    for layer in LAYERS:
+        A, B = (tensors[f"transformer.{layer}.lora_{each}.weight"] for each in "AB")
+        assert A.shape[0] == 2 * RANK
+        assert A.dtype == torch.float32
+        torch.testing.assert_close(merged[f"{layer}.weight"], before[f"{layer}.weight"] + 0.5 * B @ A, atol=1e-6, rtol=1e-6)
+
+
+def test_a_whole_model_is_exported_in_the_precision_that_is_asked_for(ftk, cached, tmp_path):
+    run_file = cached(method={"name": "full", "targets": ["to_q"]}, train={**TRAIN, "learning_rate": 1e-3, "precision": "bf16"})
+    assert ftk("train", run_file).code == 0
+    base = load_file(tmp_path / "model/transformer" / WEIGHTS)
+    for options, dtype in (((), torch.bfloat16), (("--dtype", "float32"), torch.float32)):
+        assert ftk("export", run_file, "--out", tmp_path / "out", *options).code == 0
+        weights = load_file(tmp_path / "out/transformer" / WEIGHTS)
+        trained = masters(tmp_path / "work/runs/test", 4)
+        for name, tensor in weights.items():
+            assert torch.equal(tensor, trained.get(name, base[name]).to(dtype)), name

@@ -257,7 +257,7 @@ def test_other_runs_are_drawn_on_top(ftk, place):
 @pytest.mark.parametrize(
     ("run", "settings", "message"),
     [
-        ("lora", "sample.adapters=[{path: nowhere}]", "sample.adapters.0.path nowhere: no such folder"),
+        ("lora", "sample.adapters=[{path: nowhere}]", "sample.adapters.0.path nowhere: no such file or folder"),
         ("lora", "sample.adapters=[{path: '{runs}/oft/adapter'}]", "is of type OFT, which does not add up"),
         ("lora", "sample.adapters=[{path: '{runs}/full/adapter'}]", "holds no adapter"),
         ("lora", "sample.adapters=[{path: '{runs}/lora'}]", "Did you mean"),

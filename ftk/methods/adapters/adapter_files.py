@@ -71,8 +71,8 @@ class AdapterFile:
     def kinds(self) -> list[str]:
         """What it consists of: `lora`, `loha`, `lokr`, `dora`; in this order."""
         changes = [change for component in self.layers.values() for change in component.values()]
-        found = {"dora" if change.magnitude is not None else change.kind for change in changes}
-        return sorted(found, key=("lora", "loha", "lokr", "dora").index)
+        kinds = {"dora" if change.magnitude is not None else change.kind for change in changes}
+        return sorted(kinds, key=("lora", "loha", "lokr", "dora").index)
 
     @property
     def digest(self) -> str:
@@ -163,8 +163,8 @@ def read(
         only = file.parent.name if number else None
         names = _Names(family, modules if only is None else {only: _component(modules, only, file)})
         settings = _settings(file, header, family)
-        for component, found in _changes(file, tensors, header, names, settings, pipeline_class).items():
-            layers.setdefault(component, {}).update(found)
+        for component, changes in _changes(file, tensors, header, names, settings, pipeline_class).items():
+            layers.setdefault(component, {}).update(changes)
     return AdapterFile(path=path, files=files, layers=layers, strength_is_inside=is_own)
 
 
