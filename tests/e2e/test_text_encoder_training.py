@@ -146,7 +146,8 @@ def test_merging_folds_both_in_and_other_formats_are_refused_with_the_reason(sce
     assert json.loads(done.out)["difference"] < 1e-5
     family = models.get("stable-diffusion")
     merged = family.pipeline(tmp_path / "merged", torch.float32, torch.device("cpu"))
-    plain = family.pipeline(load_run(RECIPE, overrides[1::2]).config.model.path, torch.float32, torch.device("cpu"))
+    base = Path(load_run(RECIPE, overrides[1::2]).config.model.path)
+    plain = family.pipeline(base, torch.float32, torch.device("cpu"))
     for name in ("unet", "text_encoder"):
         one, two = getattr(merged, name).state_dict(), getattr(plain, name).state_dict()
         assert one.keys() == two.keys()
