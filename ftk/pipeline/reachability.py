@@ -8,6 +8,8 @@ from ftk.errors import EnvironmentFault, FtkError, TooManyRejects
 
 _MIN_FAILURES = 20
 _IMPROBABLE = 1e-9
+_MAX_REASONS = 1000
+"""Some reasons name their host, and a table may have a million of those."""
 
 
 class Reachability:
@@ -36,7 +38,8 @@ class Reachability:
     def note(self, reason: RejectReason | None, detail: str = "") -> None:
         """Count a remote input that was asked for: the reason and detail of its reject, if it became one."""
         if reason == RejectReason.UNREACHABLE:
-            self._failures[detail] += 1
+            is_new = detail not in self._failures
+            self._failures["other reasons" if is_new and len(self._failures) >= _MAX_REASONS else detail] += 1
             self._in_a_row += 1
         else:
             self._num_fetched += 1

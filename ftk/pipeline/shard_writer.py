@@ -91,6 +91,20 @@ def committed_by_others(job: PrepareJob, unit: SourceUnit) -> Made | None:
     return _made(unit, made) if made and all(each.listing == unit.listing for each in made) else None
 
 
+def known_hashes(job: PrepareJob, unit: SourceUnit) -> dict[str, str]:
+    """The remembered hashes of images in the unit's shards, whatever settings those were made with, by `outcomes.key_of`."""
+    hashes: dict[str, str] = {}
+    piece, is_last = 0, False
+    while not is_last:
+        try:
+            plain = storage.read_json(shard_files(job.directory, unit.shard_name(piece))[2])
+            hashes.update({outcome["key"]: str(outcome["contents"][0]) for outcome in plain.get("outcomes", [])})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+            break
+        piece, is_last = piece + 1, bool(plain.get("is_last", True))
+    return hashes
+
+
 def _made(unit: SourceUnit, receipts: list[Receipt]) -> Made:
     return Made(unit=unit.number, shards=tuple(receipt.record for receipt in receipts), num_reused=len(receipts))
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from ftk.contracts import PREPARED_SCHEMA, Reject, RejectReason
 from ftk.errors import SourceError
 from ftk.pipeline.captions import CAPTIONS_VERSION
 from ftk.pipeline.images import CHECKS_VERSION, IMAGES_VERSION, ImageRecipe
+from ftk.pipeline.outcomes import key_of
 from ftk.pipeline.reachability import Reachability
 from ftk.pipeline.sources import base as sources
 from ftk.pipeline.sources.base import Partition, Record
@@ -123,8 +124,11 @@ def shown_name(unit: SourceUnit, record: Record, data: DataConfig) -> str:
     return path if len(data.sources) == 1 else f"{unit.source.source_name}: {path}"
 
 
-def find_duplicates(data: DataConfig) -> dict[int, Duplicates]:
+def find_duplicates(data: DataConfig, known: Callable[[SourceUnit], Mapping[str, str]] = lambda _: {}) -> dict[int, Duplicates]:
     """By unit, the records whose image has the same bytes as one before it; reads every image once.
+
+    Args:
+        known: of a unit, the hashes of images that are fetched once and were, by `outcomes.key_of` their record.
 
     Raises:
         SourceError: under `duplicates: error`, when there are any.
@@ -137,9 +141,10 @@ def find_duplicates(data: DataConfig) -> dict[int, Duplicates]:
     found: defaultdict[int, Duplicates] = defaultdict(dict)
     with track("hash", None, "image") as progress:
         for unit in units(data, {}):
+            hashes = known(unit)
             for position, item in enumerate(records(unit)):
                 progress.advance(1)
-                content = _content(item, reachability)
+                content = _content(item, reachability, hashes)
                 if content is None:
                     continue
                 assert isinstance(item, Record)
@@ -151,10 +156,12 @@ def find_duplicates(data: DataConfig) -> dict[int, Duplicates]:
     return dict(found)
 
 
-def _content(item: Record | Reject, reachability: Reachability) -> bytes | None:
+def _content(item: Record | Reject, reachability: Reachability, hashes: Mapping[str, str]) -> bytes | None:
     """The hash of an image; None where it is, or will be, a reject."""
     if not isinstance(item, Record):
         return None
+    if hashes and item.image.fetched_once and (known := hashes.get(key_of(item))):
+        return bytes.fromhex(known)[:16]
     content, unreachable = None, ""
     try:
         content = hashlib.sha256(item.image.read()).digest()[:16]

@@ -89,7 +89,7 @@ def run(run: Run, part: JobPart = WHOLE) -> PrepareReport:
         if part == WHOLE:
             storage.sweep(job.directory)
             storage.sweep(job.directory / "shards")
-        equal = source_units.find_duplicates(config.data)
+        equal = source_units.find_duplicates(config.data, partial(shard_writer.known_hashes, job))
         planned = _planned(job, equal, part)
         reachability = Reachability(config.data.max_unreachable_fraction, planned.totals(part)[0])
         reachability.has_kept = any(shard.num_samples for unit in planned.made if unit for shard in unit.shards)

@@ -169,3 +169,15 @@ def test_a_changed_caption_and_a_new_row_cost_their_own_images_alone(ftk, worksp
     assert asked(web) == {"/03.png": 1, "/08.png": 1}
     assert ftk("prepare", run_file, "--workspace", tmp_path / "at-once").code == 0
     assert hashes(tmp_path / "work/prepared") == hashes(tmp_path / "at-once/prepared")
+
+
+def test_a_second_look_for_duplicates_fetches_nothing(ftk, workspace, tmp_path, web):
+    web.files["/11.png"] = web.files["/00.png"]
+    run_file = over(workspace, table_of(urls_of(web), tmp_path / "rows.jsonl"), duplicates="first")
+    first = json.loads(ftk("prepare", run_file, "--json").out)
+    assert first["rejects_by_reason"] == {"duplicate": 1}
+    asked(web)
+    second = json.loads(ftk("prepare", run_file, "--json").out)
+    # A row that is left out is no sample, whose hash nobody has.
+    assert asked(web) == {"/11.png": 1}
+    assert (second["rejects_by_reason"], second["num_shards_reused"]) == ({"duplicate": 1}, 3)

@@ -706,3 +706,21 @@ def test_rows_of_any_values_give_records_and_rejects(
     for item in items:
         text = item.path + item.detail if isinstance(item, Reject) else item.identity
         assert text.encode("utf-8", "surrogateescape")
+
+
+@given(
+    data=st.binary(max_size=60) | st.text(alphabet='ab,"\n\r\t{}[]:0\\', max_size=60).map(str.encode),
+    suffix=st.sampled_from(FORMATS),
+)
+def test_a_table_of_any_bytes_gives_records_and_rejects_or_a_message_with_its_path(
+    data: bytes, suffix: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"any-bytes.{suffix}"
+    path.write_bytes({"csv": b"image,text\n", "tsv": b"image\ttext\n"}.get(suffix, b"") + data)
+    try:
+        items = _records(path, caption="a photo")
+    except SourceError as error:
+        message = str(error)
+    else:
+        message = path.name if all(isinstance(item, Record | Reject) for item in items) else ""
+    assert path.name in message

@@ -267,3 +267,28 @@ def _read_or_message(path: Path) -> list[Record | Reject] | str:
         return _read(path, caption="a photo")
     except FtkError as error:
         return str(error)
+
+
+_CELLS = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["a.png", "../a.png", "nan"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["bytes", "path"]), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(rows=st.lists(st.dictionaries(st.sampled_from(["image", "text", "edge"]), _CELLS), min_size=1, max_size=4))
+def test_a_table_of_any_values_in_a_zip_gives_records_and_rejects(
+    rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    lines = [{"image": "a.png", "text": "t", "edge": "a.png"}, *rows]
+    path = tmp_path_factory.getbasetemp() / "rows.zip"
+    _zip(path, {"sub/metadata.jsonl": "\n".join(map(json.dumps, lines)), "sub/a.png": b"a", "a.png": b"outside"})
+    items = _read(path, controls=["edge"], optional=True)
+    assert len(items) == len(lines)
+    images = {blob.read() for item in items if isinstance(item, Record) for blob in item.blobs}
+    assert images == {b"a"}
