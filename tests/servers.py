@@ -40,6 +40,9 @@ class FaultServer(ThreadingHTTPServer):
         """Without a slash at its end."""
         return f"http://127.0.0.1:{self.server_port}"
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: a client that is stopped resets its connections, and `socketserver` would print a traceback."""
+
     def count(self, path: str) -> int:
         """How often a file was asked for."""
         return sum(asked == path and method == "GET" for method, asked, _ in self.requests)
