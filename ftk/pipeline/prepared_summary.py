@@ -323,7 +323,8 @@ def _sources(manifest: PreparedManifest, counted: Counter[tuple[str, str, int | 
         SourceSummary(
             name=name,
             num_samples=number,
-            num_rejects=rejected[name],
+            # Once: a source whose folders say how often they are repeated has a row for each number.
+            num_rejects=rejected.pop(name, 0),
             repeats=repeats,
             role=role,
             settings=own_settings(source_settings(manifest, name)),

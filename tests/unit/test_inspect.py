@@ -128,6 +128,12 @@ def test_sources_have_their_samples_and_rejects(tmp_path, written_dataset):
     ]
 
 
+def test_a_source_of_several_repeats_has_a_row_for_each_and_its_rejects_once(tmp_path, written_dataset):
+    rows = [[sample("a", repeats=2), sample("b", repeats=10), sample("c", repeats=10)]]
+    sources = prepared_summary.summarise(written_dataset(tmp_path, rows, [reject("1"), reject("2")])).sources
+    assert [(one.repeats, one.num_samples, one.num_rejects) for one in sources] == [(2, 1, 2), (10, 2, 0)]
+
+
 def test_rejects_are_grouped_with_the_first_examples(tmp_path, written_dataset):
     rejects = [reject(f"{n}.png", detail=f"detail {n}") for n in range(5)] + [reject("s.png", RejectReason.TOO_SMALL)]
     groups = prepared_summary.summarise(written_dataset(tmp_path, [[sample("a")]], rejects)).rejects
