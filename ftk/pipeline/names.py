@@ -5,7 +5,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-_MOST_COMPARED = 2_000
+_MOST_COMPARED = 500
 
 
 def folded(name: str) -> str:
@@ -15,15 +15,22 @@ def folded(name: str) -> str:
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
 
 
-def nearest(name: str, others: Iterable[str]) -> str | None:
-    """The one of the other names that this one is probably a misspelling of; numbers in both must be equal."""
-    numbers = _numbers(name)
-    alike = {folded(other): other for other in others if _numbers(other) == numbers}
-    if len(alike) > _MOST_COMPARED:
-        return None
-    near = difflib.get_close_matches(folded(name), alike, n=1)
-    return alike[near[0]] if near else None
+class Nearest:
+    """Finds the name that another one is probably a misspelling of; numbers in both must be equal."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._by_numbers: dict[tuple[int, ...], dict[str, str]] = {}
+        for name in names:
+            self._by_numbers.setdefault(_numbers(name), {})[folded(name)] = name
+
+    def to(self, name: str) -> str | None:
+        """The nearest one; None where none is near, or too many would have to be compared."""
+        alike = self._by_numbers.get(_numbers(name), {})
+        if len(alike) > _MOST_COMPARED:
+            return None
+        near = difflib.get_close_matches(folded(name), alike, n=1)
+        return alike[near[0]] if near else None
 
 
-def _numbers(name: str) -> list[int]:
-    return [int(digits) for digits in re.findall(r"[0-9]+", name)]
+def _numbers(name: str) -> tuple[int, ...]:
+    return tuple(int(digits) for digits in re.findall(r"[0-9]{1,4000}", name))

@@ -1,13 +1,13 @@
 """Which caption file belongs to which image of a folder, and which text files belong to none."""
 
 import posixpath
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ftk import locations
 from ftk.contracts import UnmatchedCaption
 from ftk.locations import File
-from ftk.pipeline.names import folded, nearest
+from ftk.pipeline.names import Nearest, folded
 
 SUFFIXES = (".txt", ".caption", ".json")
 _MOST_EXAMPLES = 100
@@ -130,8 +130,10 @@ class Unmatched:
         for image in without[: max(0, _MOST_REMEMBERED - len(self._homeless))]:
             self._homeless.setdefault(folded(_stem(image)), directory + image)
         self.number += len(matches.unmatched)
-        for name, image, detail in matches.unmatched[: _MOST_EXAMPLES - len(self._examples)]:
-            likely = image or _likely(name, without) or _likely(name, files.images)
+        examples = matches.unmatched[: _MOST_EXAMPLES - len(self._examples)]
+        likely_images = [_likely_images(names) for names in ((without, files.images) if examples else ())]
+        for name, image, detail in examples:
+            likely = image or next(filter(None, (find(name) for find in likely_images)), "")
             self._examples.append(
                 UnmatchedCaption(
                     source=self._source,
@@ -154,9 +156,11 @@ class Unmatched:
         )
 
 
-def _likely(name: str, images: Sequence[str]) -> str | None:
-    stem = nearest(_stem(name), {_stem(image) for image in images})
-    return next((image for image in images if _stem(image) == stem), None)
+def _likely_images(images: Sequence[str]) -> Callable[[str], str | None]:
+    """A function that gives the one of the images that a text file probably belongs to."""
+    image_of = {_stem(image): image for image in reversed(images)}
+    nearest = Nearest(image_of)
+    return lambda name: image_of.get(nearest.to(_stem(name)) or "")
 
 
 def _by_base(files: Iterable[str], suffixes: Sequence[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ftk.locations import File
 from ftk.pipeline import sidecars
-from ftk.pipeline.names import folded, nearest
+from ftk.pipeline.names import Nearest, folded
 
 NFC, NFD = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
 
@@ -113,8 +113,9 @@ def test_the_likely_image_may_lie_in_another_folder_or_be_spelt_otherwise() -> N
 
 
 def test_numbers_are_never_a_misspelling() -> None:
-    assert nearest("007", ["006", "008"]) is None
-    assert nearest("img 7", ["IMG_007", "IMG_008"]) == "IMG_007"
+    assert Nearest(["006", "008"]).to("007") is None
+    assert Nearest(["IMG_007", "IMG_008"]).to("img 7") == "IMG_007"
+    assert Nearest([f"cat {'a' * number}" for number in range(9000)]).to("cat aab") is None
 
 
 # A few letters that have cases and Unicode forms, so that random names often meet.
