@@ -191,7 +191,7 @@ def test_what_the_main_process_cannot_do_ends_all_with_its_exit_code(cached, tmp
 def test_a_mistake_is_told_by_every_process_and_none_hangs(cached, tmp_path):
     run_file = cached(train=TRAIN)
     codes, err = World(2, tmp_path / "trace", run_file, "--set", "train.remainder=drop", "--set",
-                       "train.micro_batch_size=12").end(60)  # fmt: skip
+                       "train.global_batch_size=1000").end(60)  # fmt: skip
     assert codes == [2, 2]
     assert "drop leaves nothing" in err
 
