@@ -138,7 +138,7 @@ def test_nothing_but_rejects_exits_2(ftk, workspace, tmp_path):
         ("method.targets=atention", "has no group 'atention'"),
         ("method.targets=[to_qq]", "'to_qq' is the name of no linear layer"),
         ("train.steps=many", "`train.steps`"),
-        ("train.micro_batch_size=3", "micro_batch_size 3 is larger than global_batch_size"),
+        ("train.micro_batch_size=9", "micro_batch_size 9 is larger than global_batch_size"),
         ("data.bucket_step=24", "not a multiple of 16"),
     ],
 )
