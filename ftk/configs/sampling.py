@@ -84,6 +84,7 @@ class SampleConfig(Section):
     @model_validator(mode="after")
     def _settings_take_effect(self) -> Self:
         if not self.prompts:
+            require_default(self, "every", "prompts")
             require_default(self, "at_start", "prompts")
         return self
 

@@ -51,11 +51,11 @@ PATTERNS = {
 }
 """What of a caption is meant for a program that draws, and is mere text for a text encoder in training."""
 _ADVICE = {
-    "weights": "emphasis as programs that draw read it, which is trained on as it is written: take it out",
-    "networks": "names of networks, which are trained on as they are written: take them out",
-    "placeholders": "words in brackets that look like placeholders: fill them in, or set the source's `trigger` for [trigger]",
-    "wildcards": "wildcards that were not expanded: write them as {a|b}, and see `data.captions.wildcards`",
-    "short": "hardly a word: write what the image shows",
+    "weights": "only programs that draw understand (tag:1.2). Training takes it as plain text: remove it",
+    "networks": "only programs that draw understand <lora:name:1>. Training takes it as plain text: remove it",
+    "placeholders": "words in brackets look like placeholders: fill them in, or set the source's `trigger` for [trigger]",
+    "wildcards": "these wildcards are not expanded: write them as {a|b}, and see `data.captions.wildcards`",
+    "short": "at most one word: describe what the image shows",
 }
 
 
@@ -90,7 +90,7 @@ def sentence(finding: CaptionFinding) -> str:
     """A finding in words."""
     examples = f", for example {', '.join(finding.examples)}" if finding.examples else ""
     samples = "1 sample has" if finding.num_samples == 1 else f"{finding.num_samples:,} samples have"
-    return f"{samples} captions with {finding.kind}: {finding.detail}{examples}"
+    return f"{samples} captions with {finding.kind}: {finding.detail}{examples}."
 
 
 @dataclass(slots=True)
@@ -159,8 +159,8 @@ class _SourceCaptions:
     def _invariant(self, what: str) -> CaptionFinding:
         name = self._source.source_name
         detail = (
-            f"every caption of source {name} {what}, which is learnt as one with the rest. Leave it if it is meant, as a "
-            "trigger is; `trigger` says so"
+            f"every caption of source {name} {what}, so what it means is learned together with them. "
+            "Keep it if you mean it as a trigger, and set the source's `trigger`; otherwise remove it"
         )
         return CaptionFinding(kind="invariant", detail=detail, num_samples=self._num_samples, examples=[])
 
