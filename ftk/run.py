@@ -74,6 +74,11 @@ class Run:
         return methods.changes_base(self.method, self.settings)
 
     @property
+    def formats(self) -> tuple[str, ...]:
+        """The delivery formats of what is trained; the first is the default."""
+        return methods.formats(self.method, self.settings)
+
+    @property
     def all_components(self) -> tuple[str, ...]:
         """The folders of the whole model."""
         return (*self.family.latent_components, *self.family.text_components, *self.family.denoiser_components)

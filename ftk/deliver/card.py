@@ -21,6 +21,7 @@ from ftk.configs.schema import CardConfig, ModelConfig
 from ftk.deliver import metadata
 from ftk.deliver.metadata import Subject
 from ftk.errors import ConfigError
+from ftk.methods import base as methods
 from ftk.methods.adapters import peft_method
 from ftk.methods.base import Method
 from ftk.models.base import Family
@@ -45,10 +46,6 @@ _OTHER_READERS = {
         "LyCORIS: `create_lycoris_from_weights(1.0, 'lycoris.safetensors', denoiser)`; ComfyUI: put it into `models/loras`."
     ),
 }
-_NOT_FOR_DIFFUSERS = (
-    "This file is for ComfyUI alone: diffusers leaves out DoRA's scales (`dora_scale`), and draws something else without them. "
-    "For diffusers: `ftk export RUN.yaml --format diffusers`."
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +94,7 @@ def loading(subject: Subject, form: str, repository: str | None = None) -> str:
     """
     base = metadata.base_name(subject.config.model, subject.config.card)
     lines = how_to_load(subject.run.method, subject.run.settings, subject.run.family, base, form)
-    if form != "comfyui" and "comfyui" in subject.run.method.FORMATS:
+    if form != "comfyui" and "comfyui" in subject.run.formats:
         lines += "\n\nFor ComfyUI: `ftk export RUN.yaml --format comfyui` writes these weights as it reads them."
     return _from_hub(lines, repository) if repository else lines
 
@@ -109,12 +106,25 @@ def how_to_load(method: Method, settings: Any, family: Family, base: str, form: 
         base: the base model's Hub id, or the name of its folder.
     """
     if form in _OTHER_READERS:
-        note = f"\n\n{_NOT_FOR_DIFFUSERS}" if form == "comfyui" and getattr(settings, "dora", False) else ""
-        return _OTHER_READERS[form] + note
-    if form == method.FORMATS[0]:
+        return "\n\n".join([_OTHER_READERS[form], *(_not_for_diffusers(settings) if form == "comfyui" else [])])
+    if form == methods.formats(method, settings)[0]:
         return _python(base, method.usage(family, settings))
     assert isinstance(method, peft_method.PeftMethod)
     return _python(base, peft_method.PeftMethod.usage(method, family, settings))
+
+
+def _not_for_diffusers(settings: Any) -> list[str]:
+    """What diffusers leaves out of a file for ComfyUI."""
+    if getattr(settings, "modules_to_save", None) is not None:
+        what, form = "the modules that were trained whole (`diff`, `diff_b`)", "peft"
+    elif getattr(settings, "dora", False):
+        what, form = "DoRA's scales (`dora_scale`)", "diffusers"
+    else:
+        return []
+    return [
+        f"This file is for ComfyUI alone: diffusers leaves out {what}, and draws something else without them. "
+        f"For diffusers: `ftk export RUN.yaml --format {form}`."
+    ]
 
 
 def _python(base: str, usage: str) -> str:

@@ -80,7 +80,7 @@ def export(
     """
     checkpoint = find_checkpoint(run, choice)
     directory = run.locate(run.trained_components)
-    form = form or run.method.FORMATS[0]
+    form = form or run.formats[0]
     target = out or run.paths.run / "exports" / form
     subject = metadata.subject(run, checkpoint.step, directory, checkpoint.settings.get("train"))
     files = _write_weights(run, checkpoint, Export(directory=target, form=form, metadata=metadata.of(subject)), choice.dtype)
@@ -165,7 +165,7 @@ def chosen_adapter(run: Run, choice: Choice) -> Iterator[Path]:
         return
     checkpoint = find_checkpoint(run, choice)
     with tempfile.TemporaryDirectory(prefix="ftk-weights-") as folder:
-        export = Export(directory=Path(folder), form=run.method.FORMATS[0], metadata={"ftk_version": ftk.__version__})
+        export = Export(directory=Path(folder), form=run.formats[0], metadata={"ftk_version": ftk.__version__})
         _write_weights(run, checkpoint, export, choice.dtype)
         yield Path(folder)
 

@@ -24,7 +24,7 @@ class RunDelivery:
         """The weights as they are in the model now, of a step; all processes that have a part of them."""
         self._count()
         method, subject = self._run.method, self._subject(step)
-        form, place = method.FORMATS[0], self._directory / folder
+        form, place = self._run.formats[0], self._directory / folder
         export = Export(directory=place, form=form, metadata=metadata.of(subject))
         method.export(self._model, self._run.settings, export)
         if self._ranks.is_main:
@@ -36,7 +36,7 @@ class RunDelivery:
         is_of_step = {"adapter": (checkpoints / f"{step:08d}").is_dir(), "best": checkpoint.best_step(checkpoints) == step}
         subject = self._subject(step)
         for folder in [name for name, is_it in is_of_step.items() if is_it]:
-            card.write(subject, self._directory / folder, card.loading(subject, self._run.method.FORMATS[0]))
+            card.write(subject, self._directory / folder, card.loading(subject, self._run.formats[0]))
 
     def _subject(self, step: int) -> metadata.Subject:
         return metadata.Subject(run=self._run, step=step, model=self._inputs.model)

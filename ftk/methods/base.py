@@ -131,6 +131,22 @@ class HasBaseTraining(Protocol):
 
 
 @runtime_checkable
+class HasFormatsBySettings(Protocol):
+    """A method that cannot write all of its `FORMATS` with every setting."""
+
+    def formats(self, settings: Any) -> tuple[str, ...]:
+        """Those that it can write with these; the first is the default."""
+
+
+@runtime_checkable
+class HasThawedModules(Protocol):
+    """A method that may train modules of the denoiser itself beside what it adds: they must be there in full, not as codes."""
+
+    def thaw(self, model: Model, settings: Any) -> None:
+        """Have those require gradients, before the base is quantised; `attach` is called later."""
+
+
+@runtime_checkable
 class HasDataStart(Protocol):
     """A method that may start from what the layers see of the data."""
 
@@ -186,6 +202,11 @@ def changes_base(method: Method, settings: Any) -> bool:
 def trains_base(method: Method, settings: Any) -> bool:
     """Whether the base weights are what is trained; see `HasBaseTraining`."""
     return isinstance(method, HasBaseTraining) and method.trains_base(settings)
+
+
+def formats(method: Method, settings: Any) -> tuple[str, ...]:
+    """The delivery formats that can be written with these settings; see `HasFormatsBySettings`."""
+    return method.formats(settings) if isinstance(method, HasFormatsBySettings) else method.FORMATS
 
 
 def start_batches(method: Method, settings: Any) -> int:

@@ -59,7 +59,9 @@ class Lokr(lycoris.LycorisMethod):
     peft_class = "LoKrConfig"
 
     def load_into(self, family: Family, pipeline: Any, directory: Path, adapter: str = injection.ADAPTER) -> Any:
-        """diffusers' loader of one model: that of pipelines takes only names that contain `lora`. PEFT's of text encoders."""
+        """diffusers' loader of one model: that of pipelines takes only names that contain `lora`. PEFT's of all else."""
+        if (directory / peft_directory.CONFIG_FILE).exists():
+            return super().load_into(family, pipeline, directory, adapter)
         path, denoiser = directory / formats.SINGLE_FILE, getattr(pipeline, family.denoiser_attribute)
         peft_directory.check_fits(denoiser, peft_directory.read_tensors(path), path)
         with peft_directory.explaining(path):
@@ -68,7 +70,9 @@ class Lokr(lycoris.LycorisMethod):
         return pipeline
 
     def usage(self, family: Family, settings: LokrConfig) -> str:
-        """diffusers' loader of the denoiser, PEFT's of text encoders."""
+        """diffusers' loader of the denoiser, PEFT's of text encoders and of `modules_to_save`."""
+        if settings.modules_to_save is not None:
+            return super().usage(family, settings)
         arguments = '"path/to/this/folder", prefix=None, use_safetensors=True'
         line = f"pipeline.{family.denoiser_attribute}.load_lora_adapter({arguments})"
         return "\n".join([line, *peft_directory.usage_of_encoders(self.encoders(family, settings))])

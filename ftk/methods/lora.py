@@ -13,16 +13,16 @@ in which a layer's inputs vary most, over the first batches of the cache.
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
 from ftk.errors import ConfigError
-from ftk.methods.adapters import eva, formats, injection, peft_directory, peft_method, targets
+from ftk.methods.adapters import eva, formats, injection, peft_directory, peft_method, targets, whole_modules
 from ftk.methods.adapters.targets import TrainedComponent
-from ftk.methods.base import Export, check_format
+from ftk.methods.base import Export
 from ftk.models.base import DENOISER, Family, Model, TrainsEncoders
 
 if TYPE_CHECKING:
@@ -81,13 +81,15 @@ class Factors:
 class Adapter:
     """What the layers of one component, `module`, add to their original weights, by name, and PEFT's settings for it.
 
-    `settings` have alpha = rank everywhere. `dora_scales` are for ComfyUI, of the layers with a magnitude.
+    `settings` have alpha = rank everywhere. `dora_scales` are for ComfyUI, of the layers with a magnitude. `whole` are tensors of
+    modules that were trained beside the layers.
     """
 
     module: Any
     factors: Mapping[str, Factors]
     settings: Any
     dora_scales: "Mapping[str, torch.Tensor]"
+    whole: "Mapping[str, torch.Tensor]" = field(default_factory=dict)
 
 
 class Lora(peft_method.PeftMethod):
@@ -157,12 +159,14 @@ class Lora(peft_method.PeftMethod):
 
     def export(self, model: Model, settings: LoraConfig, export: Export) -> list[Path]:
         """Every format holds the scale in B, with alpha = rank: readers that look at alpha and those that do not agree."""
-        check_format(self.name, self.FORMATS, export.form, self.REASONS)
+        self.check_format(export.form, settings)
         adapters = {name: _adapter(module, settings) for name, module in model.components.items()}
         return write(adapters, model.family, export)
 
     def load_into(self, family: Family, pipeline: Any, directory: Path, adapter: str = injection.ADAPTER) -> Any:
-        """diffusers' own loader, once the file is known to be whole and of this model."""
+        """diffusers' own loader, once the file is known to be whole and of this model; PEFT's of `modules_to_save`."""
+        if (directory / peft_directory.CONFIG_FILE).exists():
+            return super().load_into(family, pipeline, directory, adapter)
         path, denoiser = directory / WEIGHTS_FILE, getattr(pipeline, family.denoiser_attribute)
         by_component: dict[str, dict[str, torch.Tensor]] = {}
         tensors = peft_directory.read_tensors(path)
@@ -182,7 +186,9 @@ class Lora(peft_method.PeftMethod):
         return pipeline
 
     def usage(self, family: Family, settings: LoraConfig) -> str:
-        """diffusers' loader."""
+        """diffusers' loader; PEFT's of `modules_to_save`."""
+        if settings.modules_to_save is not None:
+            return super().usage(family, settings)
         return 'pipeline.load_lora_weights("path/to/this/folder")'
 
 
@@ -276,7 +282,8 @@ def _adapter(module: Any, settings: LoraConfig) -> Adapter:
         for name, layer in factors.items()
         if layer.magnitude is not None
     }
-    return Adapter(module=module, factors=factors, settings=peft_config, dora_scales=scales)
+    whole = injection.whole_state(module)
+    return Adapter(module=module, factors=factors, settings=peft_config, dora_scales=scales, whole=whole)
 
 
 def write(adapters: Mapping[str, Adapter], family: Family, export: Export) -> list[Path]:
@@ -284,17 +291,18 @@ def write(adapters: Mapping[str, Adapter], family: Family, export: Export) -> li
     directory, metadata = export.directory, export.metadata
     if export.form in ("comfyui", "kohya"):
         named = _renamed(adapters, export.form, family)
-        has_dora = any(adapter.dora_scales for adapter in adapters.values())
-        note = {"ftk_read_by": formats.readers(export.form, "dora" if has_dora else "lora")}
+        note = {"ftk_read_by": formats.readers(export.form, _kind(adapters.values()))}
         return [peft_directory.commit_tensors(directory / formats.NAMED_FILES[export.form], named, {**metadata, **note})]
     if export.form == "peft":
-        files = []
+        files: list[Path] = []
+        tensors: dict[str, torch.Tensor] = {}
         for name, adapter in adapters.items():
             place = peft_directory.folder(directory, name)
-            files += peft_directory.export_directory(place, adapter.settings, _named(adapter.factors), metadata)
+            tensors = {**_named(adapter.factors), **adapter.whole}
+            files += peft_directory.export_directory(place, adapter.settings, tensors, metadata)
         return files
     settings: dict[str, Any] = {}
-    tensors: dict[str, torch.Tensor] = {}
+    tensors = {}
     for name, adapter in adapters.items():
         component = family.denoiser_attribute if name == DENOISER else name
         settings |= {f"{component}.{key}": value for key, value in peft_directory.plain(adapter.settings.to_dict()).items()}
@@ -302,6 +310,12 @@ def write(adapters: Mapping[str, Adapter], family: Family, export: Export) -> li
             tensors[f"{component}.{key if name == DENOISER else _key_in_encoder(family, name, key)}"] = tensor
     header = {"lora_adapter_metadata": json.dumps(settings, sort_keys=True), **metadata}
     return [peft_directory.commit_tensors(directory / WEIGHTS_FILE, tensors, header)]
+
+
+def _kind(adapters: Iterable[Adapter]) -> str:
+    """What a file's readers must know."""
+    every = list(adapters)
+    return "whole" if any(each.whole for each in every) else "dora" if any(each.dora_scales for each in every) else "lora"
 
 
 def _key_in_encoder(family: Family, component: str, key: str) -> str:
@@ -343,6 +357,8 @@ def _renamed(adapters: Mapping[str, Adapter], form: str, family: Family) -> "dic
                     "lora with dora cannot be written as kohya: sd-scripts have no DoRA. Write comfyui or diffusers."
                 )
             named[f"{names.module(name)}.dora_scale"] = scale
+        if adapter.whole:
+            named |= whole_modules.differences(adapter.module, names)
     return named
 
 

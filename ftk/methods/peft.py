@@ -33,7 +33,6 @@ _REFUSED: Mapping[str, str] = {
 _SET_BY_FTK: Mapping[str, str] = {
     **{name: f"write `{narrowing.PEFT_NAMES[name]}`" for name in ("target_modules", "exclude_modules", "layers_to_transform")},
     "layers_pattern": "it goes with `layers`",
-    "modules_to_save": narrowing.MODULES_TO_SAVE,
     **dict.fromkeys(("peft_type", "task_type", "inference_mode", "auto_mapping", "peft_version"), "ftk sets it"),
     **dict.fromkeys(("base_model_name_or_path", "revision"), "the base is the section `model`"),
 }

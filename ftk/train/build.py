@@ -120,6 +120,8 @@ def _load(inputs: Inputs, ranks: Ranks, device: torch.device) -> tuple[Model, di
     first = torch.device("cpu") if plan.load_device == "cpu" else device
     model = load_model(family, inputs.model, run.encoders, dtype, first)
     model.schedule = model.schedule.to(device)
+    if isinstance(run.method, methods.HasThawedModules):
+        run.method.thaw(model, run.settings)
     placement.before_method(model.denoiser, plan, family, device)
     parameters = run.method.attach(model, run.settings, keyed_seed(run.config.train.seed, "adapter"))
     placement.after_method(model.denoiser, plan, family, device)

@@ -29,6 +29,7 @@ _READERS = {
     ("comfyui", "lora"): "ComfyUI, diffusers",
     ("comfyui", "dora"): "ComfyUI; not diffusers, which leaves out dora_scale",
     ("comfyui", "lycoris"): "ComfyUI",
+    ("comfyui", "whole"): "ComfyUI; not diffusers, which leaves out diff and diff_b",
     ("kohya", "lora"): "sd-scripts or musubi-tuner, A1111, Forge, ComfyUI, diffusers",
     ("kohya", "lycoris"): "sd-scripts with LyCORIS or musubi-tuner, A1111, Forge, ComfyUI",
     ("lycoris", "lycoris"): "LyCORIS, ComfyUI",
@@ -39,7 +40,7 @@ def readers(form: str, kind: str) -> str:
     """Which programs read a file of one of the formats in `NAMED_FILES`: a note in its header.
 
     Args:
-        kind: `lora`, `dora`, or `lycoris` for LoHa and LoKr.
+        kind: `lora`, `dora`, or `lycoris` for LoHa and LoKr; `whole` where modules were trained whole beside it.
     """
     return _READERS[form, kind]
 

@@ -46,8 +46,29 @@ def state(model: Any, adapter: str = ADAPTER) -> "dict[str, torch.Tensor]":
     from peft import get_peft_model_state_dict
 
     tensors = dict(get_peft_model_state_dict(model, adapter_name=adapter))
+    whole = tuple(f"{name}." for name in whole_modules(model, adapter))
     biases = {name: parameter for name, parameter in trained(model).items() if name.endswith(".bias")}
-    return tensors | {name: bias for name, bias in biases.items() if f".{adapter}." not in name}
+    return tensors | {name: bias for name, bias in biases.items() if f".{adapter}." not in name and not name.startswith(whole)}
+
+
+def whole_modules(model: Any, adapter: str = ADAPTER) -> list[str]:
+    """Names of the modules that are trained whole beside the adapter, which its settings list as `modules_to_save`."""
+    return modules_of_entries(model, getattr(model.peft_config[adapter], "modules_to_save", None) or ())
+
+
+def modules_of_entries(model: Any, entries: Iterable[str]) -> list[str]:
+    """The modules that PEFT takes the entries of `modules_to_save` for: those whose names end so, within a word too."""
+    ends = tuple(entries)
+    return [name for name, _ in model.named_modules(remove_duplicate=False) if name.endswith(ends)] if ends else []
+
+
+def whole_state(model: Any, adapter: str = ADAPTER) -> "dict[str, torch.Tensor]":
+    """All tensors of the modules that are trained whole, under the names that PEFT gives them in files: their own."""
+    return {
+        f"{name}.{key}": tensor
+        for name in whole_modules(model, adapter)
+        for key, tensor in model.get_submodule(name).state_dict().items()
+    }
 
 
 def set_state(model: Any, tensors: "Mapping[str, torch.Tensor]", adapter: str = ADAPTER) -> list[str]:

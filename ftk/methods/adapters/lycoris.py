@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ConfigError
-from ftk.methods.adapters import formats, injection, peft_directory, peft_method, targets
+from ftk.methods.adapters import formats, injection, peft_directory, peft_method, targets, whole_modules
 from ftk.methods.adapters.targets import TrainedComponent
-from ftk.methods.base import Export, check_format
+from ftk.methods.base import Export
 from ftk.models.base import DENOISER, Model
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class LycorisMethod(peft_method.PeftMethod):
 
     def export(self, model: Model, settings: Any, export: Export) -> list[Path]:
         """Every format holds the scale in the first factor, with alpha = rank. diffusers' has no text encoders: PEFT's has."""
-        check_format(self.name, self.FORMATS, export.form, self.REASONS)
+        self.check_format(export.form, settings)
         if export.form not in ("diffusers", "peft"):
             return _export_named(model, export)
         files = []
@@ -77,7 +77,8 @@ def _delivered(model: Any) -> "dict[str, torch.Tensor]":
 
 def _export_peft(model: Any, config: Any, directory: Path, metadata: Mapping[str, str]) -> list[Path]:
     """A PEFT directory."""
-    return peft_directory.export_directory(directory, _settings(model, config), _delivered(model), metadata)
+    tensors = _delivered(model) | injection.whole_state(model)
+    return peft_directory.export_directory(directory, _settings(model, config), tensors, metadata)
 
 
 def _export_diffusers(model: Any, config: Any, directory: Path, metadata: Mapping[str, str]) -> list[Path]:
@@ -104,7 +105,9 @@ def _export_named(model: Model, export: Export) -> list[Path]:
             named |= {f"{key}.{kind}": tensor for kind, tensor in factors.items()}
             # LyCORIS and all readers of its names need alpha beside the factors.
             named[f"{key}.alpha"] = torch.tensor(_alpha(factors, layers[layer].r[injection.ADAPTER]))
-    header = {**export.metadata, "ftk_read_by": formats.readers(export.form, "lycoris")}
+        named |= whole_modules.differences(adapted, names)
+    kind = "whole" if any(map(injection.whole_modules, model.components.values())) else "lycoris"
+    header = {**export.metadata, "ftk_read_by": formats.readers(export.form, kind)}
     return [peft_directory.commit_tensors(export.directory / formats.NAMED_FILES[export.form], named, header)]
 
 

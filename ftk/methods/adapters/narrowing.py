@@ -119,11 +119,6 @@ PEFT_NAMES: Mapping[str, str] = {
 }
 """What PEFT and sd-scripts call a setting that has another name here."""
 
-MODULES_TO_SAVE = (
-    "a file of an adapter has no place for whole modules that diffusers or ComfyUI would read. Name them in `targets`, or "
-    "train them with `name: full`"
-)
-
 
 def refuse_other_names(tree: Any, valid: Collection[str]) -> Any:
     """Refuse a setting under the name that PEFT or sd-scripts give it, with the name that it has here.
@@ -134,6 +129,4 @@ def refuse_other_names(tree: Any, valid: Collection[str]) -> Any:
     for key in set(tree) - set(valid) if isinstance(tree, Mapping) else ():
         if PEFT_NAMES.get(key, key) in valid:
             raise ValueError(f"`{key}` is called `{PEFT_NAMES[key]}` here")
-        if key == "modules_to_save":
-            raise ValueError(f"`modules_to_save` is not a setting of this method: {MODULES_TO_SAVE}")
     return tree

@@ -31,7 +31,8 @@ def export_directories(model: Model, export: Export) -> list[Path]:
     files = []
     for name, module in model.components.items():
         settings = for_delivery(module.peft_config[injection.ADAPTER])
-        files += export_directory(folder(export.directory, name), settings, injection.state(module), export.metadata)
+        tensors = injection.state(module) | injection.whole_state(module)
+        files += export_directory(folder(export.directory, name), settings, tensors, export.metadata)
     return files
 
 
@@ -62,7 +63,7 @@ def load_encoders(pipeline: Any, directory: Path, adapter: str = injection.ADAPT
 
 
 def load_directory(model: Any, directory: Path, adapter: str = injection.ADAPTER) -> None:
-    """Inject what `export_directory` wrote into a model that has no adapter of this name.
+    """Inject what `export_directory` wrote into a model that has no adapter of this name; modules that are whole replace its own.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the adapter is of another base model.
@@ -79,10 +80,15 @@ def load_directory(model: Any, directory: Path, adapter: str = injection.ADAPTER
         ) from error
     check_fits(model, tensors, path)
     is_training = model.training
+    whole = _take_whole(model, config, tensors)
     with explaining(path):
         model.add_adapter(config, adapter_name=adapter)
         left_over = injection.set_state(model, tensors, adapter)
         left_over += sorted(tensors.keys() ^ injection.state(model, adapter).keys())
+        for name, parts in whole.items():
+            model.get_submodule(name).load_state_dict(parts)
+    if whole:
+        model.peft_config[adapter].modules_to_save = list(whole)
     if left_over:
         raise CheckpointError(
             f"{path} was trained on another base model: {left_over[0]} is in one of the two alone. Load it into the "
@@ -90,6 +96,19 @@ def load_directory(model: Any, directory: Path, adapter: str = injection.ADAPTER
         )
     # New modules come in training mode.
     model.train(is_training)
+
+
+def _take_whole(model: Any, config: Any, tensors: "dict[str, torch.Tensor]") -> "dict[str, dict[str, torch.Tensor]]":
+    """Take the modules that are whole out of an adapter's settings and tensors; returns the tensors of each.
+
+    PEFT would put wrappers in the modules' place, which diffusers' pipelines and other adapters do not expect.
+    """
+    entries, config.modules_to_save = getattr(config, "modules_to_save", None) or (), None
+    whole: dict[str, dict[str, torch.Tensor]] = {}
+    for module in injection.modules_of_entries(model, entries):
+        keys = [name for name in tensors if name.startswith(f"{module}.")]
+        whole[module] = {name.removeprefix(f"{module}."): tensors.pop(name) for name in keys}
+    return whole
 
 
 def usage_of_encoders(encoders: Sequence[str]) -> list[str]:

@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from ftk.errors import ConfigError
 from ftk.methods import base
-from ftk.methods.adapters import injection, narrowing, peft_directory, targets
+from ftk.methods.adapters import injection, narrowing, peft_directory, targets, whole_modules
 from ftk.methods.adapters.narrowing import BlockNumbers
 from ftk.methods.adapters.targets import EXCLUDED_HELP, Excluded, Targets, TextEncoderConfig, TrainedComponent
-from ftk.methods.base import CacheNeeds, Export, check_format
+from ftk.methods.adapters.whole_modules import ModulesToSave
+from ftk.methods.base import CacheNeeds, Export
 from ftk.models.base import Conditions, Family, Model
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class PeftMethodConfig(BaseModel):
         min_length=1,
         description="the list that `layers` counts in, such as transformer_blocks; any by default",
     )
+    modules_to_save: ModulesToSave | None = Field(default=None, description=whole_modules.HELP)
     text_encoder: TextEncoderConfig | None = Field(default=None, description="train the text encoders too; {} by defaults")
 
     @model_validator(mode="before")
@@ -47,6 +50,12 @@ class PeftMethodConfig(BaseModel):
         if self.layers_pattern is not None and self.layers is None:
             raise ValueError("`layers_pattern` has no effect without `layers`")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_modules_that_are_not_named(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Checkpoints of runs without the setting keep their bytes.
+        tree: dict[str, Any] = handler(self)
+        return {key: value for key, value in tree.items() if key != "modules_to_save" or value is not None}
 
 
 class PeftMethod(ABC):
@@ -96,10 +105,38 @@ class PeftMethod(ABC):
             targets.check_patterns(getattr(settings, pattern, {}), [name for names in chosen for name in names], pattern)
         parameters: dict[str, torch.nn.Parameter] = {}
         for component, names in zip(components, chosen, strict=True):
+            wanted = settings.modules_to_save if component.is_denoiser else None
+            whole = [] if wanted is None else whole_modules.select(component, wanted)
+            entries = whole_modules.entries(component, wanted, whole, names) if whole else None
             peft_config = self.peft_config(component, names, settings)
             injected = self.inject(component, peft_config, settings, seed)
+            if entries is not None:
+                _note_whole(component.module.peft_config[injection.ADAPTER], entries)
+                injected |= whole_modules.thaw(component, whole)
             parameters |= {component.prefix + name: parameter for name, parameter in injected.items()}
         return parameters
+
+    def thaw(self, model: Model, settings: Any) -> None:
+        """Those of `modules_to_save`."""
+        if settings.modules_to_save is not None:
+            component = targets.trained_components(model.family, model.components, settings)[0]
+            whole_modules.thaw(component, whole_modules.select(component, settings.modules_to_save))
+
+    def formats(self, settings: Any) -> tuple[str, ...]:
+        """With `modules_to_save`, those that can hold whole modules."""
+        if settings.modules_to_save is None:
+            return self.FORMATS
+        return tuple(form for form in whole_modules.FORMATS if form in self.FORMATS)
+
+    def check_format(self, form: str, settings: Any) -> None:
+        """Refuse a delivery format that cannot be written with these settings.
+
+        Raises:
+            ConfigError: see `base.check_format`.
+        """
+        formats = self.formats(settings)
+        reasons = {**self.REASONS, **{form: whole_modules.REASON for form in self.FORMATS if form not in formats}}
+        base.check_format(self.name, formats, form, reasons)
 
     def predict(
         self, model: Model, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
@@ -109,7 +146,7 @@ class PeftMethod(ABC):
 
     def export(self, model: Model, settings: Any, export: Export) -> list[Path]:
         """A PEFT directory, with one of its own in it for each text encoder."""
-        check_format(self.name, self.FORMATS, export.form, self.REASONS)
+        self.check_format(export.form, settings)
         return peft_directory.export_directories(model, export)
 
     def load_into(self, family: Family, pipeline: Any, directory: Path, adapter: str = injection.ADAPTER) -> Any:
@@ -127,3 +164,10 @@ class PeftMethod(ABC):
         line = f'PeftModel.from_pretrained(pipeline.{family.denoiser_attribute}, "path/to/this/folder")'
         others = peft_directory.usage_of_encoders(self.encoders(family, settings)) or [peft_directory.IMPORT]
         return "\n".join([others[0], line, *others[1:]])
+
+
+def _note_whole(peft_config: Any, entries: list[str]) -> None:
+    """List the modules in the adapter's settings, once it is injected: PEFT would put wrappers in their place before."""
+    if not hasattr(peft_config, "modules_to_save"):
+        raise ConfigError(f"{whole_modules.SETTING}: PEFT's {peft_config.peft_type.value} has no such setting. Leave it out.")
+    peft_config.modules_to_save = entries

@@ -29,7 +29,8 @@ class TargetPattern(BaseModel):
     regex: RegularExpression = Field(description="must match the whole name of a module, from the denoiser's root")
 
 
-def _one_of_three(value: Any) -> Any:
+def one_of_three(value: Any) -> Any:
+    """Validate what names layers: a word, a list of names, or a pattern."""
     # A union would complain once for each of its members.
     is_list = isinstance(value, (list, tuple)) and value and all(isinstance(item, str) and item for item in value)
     is_pattern = isinstance(value, TargetPattern) or (isinstance(value, Mapping) and set(value) == {"regex"})
@@ -38,11 +39,11 @@ def _one_of_three(value: Any) -> Any:
     return TargetPattern.model_validate(value) if isinstance(value, Mapping) else value
 
 
-Targets = Annotated[str | tuple[str, ...] | TargetPattern, BeforeValidator(_one_of_three)]
+Targets = Annotated[str | tuple[str, ...] | TargetPattern, BeforeValidator(one_of_three)]
 
 
 def _list_or_pattern(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else _one_of_three(value)
+    return (value,) if isinstance(value, str) else one_of_three(value)
 
 
 Excluded = Annotated[tuple[str, ...] | TargetPattern, BeforeValidator(_list_or_pattern)]
