@@ -98,6 +98,11 @@ def merge(
 def _check_strength(run: Run, strength: float) -> None:
     kind = str(getattr(run.settings, "type", run.method.name)).upper()
     kind = "DORA" if getattr(run.settings, "dora", False) else kind
+    if strength != 1 and getattr(run.settings, "modules_to_save", None) is not None:
+        raise ConfigError(
+            f"--strength {strength:g} has no meaning for a run that trains whole modules (method.modules_to_save) beside its "
+            f"adapter: they have no strength. Leave it out."
+        )
     if strength != 1 and kind not in mixing.ADDING:
         raise ConfigError(
             f"--strength {strength:g} has no meaning for method {run.method.name} ({kind}): only LoRA, LoHa and LoKr have a "

@@ -65,6 +65,11 @@ def check_own_strength(strength: float, adapter: Path, method: str, setting: str
     if strength == 1:
         return
     files = adapter_files.in_folder(adapter)
+    if files and adapter_files.whole_entries(files):
+        raise ConfigError(
+            f"{setting}: {strength:g} has no meaning for {adapter}, which holds whole modules (method.modules_to_save) beside "
+            f"its adapter. Leave it out."
+        )
     adapter_kind = adapter_files.kind_of(files) if files else None
     if adapter_kind not in ADDING:
         kind = f"{method}, whose weights are the model's own" if adapter_kind is None else f"of type {adapter_kind}"

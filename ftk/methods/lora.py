@@ -81,8 +81,8 @@ class Factors:
 class Adapter:
     """What the layers of one component, `module`, add to their original weights, by name, and PEFT's settings for it.
 
-    `settings` have alpha = rank everywhere. `dora_scales` are for ComfyUI, of the layers with a magnitude. `whole` are tensors of
-    modules that were trained beside the layers.
+    `settings` have alpha = rank everywhere. `dora_scales` are for ComfyUI, of the layers with a magnitude. `whole` are the
+    tensors of modules that were trained whole.
     """
 
     module: Any

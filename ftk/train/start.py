@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,20 @@ def read(run: Run, directory: Path, model: Model, parameters: Mapping[str, Any])
     path = locations.local_path(named)
     files = adapter_files.locate(path, SETTING)
     kind = adapter_files.kind_of(files)
+    whole = _whole(model, files)
     if kind.lower() in (*TENSORS, "dora"):
-        file = adapter_files.read(path, run.family, _modules(run, directory, model), SETTING, loading.pipeline_class(directory))
-        values = _from_layers(run, model, parameters, file)
+        modules, pipeline_class = _modules(run, directory, model), loading.pipeline_class(directory)
+        file = adapter_files.read(path, run.family, modules, SETTING, pipeline_class, allow_whole=True)
+        values = _from_layers(run, model, parameters, file) | whole
     else:
-        values = _from_directory(model, parameters, files, kind)
+        values = _from_directory(model, parameters, files, kind) | whole
     if len(values) < len(parameters):
         LOGGER.info(
-            "%s: %d of %d tensors start from %s; the others add nothing", SETTING, len(values), len(parameters), path.name
+            "%s: %d of %d tensors start from %s; the others start as without it",
+            SETTING,
+            len(values),
+            len(parameters),
+            path.name,
         )
     return Start(name=path.name, digest=adapter_files.digest(files), values=values)
 
@@ -78,6 +84,35 @@ def _check_method(run: Run) -> None:
     initialisation = getattr(settings, "initialisation", None)
     if initialisation is not None and initialisation != type(settings).model_fields["initialisation"].default:
         raise ConfigError(f"method.initialisation: {initialisation} has no effect with {SETTING}. Leave one of them out.")
+
+
+def _whole(model: Model, files: Sequence[Path]) -> dict[str, torch.Tensor]:
+    """fp32 values of the modules that lie whole in a PEFT folder, by the names of their parameters.
+
+    Raises:
+        ConfigError: this run does not train them.
+        CheckpointError: they are of another base model.
+    """
+    entries = adapter_files.whole_entries(files)
+    if not entries:
+        return {}
+    denoiser = model.denoiser
+    untrained = set(injection.modules_of_entries(denoiser, entries)) - set(injection.whole_modules(denoiser))
+    if untrained:
+        raise ConfigError(
+            f"{SETTING}: {files[0]} holds whole modules that this run does not train: "
+            f"{', '.join(sorted(untrained)[:_LISTED])}. Set method.modules_to_save: [{', '.join(entries)}]."
+        )
+    tensors, _ = adapter_files.parted(peft_directory.read_tensors(files[0]), denoiser, entries)
+    own = injection.whole_state(denoiser)
+    wrong = [name for name, tensor in tensors.items() if name not in own or own[name].shape != tensor.shape]
+    if wrong or not tensors:
+        raise CheckpointError(
+            f"{files[0]} was trained on another base model, or another size of this one: of its whole modules "
+            f"{', '.join((wrong or entries)[:_LISTED])} is not as here. Use it with the model that it was trained on."
+        )
+    trained = dict(denoiser.named_parameters())
+    return {name: tensor.float() for name, tensor in tensors.items() if name in trained}
 
 
 def _modules(run: Run, directory: Path, model: Model) -> dict[str, Any]:
@@ -217,9 +252,10 @@ def _number(value: Any) -> Any:
     return int(rounded) if rounded.is_integer() else rounded
 
 
-def _from_directory(model: Model, parameters: Mapping[str, Any], files: Iterable[Path], kind: str) -> dict[str, torch.Tensor]:
+def _from_directory(model: Model, parameters: Mapping[str, Any], files: Sequence[Path], kind: str) -> dict[str, torch.Tensor]:
     """Of a PEFT folder of a type that does more than add: its tensors are the run's own, name by name."""
     values: dict[str, torch.Tensor] = {}
+    entries = adapter_files.whole_entries(files)
     for number, file in enumerate(files):
         component = file.parent.name if number else DENOISER
         if component not in model.components:
@@ -232,10 +268,8 @@ def _from_directory(model: Model, parameters: Mapping[str, Any], files: Iterable
             raise ConfigError(
                 f"{SETTING}: {file} is of type {kind}, and the method makes {own_kind}. Set method.name accordingly."
             )
-        tensors = {
-            _key(name.removeprefix("base_model.model.")): tensor.float()
-            for name, tensor in peft_directory.read_tensors(file).items()
-        }
+        _, adapter = adapter_files.parted(peft_directory.read_tensors(file), module, () if number else entries)
+        tensors = {_key(name.removeprefix("base_model.model.")): tensor.float() for name, tensor in adapter.items()}
         peft_directory.check_fits(module, tensors, file)
         places = _places(component, module, parameters)
         wrong = sorted(

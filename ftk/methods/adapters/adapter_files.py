@@ -28,7 +28,8 @@ from ftk.methods.adapters import formats, injection, layer_change, peft_director
 from ftk.methods.adapters.layer_change import TENSORS, LayerChange
 from ftk.models.base import DENOISER, Family, TrainsEncoders, original_names
 
-_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "pipe.dit.", "transformer.", "unet.")
+_ROOT = "base_model.model."
+_PREFIXES = (_ROOT, "model.diffusion_model.", "diffusion_model.", "pipe.dit.", "transformer.", "unet.")
 _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
 _ENCODER_PREFIXES = (
     ("text_encoder.", "lora_te_", "lora_te1_", "text_encoders.clip_l.transformer."),
@@ -140,7 +141,13 @@ def is_adapter(path: Path, denoiser: str) -> bool:
 
 
 def read(
-    path: Path, family: Family, modules: Mapping[str, Any], setting: str, pipeline_class: type | None = None
+    path: Path,
+    family: Family,
+    modules: Mapping[str, Any],
+    setting: str,
+    pipeline_class: type | None = None,
+    *,
+    allow_whole: bool = False,
 ) -> AdapterFile:
     """The adapter at a path, as the changes of these components' layers.
 
@@ -148,16 +155,25 @@ def read(
         modules: the components by name, the denoiser first; shapes alone (`meta`) are enough.
         setting: what messages call the place of the path.
         pipeline_class: the model's diffusers pipeline, whose loader is asked about names that are not its modules'.
+        allow_whole: pass over the modules that lie whole in a PEFT folder (`whole_modules`), where the caller reads them.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, or it holds whole modules, which cannot be added to a model.
         CheckpointError: a file is damaged, holds what is no LoRA, LoHa, LoKr or DoRA, or is of another base model.
     """
     files = locate(path, setting)
+    entries = whole_entries(files)
+    if entries and not allow_whole:
+        raise ConfigError(
+            f"{setting} {path} holds whole modules beside its adapter ({', '.join(entries[:_LISTED])}), which replace those "
+            f"of the model and cannot be added. Use it through its own run: `ftk sample`, or `ftk merge`."
+        )
     layers: dict[str, dict[str, LayerChange]] = {}
     is_own = False
     for number, file in enumerate(files):
         tensors, header = _tensors(file)
+        if entries and not number:
+            tensors = parted(tensors, modules[DENOISER], entries)[1]
         is_own |= "ftk_version" in header
         # The folder of a text encoder says whose it is; what lies at the top names its components itself.
         only = file.parent.name if number else None
@@ -166,6 +182,28 @@ def read(
         for component, changes in _changes(file, tensors, header, names, settings, pipeline_class).items():
             layers.setdefault(component, {}).update(changes)
     return AdapterFile(path=path, files=files, layers=layers, strength_is_inside=is_own)
+
+
+def whole_entries(files: Sequence[Path]) -> list[str]:
+    """What the settings beside a PEFT folder's tensors list as `modules_to_save`; nothing of any other file.
+
+    Raises:
+        CheckpointError: the settings cannot be read.
+    """
+    settings = files[0].parent / peft_directory.CONFIG_FILE
+    if files[0].name != peft_directory.WEIGHTS_FILE or not settings.exists():
+        return []
+    try:
+        return list(json.loads(settings.read_bytes()).get("modules_to_save") or ())
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{settings} cannot be read as an adapter's settings: {injection.first_line(error)}.") from error
+
+
+def parted(tensors: Mapping[str, torch.Tensor], module: Any, entries: Sequence[str]) -> tuple[Tensors, Tensors]:
+    """The tensors of the modules that lie whole in a PEFT folder, by their names in the model, and the adapter's own."""
+    within = tuple(f"{_ROOT}{each}." for each in injection.modules_of_entries(module, entries))
+    whole = {name.removeprefix(_ROOT): tensor for name, tensor in tensors.items() if name.startswith(within)}
+    return whole, {name: tensor for name, tensor in tensors.items() if not name.startswith(within)}
 
 
 def _component(modules: Mapping[str, Any], name: str, file: Path) -> Any:
@@ -203,7 +241,7 @@ class _Names:
             prefixes, flat_prefixes = _prefixes(family, component)
             for name, aliases in _aliases(family, component, module).items():
                 for alias in aliases:
-                    for prefix in (*prefixes, *(("base_model.model.", "") if alone or component == DENOISER else ())):
+                    for prefix in (*prefixes, *((_ROOT, "") if alone or component == DENOISER else ())):
                         self._plain.setdefault(prefix + alias, (component, name))
                     for prefix in flat_prefixes:
                         self._flat.setdefault(prefix + alias.replace(".", "_"), (component, name))

@@ -63,7 +63,7 @@ def load_encoders(pipeline: Any, directory: Path, adapter: str = injection.ADAPT
 
 
 def load_directory(model: Any, directory: Path, adapter: str = injection.ADAPTER) -> None:
-    """Inject what `export_directory` wrote into a model that has no adapter of this name; modules that are whole replace its own.
+    """Inject what `export_directory` wrote into a model that has no adapter of this name; whole modules replace its own.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the adapter is of another base model.

@@ -134,8 +134,9 @@ class PeftMethod(ABC):
         Raises:
             ConfigError: see `base.check_format`.
         """
-        formats = self.formats(settings)
-        reasons = {**self.REASONS, **{form: whole_modules.REASON for form in self.FORMATS if form not in formats}}
+        formats, reasons = self.formats(settings), self.REASONS
+        if settings.modules_to_save is not None:
+            reasons = dict.fromkeys((*self.FORMATS, *self.REASONS), whole_modules.REASON)
         base.check_format(self.name, formats, form, reasons)
 
     def predict(
