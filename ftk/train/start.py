@@ -26,7 +26,7 @@ LOGGER = logging.getLogger("ftk")
 SETTING = "train.start_from"
 _LISTED = 3
 _NOT_SETTINGS = {"inference_mode", "base_model_name_or_path", "target_modules", "auto_mapping", "revision", "peft_version",
-                 "task_type", "init_weights", "rank_pattern", "alpha_pattern"}  # fmt: skip
+                 "task_type", "init_weights", "rank_pattern", "alpha_pattern", "modules_to_save"}  # fmt: skip
 """What may differ between the settings of two PEFT adapters with the same tensors."""
 
 

@@ -41,6 +41,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "dora": {"rank": 4, "alpha": 2.0, "dora": True, "initialisation": "default"},
         "pissa": {"rank": 3, "alpha": 6.0, "initialisation": "pissa"},
         "olora": {"rank": 3, "initialisation": "olora", "rank_pattern": {"to_v": 2}},
+        "whole-modules": {"rank": 4, "modules_to_save": ("norm_out", "proj_out")},
     },
     "oft": {
         "blocks": {"block_size": 4},
@@ -57,6 +58,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "whole": {"rank": 100},
         "kernels": {"rank": 2, "targets": "all", "effective_convolution": True, "decompose_both": True, "decompose_factor": 4},
         "lycoris": {"rank": 4, "initialisation": "lycoris", "rank_pattern": {"to_q": 2}},
+        "whole-modules": {"rank": 4, "modules_to_save": {"regex": ".*img_mod"}},
     },
     "peft": {"hra": {}, "miss": {"type": "MISS"}},
     "full": {"all": {}, "attention": {"targets": "attention"}, "list": {"targets": ("to_q.weight",)}},
@@ -156,7 +158,8 @@ class Trained:
 
     def export(self, directory: Path, form: str | None = None) -> list[Path]:
         metadata = {"run": "test", "step": "5"}
-        export = Export(directory=directory, form=form or self.method.FORMATS[0], metadata=metadata)
+        form = form or methods.formats(self.method, self.settings)[0]
+        export = Export(directory=directory, form=form, metadata=metadata)
         return self.method.export(self.model, self.settings, export)
 
     def pipeline(self) -> Any:

@@ -335,7 +335,6 @@ def test_lokr_computes_its_formula(case: Callable[..., Case]) -> None:
         ({"type": "MIS"}, "PEFT has no type 'MIS'. Did you mean `MISS`"),
         ({"type": "MISS", "rr": 4}, "`rr` is not a setting of PEFT's MISS. Did you mean `r`"),
         ({"type": "MISS", "target_modules": ["to_q"]}, "is called `targets` here"),
-        ({"type": "MISS", "modules_to_save": ["norm"]}, "train them with `name: full`"),
         ({"type": "POLY"}, "needs a task's number with every sample"),
         ({"type": "vera"}, "share one state"),
         ({"type": "LORA"}, "it is a method of its own: write `name: lora`"),

@@ -135,8 +135,6 @@ def test_what_narrows_nothing_or_leaves_nothing_is_refused(
         ("boft", "boft_dropout", "`dropout`"),
         ("lokr", "init_weights", "`initialisation`"),
         ("loha", "use_effective_conv2d", "`effective_convolution`"),
-        ("lora", "modules_to_save", "name: full"),
-        ("oft", "modules_to_save", "name: full"),
     ],
 )
 def test_settings_that_peft_calls_otherwise_are_refused_with_their_name(name: str, key: str, hint: str) -> None:
