@@ -114,17 +114,14 @@ def how_to_load(method: Method, settings: Any, family: Family, base: str, form: 
 
 
 def _not_for_diffusers(settings: Any) -> list[str]:
-    """What diffusers leaves out of a file for ComfyUI."""
+    """Why a file for ComfyUI is not for diffusers, if it is not."""
     if getattr(settings, "modules_to_save", None) is not None:
-        what, form = "the modules that were trained whole (`diff`, `diff_b`)", "peft"
+        reason, form = "refuses the modules that were trained whole (`diff`, `diff_b`)", "peft"
     elif getattr(settings, "dora", False):
-        what, form = "DoRA's scales (`dora_scale`)", "diffusers"
+        reason, form = "leaves out DoRA's scales (`dora_scale`), and draws something else without them", "diffusers"
     else:
         return []
-    return [
-        f"This file is for ComfyUI alone: diffusers leaves out {what}, and draws something else without them. "
-        f"For diffusers: `ftk export RUN.yaml --format {form}`."
-    ]
+    return [f"This file is for ComfyUI alone: diffusers {reason}. For diffusers: `ftk export RUN.yaml --format {form}`."]
 
 
 def _python(base: str, usage: str) -> str:

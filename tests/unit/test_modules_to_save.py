@@ -229,7 +229,23 @@ def test_comfyui_adds_the_difference_to_weights_and_biases(
     assert num_whole == sum("lora_" not in key and "hada_" not in key and "lokr_" not in key for key in trained.parameters)
     assert num_whole < len(tensors)
     loading = card.how_to_load(trained.method, trained.settings, trained.family, "base", "comfyui")
-    assert "diffusers leaves out the modules that were trained whole" in loading
+    assert "diffusers refuses the modules that were trained whole" in loading
+
+
+def test_diffusers_refuses_comfyuis_file_as_the_file_says(case: Callable[..., Case], tmp_path: Path) -> None:
+    attached = case()
+    (file,) = attached.export(tmp_path, "comfyui")
+    absent = dict.fromkeys((*attached.family.text_components, *attached.family.latent_components))
+    pipeline = attached.family.pipeline(attached.directory, torch.float32, CPU, **absent)
+    with pytest.raises(ValueError, match=r"proj_out\.diff"):
+        pipeline.load_lora_weights(str(tmp_path), weight_name=file.name)
+
+
+def test_comfyui_has_no_place_for_what_is_neither_weight_nor_bias(case: Callable[..., Case], tmp_path: Path) -> None:
+    attached = case(modules_to_save=["norm_out"])
+    attached.model.denoiser.norm_out.scale = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ConfigError, match=r"norm_out\.scale cannot be written as comfyui: .* Write peft"):
+        attached.export(tmp_path, "comfyui")
 
 
 def test_an_8_bit_base_keeps_them_in_full_precision(case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch) -> None:

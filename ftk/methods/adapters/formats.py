@@ -29,7 +29,7 @@ _READERS = {
     ("comfyui", "lora"): "ComfyUI, diffusers",
     ("comfyui", "dora"): "ComfyUI; not diffusers, which leaves out dora_scale",
     ("comfyui", "lycoris"): "ComfyUI",
-    ("comfyui", "whole"): "ComfyUI; not diffusers, which leaves out diff and diff_b",
+    ("comfyui", "whole"): "ComfyUI; not diffusers, which refuses diff and diff_b",
     ("kohya", "lora"): "sd-scripts or musubi-tuner, A1111, Forge, ComfyUI, diffusers",
     ("kohya", "lycoris"): "sd-scripts with LyCORIS or musubi-tuner, A1111, Forge, ComfyUI",
     ("lycoris", "lycoris"): "LyCORIS, ComfyUI",
