@@ -10,12 +10,16 @@ from typing import Any
 from ftk.configs.schema import DataConfig, RunConfig
 from ftk.contracts import PreparedManifest, Reject, RejectReason, ShardRecord
 from ftk.errors import SourceError, TooManyRejects
-from ftk.pipeline import caption_check
+from ftk.pipeline import caption_check, images
+from ftk.pipeline.engine import Lost
+from ftk.pipeline.outcomes import Reused
 from ftk.pipeline.reachability import Reachability
 from ftk.pipeline.shard_writer import Made
-from ftk.pipeline.sources.base import MOST_EXAMPLES, Notes
+from ftk.pipeline.sources.base import MOST_EXAMPLES, Notes, Record
 
 LOGGER = logging.getLogger("ftk")
+# Measured on photographs of one megapixel; only for the estimate of a dry run.
+_BYTES_A_PIXEL = {"auto": 0.6, "jpeg": 0.6, "png": 2.0, "webp": 1.3}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,3 +197,43 @@ def warn_of_empty_masks(manifest: PreparedManifest, config: RunConfig) -> None:
 
 def _plain(reject: Reject) -> dict[str, str]:
     return {name: str(value) for name, value in asdict(reject).items()}
+
+
+class Estimate:
+    """What a dry run counts from captions and the headers of images."""
+
+    def __init__(self) -> None:
+        self.num_inputs = self.num_shards = 0
+        self.notes = Notes()
+        self._num_upscaled = self._num_pixels = self._num_fallback_captions = 0
+        self._buckets: Counter[str] = Counter()
+        self._rejected: Counter[str] = Counter()
+
+    def add(self, item: Record | Reject | Reused, probe: images.Probe | images.ImageProblem | Lost | None) -> None:
+        """Count an input: `probe` is what its header says, or why it has no sample."""
+        if isinstance(probe, images.Probe):
+            self._num_fallback_captions += isinstance(item, Record) and item.is_fallback
+            self._buckets.update(f"{place.bucket_width}x{place.bucket_height}" for place in probe.placements)
+            self._num_upscaled += sum(place.upscales(probe.width, probe.height) for place in probe.placements)
+            self._num_pixels += sum(place.bucket_width * place.bucket_height for place in probe.placements)
+            return
+        problem = item if isinstance(item, Reject) else probe
+        assert problem is not None
+        self._rejected[problem.reason.value] += 1
+
+    def report(self, image_format: str) -> dict[str, Any]:
+        """The counts, under the names that the report of a real run has."""
+        return {
+            "num_inputs": self.num_inputs,
+            "num_samples": self._buckets.total(),
+            "num_rejects": self._rejected.total(),
+            "rejects_by_reason": dict(sorted(self._rejected.items())),
+            "num_shards": self.num_shards,
+            "num_upscaled": self._num_upscaled,
+            "num_fallback_captions": self._num_fallback_captions,
+            "num_unmatched_captions": self.notes.num_unmatched_captions,
+            "unmatched_captions": [asdict(each) for each in self.notes.unmatched_captions],
+            "hints": list(self.notes.hints),
+            "estimated_bytes": round(self._num_pixels * _BYTES_A_PIXEL[image_format]),
+            "buckets": dict(sorted(self._buckets.items())),
+        }

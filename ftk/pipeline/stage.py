@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from ftk import locations, storage
 from ftk.configs.load import default_workers
 from ftk.configs.schema import DataConfig, RunConfig, SourceConfig
-from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, ShardRecord
+from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, ShardRecord
 from ftk.errors import ConfigError, SourceError
 from ftk.models.base import sizes_of
 from ftk.pipeline import caption_check, class_images, dataset, duplicates, images, prepare_report, shard_writer, source_units
@@ -26,15 +26,13 @@ from ftk.pipeline.dataset import own_settings
 from ftk.pipeline.engine import WHOLE, JobPart, WorkerPool, map_units
 from ftk.pipeline.reachability import Reachability
 from ftk.pipeline.shard_writer import Made, PrepareJob
-from ftk.pipeline.sources.base import Notes, Record
+from ftk.pipeline.sources.base import Notes
 from ftk.progress import ProgressBar, track
 from ftk.run import Run
 
 LOGGER = logging.getLogger("ftk")
 _GIB = 1 << 30
 _UNITS_AT_ONCE = 64
-# Measured on photographs of one megapixel; only for the estimate of a dry run.
-_BYTES_A_PIXEL = {"auto": 0.6, "jpeg": 0.6, "png": 2.0, "webp": 1.3}
 
 
 def run(run: Run, part: JobPart = WHOLE) -> prepare_report.PrepareReport:
@@ -125,15 +123,12 @@ def dry_run(run: Run, part: JobPart = WHOLE) -> dict[str, Any]:
     wanted = class_images.wanted(run)
     class_images.refuse_changes(wanted, run.config.model)
     data = class_images.listable(run.config.data, wanted)
-    counts: Counter[str] = Counter()
-    buckets: Counter[str] = Counter()
-    rejected: Counter[str] = Counter()
-    notes = Notes()
+    estimate = prepare_report.Estimate()
     job = PrepareJob(directory=run.paths.prepared, recipes=image_recipes(run), data=data)
     reachability = Reachability(data.max_unreachable_fraction)
     with _pool(data) as pool, track("plan", None, "image") as progress:
         for unit in source_units.units(data, source_units.find_duplicates(data)):
-            notes = notes.and_also(unit.partition.notes)
+            estimate.notes = estimate.notes.and_also(unit.partition.notes)
             if not part.has(unit.number):
                 continue
             num_inputs = 0
@@ -143,34 +138,15 @@ def dry_run(run: Run, part: JobPart = WHOLE) -> dict[str, Any]:
                 if reachability.stopped:
                     raise reachability.error()
                 progress.advance(1)
-                if isinstance(probe, images.Probe):
-                    counts["num_fallback_captions"] += isinstance(item, Record) and item.is_fallback
-                    buckets.update(f"{place.bucket_width}x{place.bucket_height}" for place in probe.placements)
-                    counts["num_upscaled"] += sum(place.upscales(probe.width, probe.height) for place in probe.placements)
-                    counts["num_pixels"] += sum(place.bucket_width * place.bucket_height for place in probe.placements)
-                else:
-                    problem = item if isinstance(item, Reject) else probe
-                    assert problem is not None
-                    rejected[problem.reason.value] += 1
-            counts["num_inputs"] += num_inputs
-            counts["num_shards"] += max(1, -(-num_inputs // data.shard_samples))
+                estimate.add(item, probe)
+            estimate.num_inputs += num_inputs
+            estimate.num_shards += max(1, -(-num_inputs // data.shard_samples))
     return {
         "source_settings": [
             f"{source.source_name}: {text}" for source in data.sources if (text := own_settings(source.model_dump(mode="json")))
         ],
         "num_class_images_to_draw": {one.source.source_name: one.num_missing for one in wanted if one.num_missing},
-        "num_inputs": counts["num_inputs"],
-        "num_samples": buckets.total(),
-        "num_rejects": rejected.total(),
-        "rejects_by_reason": dict(sorted(rejected.items())),
-        "num_shards": counts["num_shards"],
-        "num_upscaled": counts["num_upscaled"],
-        "num_fallback_captions": counts["num_fallback_captions"],
-        "num_unmatched_captions": notes.num_unmatched_captions,
-        "unmatched_captions": [asdict(one) for one in notes.unmatched_captions],
-        "hints": list(notes.hints),
-        "estimated_bytes": round(counts["num_pixels"] * _BYTES_A_PIXEL[data.image_format]),
-        "buckets": dict(sorted(buckets.items())),
+        **estimate.report(data.image_format),
     }
 
 
