@@ -345,6 +345,8 @@ def _run_totals(summary: "RunSummary") -> Any:
     if summary.memory_bytes is not None:
         rows["memory"] = f"{human_bytes(summary.memory_bytes)} at most"
     rows["bad steps"] = _bad_steps(summary)
+    if summary.loss_scale is not None:
+        rows["loss scale"] = f"{summary.loss_scale:,.0f}; {summary.num_overflows:,} steps skipped because gradients overflowed"
     rows["sample sheets"] = f"{len(summary.sample_sheets):,}"
     for label, value in rows.items():
         table.add_row(label, _text(value))

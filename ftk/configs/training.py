@@ -278,8 +278,9 @@ class TrainConfig(Section):
         default=None, description="what these train on; the family's own text for no prompt by default"
     )
     validation: ValidationConfig = ValidationConfig()
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        default="bf16", description="of the frozen weights and the computation; auto: bf16 where the device computes in it"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        default="bf16",
+        description="of the frozen weights and the computation; auto: bf16 where the device computes in it, fp16 on other GPUs",
     )
     memory: MemoryConfig = MemoryConfig()
     device: Device = "auto"

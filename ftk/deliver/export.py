@@ -23,6 +23,7 @@ from ftk.train import checkpoint as checkpoints
 from ftk.train import optim
 from ftk.train.checkpoint import Checkpoint
 from ftk.train.inputs import with_rates
+from ftk.train.memory import DTYPES
 from ftk.train.order import keyed_seed
 
 LOGGER = logging.getLogger("ftk")
@@ -177,8 +178,14 @@ def _hint_at_license(run: Run, model: Path) -> None:
 
 
 def run_dtype(run: Run) -> torch.dtype:
-    """The precision of the frozen weights, which deliveries of whole models have too."""
-    return torch.float32 if run.config.train.precision == "fp32" else torch.bfloat16
+    """The precision of the frozen weights, which deliveries of whole models have too.
+
+    Which one `auto` was is in the checkpoints.
+    """
+    precision = run.config.train.precision
+    name = checkpoints.noted_dtype(run.paths.checkpoints) if precision == "auto" else DTYPES[precision]
+    dtype: torch.dtype = getattr(torch, name or "bfloat16")
+    return dtype
 
 
 def find_checkpoint(run: Run, choice: Choice) -> Checkpoint:

@@ -1,6 +1,7 @@
 """`ftk sample`: pictures from the base model, the run's weights and others on top, same seeds, side by side in one grid."""
 
 import gc
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from ftk.progress import ProgressBar, track
 from ftk.run import Run
 from ftk.train.drawing import generate, image_arguments
 from ftk.train.sheet import grid, png_bytes
+
+LOGGER = logging.getLogger("ftk")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +60,7 @@ def run(run: Run, choice: Choice = Choice()) -> SampleReport:  # noqa: B008 - it
 def _run(run: Run, choice: Choice, adapter: Path) -> SampleReport:
     config, added = run.config, _added(run.config)
     device = devices.resolve_device(config.sample.device)
-    dtype = getattr(torch, choice.dtype) if choice.dtype else run_dtype(run)
+    dtype = _dtype(run, choice, device)
     directory = run.locate(run.all_components)
     images = _prompt_images(run, directory, device, dtype)
     negative = run.negative_prompt(directory)
@@ -86,6 +89,18 @@ def _run(run: Run, choice: Choice, adapter: Path) -> SampleReport:
         together=_mean_difference(columns[0], columns[2]) if added else None,
         adapter=str(adapter if choice.is_default else find_checkpoint(run, choice).path),
     )
+
+
+def _dtype(run: Run, choice: Choice, device: torch.device) -> torch.dtype:
+    """What the pipeline computes in: what is asked for, or the run's own precision; on a CPU fp32 in place of fp16."""
+    if choice.dtype:
+        asked: torch.dtype = getattr(torch, choice.dtype)
+        return asked
+    dtype = run_dtype(run)
+    if dtype == torch.float16 and device.type == "cpu":
+        LOGGER.info("the run computes in float16, for which the CPU has few kernels: drawing in float32")
+        return torch.float32
+    return dtype
 
 
 def _file_name(run: Run, choice: Choice) -> str:

@@ -28,6 +28,7 @@ from ftk.train.hooks.trackers import open_trackers
 from ftk.train.hooks.validation import Validation
 from ftk.train.inputs import Inputs, as_begun, open_inputs, with_rates
 from ftk.train.loop import Hook, Trainer
+from ftk.train.loss_scale import LossScale
 from ftk.train.order import ORDER_VERSION, keyed_seed
 from ftk.train.ranks import Ranks
 from ftk.train.trained_on import TrainedOn
@@ -62,7 +63,8 @@ def build_trainer(
     config, directory = run.config, run.paths.run
     LOGGER.log(logging.INFO if plan.fits else logging.WARNING, "%s", memory.in_a_line(plan))
     model, parameters = _load(inputs, ranks, device)
-    optimizer = optim.MasterOptimizer(parameters, with_rates(run), ranks)
+    loss_scale = LossScale(device) if plan.dtype == "float16" else None
+    optimizer = optim.MasterOptimizer(parameters, with_rates(run), ranks, loss_scale)
     if optimizer.is_split:
         checkpoint.refuse_unshared(directory, ranks)
     with ranks.unhurried():

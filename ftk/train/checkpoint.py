@@ -26,6 +26,7 @@ from ftk import storage
 from ftk.configs.schema import TrainConfig
 from ftk.contracts import RUN_SCHEMA
 from ftk.errors import CheckpointError, EnvironmentFault
+from ftk.train.memory import DTYPES
 from ftk.train.optim import MasterOptimizer
 from ftk.train.ranks import Ranks, Rows
 
@@ -281,6 +282,16 @@ def noted_length(directory: Path) -> dict[str, Any] | None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             length = storage.read_json(path / _TRAINER)["settings"].get(LENGTH)
             return None if length is None else {"epochs": float(length["epochs"]), "steps": int(length["steps"])}
+    return None
+
+
+def noted_dtype(directory: Path) -> str | None:
+    """The working precision that the newest readable checkpoint names, such as `float16`; None if there is none."""
+    for path in reversed(all_of(directory)):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            name = storage.read_json(path / _TRAINER)["settings"]["dtype"]
+            if name in DTYPES.values():
+                return str(name)
     return None
 
 

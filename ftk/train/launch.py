@@ -31,7 +31,8 @@ _REFUSED_FLAGS = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM; ftk splits weights with FSDP2 (train.sharding: fsdp)",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config; ftk splits weights with FSDP2 (train.sharding: fsdp)",
 }
-_REFUSED_PRECISIONS = {"fp16", "fp8"}
+_REFUSED_PRECISIONS = {"fp8"}
+_PRECISIONS = ("bf16", "fp16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,9 +156,9 @@ def ensure_state() -> None:
 def applied(config: RunConfig) -> RunConfig:
     """The configuration with what `accelerate launch` asks for by its options or its configuration file.
 
-    `mixed_precision: bf16`, `use_cpu` and FSDP become `train.precision`, `train.device` and `train.sharding`, unless the run
-    file says otherwise, which is an error. `mixed_precision: no` asks for nothing: it is also what the launcher says when
-    nobody chose a precision.
+    `mixed_precision: bf16` or `fp16`, `use_cpu` and FSDP become `train.precision`, `train.device` and `train.sharding`, unless
+    the run file says otherwise, which is an error. `mixed_precision: no` asks for nothing: it is also what the launcher says
+    when nobody chose a precision.
 
     Raises:
         ConfigError: the launcher and the run file disagree, or the launcher asks for what ftk does not do.
@@ -166,7 +167,7 @@ def applied(config: RunConfig) -> RunConfig:
     _refuse_unsupported(precision)
     _warn_of_one_cpu_process()
     requests = {
-        "precision": ("bf16", "mixed_precision: bf16", precision == "bf16"),
+        "precision": (precision, f"mixed_precision: {precision}", precision in _PRECISIONS),
         "device": ("cpu", "use_cpu: true", parse_flag_from_env("ACCELERATE_USE_CPU")),
         "sharding": ("fsdp", "distributed_type: FSDP", parse_flag_from_env("ACCELERATE_USE_FSDP")),
     }
@@ -190,7 +191,7 @@ def applied(config: RunConfig) -> RunConfig:
 def _refuse_unsupported(precision: str) -> None:
     asked = [words for name, words in _REFUSED_FLAGS.items() if parse_flag_from_env(name)]
     if precision in _REFUSED_PRECISIONS:
-        asked.append(f"mixed_precision: {precision}; ftk trains in bf16 or fp32")
+        asked.append(f"mixed_precision: {precision}; ftk trains in bf16, fp16 or fp32")
     if parse_choice_from_env("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         asked.append("a dynamo_backend; ftk compiles with train.memory.compile: true")
     if parse_choice_from_env("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("1", "auto"):

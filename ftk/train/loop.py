@@ -17,6 +17,7 @@ from ftk.methods.base import Method
 from ftk.models.base import Model
 from ftk.train import flow
 from ftk.train.data import Batch, Step
+from ftk.train.loss_scale import Scaled
 from ftk.train.optim import MasterOptimizer
 from ftk.train.order import keyed_seed
 from ftk.train.ranks import Ranks
@@ -29,7 +30,8 @@ NUM_BANDS = 4
 class StepResult:
     """One update, over all processes. Tensors are still on the device: reading them waits for it.
 
-    `is_bad`: the loss or the gradient was not finite, so nothing was updated. `band_loss_K` are sums of the samples' losses.
+    `is_bad`: the loss or the gradient was not finite, so nothing was updated, and `scaled` does not say that the loss scale
+    was too large. `scaled` is None where the loss is not scaled. `band_loss_K` are sums of the samples' losses.
     """
 
     step: int
@@ -42,6 +44,7 @@ class StepResult:
     num_samples: int
     data_seconds: float
     """How long the loop waited for its batches."""
+    scaled: Scaled | None = None
 
 
 class Hook(Protocol):
@@ -100,29 +103,33 @@ class Trainer:
     def update(self, step: Step, data_seconds: float = 0.0) -> StepResult:
         """One optimizer step over the global batch: the sum of the samples' losses over the number of samples."""
         totals = torch.zeros(2, NUM_BANDS, device=self.device)
+        loss_scale = self.optimizer.loss_scale
         for number, batch in step.batches:
             # What is random in the model itself (adapter dropout) hangs on the micro-batch alone: not on who computes it.
             seed_generators(self.device, keyed_seed(self.config.seed, "model", self.step, number))
             losses_B = self.losses(batch)
-            (losses_B.sum() * (batch.share / step.num_samples)).backward()
+            part = losses_B.sum() * (batch.share / step.num_samples)
+            (part if loss_scale is None else part * loss_scale.scale).backward()
             self.optimizer.accumulate()
             totals += batch.share * band_totals(batch.sigma_B, losses_B.detach())
         self.ranks.sum([totals, *self.optimizer.gradients()])
         loss = totals[0].sum() / step.num_samples
         factor = self.schedule(self.step)
-        grad_norm, is_bad = self.optimizer.step(factor, self.config.max_grad_norm, loss)
+        grad_norm, is_skipped = self.optimizer.step(factor, self.config.max_grad_norm, loss)
+        scaled = None if loss_scale is None else loss_scale.adapt(loss, is_skipped)
         self.step += 1
         self.num_samples_seen += step.num_samples
         return StepResult(
             step=self.step,
             loss=loss,
             grad_norm=grad_norm,
-            is_bad=is_bad,
+            is_bad=is_skipped if scaled is None else is_skipped & ~scaled.is_overflow,
             band_loss_K=totals[0],
             band_count_K=totals[1],
             learning_rate=self.config.learning_rate * factor,
             num_samples=step.num_samples,
             data_seconds=data_seconds,
+            scaled=scaled,
         )
 
     def losses(self, batch: Batch) -> torch.Tensor:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Base = Literal["full", "int8"]
 Sharding = Literal["none", "fsdp"]
+DTYPES: Mapping[str, Literal["bfloat16", "float16", "float32"]] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""What the values of `train.precision` but `auto` are called in torch."""
 _BASES: tuple[Base, ...] = ("full", "int8")
 STREAMED_SLOTS = 2
 """Blocks of offloaded weights that the device holds at once: the one that computes, and the next."""
@@ -72,7 +74,7 @@ class MemoryPlan:
 
     device: str
     budget_bytes: int | None
-    dtype: Literal["bfloat16", "float32"]
+    dtype: Literal["bfloat16", "float16", "float32"]
     num_blocks: int
     num_checkpointed: int
     """The first blocks: their activations are computed again in the backward pass."""
@@ -146,13 +148,24 @@ def inspect_device(device: "torch.device") -> Device:
 
 
 def precision(config: TrainConfig, device: Device) -> tuple["torch.dtype", str]:
-    """The dtype of frozen weights and computation, and why."""
+    """The dtype of frozen weights and computation, and why.
+
+    Raises:
+        ConfigError: fp16 on a CPU.
+    """
     import torch
 
+    if config.precision == "fp16" and device.kind == "cpu":
+        raise ConfigError(
+            "train.precision: fp16 is for GPUs, and this run's device is the CPU, which has few and slow kernels for it. Set "
+            "train.precision to bf16 or fp32, or to auto, which chooses by the device."
+        )
     if config.precision != "auto":
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision], "train.precision says so"
+        return getattr(torch, DTYPES[config.precision]), "train.precision says so"
     if device.capability is not None and device.capability >= (8, 0):
         return torch.bfloat16, f"precision auto: {device.name} computes in bf16"
+    if device.kind == "cuda":
+        return torch.float16, f"precision auto: {device.name} does not compute in bf16 at speed, and does in fp16"
     return torch.float32, f"precision auto: {device.name} does not compute in bf16 at speed"
 
 
@@ -214,8 +227,10 @@ def plan(model: Model, config: TrainConfig, workload: Workload, device: Device, 
         splits_trained: whether sharding splits what is trained of the denoiser as well; else it stays whole on every process.
 
     Raises:
-        ConfigError: settings that exclude each other, or an 8-bit base without torchao.
+        ConfigError: settings that exclude each other, fp16 on a CPU, or an 8-bit base without torchao.
     """
+    import torch
+
     budget = device.budget_bytes if config.memory.device_gib is None else round(config.memory.device_gib * _GIB)
     dtype, precision_reason = precision(config, device)
     sizes = _sizes(model, config, workload, dtype, splits_trained)
@@ -231,7 +246,7 @@ def plan(model: Model, config: TrainConfig, workload: Workload, device: Device, 
     return MemoryPlan(
         device=device.kind,
         budget_bytes=budget,
-        dtype="bfloat16" if dtype.itemsize == 2 else "float32",
+        dtype=next(name for name in DTYPES.values() if getattr(torch, name) is dtype),
         num_blocks=sizes.num_blocks,
         num_checkpointed=measures.num_checkpointed,
         num_offloaded=measures.num_offloaded,
@@ -292,7 +307,7 @@ def advice(plan: MemoryPlan, workload: Workload, family: Family) -> str:
     budget = "an unknown budget" if plan.budget_bytes is None else f"a budget of {human_bytes(plan.budget_bytes)}"
     steps = []
     if plan.dtype == "float32" and plan.device == "cuda":
-        steps.append("train.precision: bf16")
+        steps.append("train.precision: auto")
     if plan.num_checkpointed < plan.num_blocks:
         steps.append("train.memory.checkpointing: all")
     if workload.micro_batch_size > 1:

@@ -11,6 +11,7 @@ import torch
 from ftk.configs.schema import ScheduleConfig, TrainConfig
 from ftk.errors import CheckpointError, ConfigError
 from ftk.train import optimizers
+from ftk.train.loss_scale import LossScale
 from ftk.train.optimizer_state import is_plain, names_in, pack, unpack
 from ftk.train.ranks import Ranks, Rows, part, rows
 
@@ -119,17 +120,26 @@ class MovingAverage:
 class MasterOptimizer:
     """The configured optimizer on fp32 masters of the trained parameters.
 
-    A bf16 parameter gets an fp32 master that accumulates gradients and takes the update, and is rounded back into it: bf16
-    keeps 8 bits, so an update below 1/256 of a weight would vanish. An fp32 parameter is its own master.
+    A bf16 or fp16 parameter gets an fp32 master that accumulates gradients and takes the update, and is rounded back into
+    it: bf16 keeps 8 bits, so an update below 1/256 of a weight would vanish. An fp32 parameter is its own master.
 
     Of a parameter that is split over the processes (`Ranks.shard`) each has its rows, and all that belongs to them.
+
+    With a `loss_scale` gradients are those of the scaled loss until `step`, which divides them.
 
     Raises:
         ConfigError: see `optimizers.choose` and `optimizers.build`.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        config: TrainConfig,
+        ranks: Ranks | None = None,
+        loss_scale: LossScale | None = None,
+    ) -> None:
         self.parameters = dict(parameters)
+        self.loss_scale = loss_scale
         self._ranks = ranks or Ranks()
         found = {name: rows(parameter) for name, parameter in parameters.items()}
         self.rows: dict[str, Rows] = {name: one for name, one in found.items() if one is not None}
@@ -176,7 +186,7 @@ class MasterOptimizer:
         return [master.grad for name, master in self.masters.items() if name not in self.rows]
 
     def step(self, factor: float, max_grad_norm: float | None, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """All: clip by the global norm, update, round back, clear the gradients.
+        """All: undo the loss scale, clip by the global norm, update, round back, clear the gradients.
 
         Args:
             factor: on every group's learning rate. Schedule-free optimizers warm up by themselves and do not take it.
@@ -187,6 +197,9 @@ class MasterOptimizer:
             The norm before clipping, and whether it or the loss was not finite, so that nothing has changed: fp32 and bool
             scalars on the device. Fused Adam learns of it there; for any other optimizer the device is waited for.
         """
+        if self.loss_scale is not None:
+            self.gradients()
+            self.loss_scale.unscale([master.grad for master in self.masters.values()])
         norm = self._norm()
         is_bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         if max_grad_norm is not None:
@@ -273,6 +286,8 @@ class MasterOptimizer:
         if self._average is not None:
             tensors.update({f"{name}/{_EMA}": weight for name, weight in self._average.weights.items()})
             facts["ema_updates"] = int(self._average.num_updates)
+        if self.loss_scale is not None:
+            facts["loss_scale"] = self.loss_scale.facts()
         return tensors, facts
 
     def restore(
@@ -289,6 +304,8 @@ class MasterOptimizer:
         _copy(weights, self.masters)
         _copy(self.masters, self._parts)
         self._restore_average(tensors, facts)
+        if self.loss_scale is not None and "loss_scale" in facts:
+            self.loss_scale.restore(facts["loss_scale"])
         if facts["optimizer"] != self._identity:
             LOGGER.warning("the checkpoint is of another optimizer (%s): moments start anew", facts["optimizer"]["name"])
             return

@@ -175,18 +175,23 @@ class Int8Linear(nn.Linear):  # type: ignore[misc]
 class _Int8Product(torch.autograd.Function):  # type: ignore[misc]
     """x W^T, with W made for the moment of the product, in both directions; x alone has a gradient, and is not kept.
 
-    Codes are exact in bf16, which has 8 bits: the product of x with them is rounded once, and then scaled.
+    Codes are exact in bf16, which has 8 bits: the product of x with them is rounded once, and then scaled. In fp16, whose
+    range ends at 65,504, that product could be infinite: there the codes are scaled first.
     """
 
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(codes, scale)
+        if input.dtype == torch.float16:
+            return F.linear(input, codes * scale)
         return F.linear(input, codes.to(input.dtype)) * scale.T
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         codes, scale = ctx.saved_tensors
         (gradient,) = gradients
+        if gradient.dtype == torch.float16:
+            return gradient @ (codes * scale), None, None
         return (gradient * scale.T) @ codes.to(gradient.dtype), None, None
 
 

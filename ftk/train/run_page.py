@@ -87,7 +87,7 @@ def curves(rows: History, measured: ValidationHistory, summary: RunSummary, sett
         "seconds": _plain(_means(rows.seconds_N, edges)),
         "data_seconds": _plain(_means(rows.data_seconds_N, edges)),
         "memory_gib": _plain(_extremes(rows.memory_bytes_N, edges, np.fmax) / 2**30),
-        "bad_steps": rows.step_N[~rows.is_good_N][-_MOST_MARKS:].tolist(),
+        "bad_steps": rows.bad_steps[-_MOST_MARKS:].tolist(),
         "checkpoints": [one.step for one in summary.checkpoints][-_MOST_MARKS:],
         "validation": {
             "step": measured.step_M.tolist(),

@@ -112,6 +112,8 @@ class RunSummary:
     memory_bytes: int | None
     num_bad_steps: int
     bad_steps: list[int]
+    num_overflows: int
+    loss_scale: float | None
     checkpoints: list[CheckpointSummary]
     files: list[FileSummary]
     sample_sheets: list[str]
@@ -119,7 +121,10 @@ class RunSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """The columns of `metrics.parquet`, and which steps were good; what was not recorded is NaN."""
+    """The columns of `metrics.parquet`, and which steps were good; what was not recorded is NaN.
+
+    A step that is not good was bad, or its gradients overflowed at the loss scale of the time.
+    """
 
     step_N: Integers
     loss_N: Floats
@@ -130,8 +135,15 @@ class History:
     data_seconds_N: Floats
     memory_bytes_N: Floats
     is_good_N: npt.NDArray[np.bool_]
+    is_overflow_N: npt.NDArray[np.bool_]
+    loss_scale_N: Floats
     band_losses_NK: Floats
     band_counts_NK: Floats
+
+    @property
+    def bad_steps(self) -> Integers:
+        """The steps that had no finite loss or gradient, and not because the loss scale was too large."""
+        return self.step_N[~self.is_good_N & ~self.is_overflow_N]
 
     def __len__(self) -> int:
         return len(self.step_N)
@@ -162,6 +174,7 @@ def summarise(directory: Path, verify: bool = True) -> RunSummary:
 def history(directory: Path) -> History:
     """The run's metrics; without steps when there are none yet, or their file is damaged."""
     table = metrics_table(directory)
+    is_bad_N, is_overflow_N = _flags(table["is_bad"]), _flags(table["is_overflow"])
     return History(
         step_N=table["step"].to_numpy(),
         loss_N=_floats(table["loss"]),
@@ -171,7 +184,9 @@ def history(directory: Path) -> History:
         seconds_N=_floats(table["seconds"]),
         data_seconds_N=_floats(table["data_seconds"]),
         memory_bytes_N=_floats(table["memory_bytes"]),
-        is_good_N=~pc.fill_null(table["is_bad"], False).to_numpy().astype(bool),
+        is_good_N=~(is_bad_N | is_overflow_N),
+        is_overflow_N=is_overflow_N,
+        loss_scale_N=_floats(table["loss_scale"]),
         band_losses_NK=_bands(table["band_losses"]),
         band_counts_NK=np.nan_to_num(_bands(table["band_counts"])),
     )
@@ -184,7 +199,7 @@ def validation(directory: Path) -> ValidationHistory:
         step_M=table["step"].to_numpy(),
         loss_M=_floats(table["loss"]),
         band_losses_MK=_bands(table["band_losses"]),
-        is_best_M=pc.fill_null(table["is_best"], False).to_numpy().astype(bool),
+        is_best_M=_flags(table["is_best"]),
     )
 
 
@@ -199,7 +214,6 @@ def summary(directory: Path, rows: History, measured: ValidationHistory, verify:
     seconds_per_step = float(np.median(speed)) if len(speed) else None
     seconds = float(np.nansum(rows.seconds_N))
     good = np.flatnonzero(rows.is_good_N)
-    bad_steps = rows.step_N[~rows.is_good_N]
     num_band_steps = min(_BAND_STEPS, -(-len(rows) // 2))
     return RunSummary(
         directory=str(directory),
@@ -222,8 +236,10 @@ def summary(directory: Path, rows: History, measured: ValidationHistory, verify:
         samples_per_second=float(rows.num_samples_N[-_SPEED_STEPS:].sum() / max(speed.sum(), 1e-9)) if len(speed) else None,
         data_wait_share=min(1.0, float(np.nansum(rows.data_seconds_N)) / seconds) if seconds else None,
         memory_bytes=int(np.nanmax(rows.memory_bytes_N)) if np.isfinite(rows.memory_bytes_N).any() else None,
-        num_bad_steps=len(bad_steps),
-        bad_steps=bad_steps[-_MOST_BAD_STEPS:].tolist(),
+        num_bad_steps=len(rows.bad_steps),
+        bad_steps=rows.bad_steps[-_MOST_BAD_STEPS:].tolist(),
+        num_overflows=int(rows.is_overflow_N.sum()),
+        loss_scale=_last(rows.loss_scale_N[np.isfinite(rows.loss_scale_N)]),
         checkpoints=checkpoints,
         files=_files(directory),
         sample_sheets=[str(path.relative_to(directory)) for path in sample_sheets(directory)],
@@ -356,6 +372,12 @@ def _files(directory: Path) -> list[FileSummary]:
 def _floats(column: pa.ChunkedArray) -> Floats:
     """[N] fp64; nulls are NaN."""
     values: Floats = column.cast(pa.float64()).to_numpy()
+    return values
+
+
+def _flags(column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+    """[N]; nulls are False."""
+    values: npt.NDArray[np.bool_] = pc.fill_null(column, False).to_numpy().astype(bool)
     return values
 
 

@@ -25,6 +25,7 @@ from ftk.cli import app
 from ftk.configs.schema import TrainConfig
 from ftk.methods import full
 from ftk.train import checkpoint, ranks
+from ftk.train.loss_scale import LossScale
 from ftk.train.optim import MasterOptimizer
 
 SLOW_IMPORTS = (
@@ -62,7 +63,10 @@ class OddRows(nn.Module):
 
 
 def odd_rows(mine: ranks.Ranks, folder: Path) -> None:
-    """`STEPS` steps in bf16 from the newest checkpoint in `folder`, and another one. The second step's gradient is infinite."""
+    """`STEPS` steps in bf16 from the newest checkpoint in `folder`, and another one. The second step's gradient is infinite.
+
+    The loss is scaled as in fp16, which leaves the rest as it is: every process must come to the same scale.
+    """
     model, dtype = OddRows().to(torch.bfloat16), torch.bfloat16
     for block in model.blocks:
         block.exact.data = block.exact.data.float()
@@ -71,7 +75,8 @@ def odd_rows(mine: ranks.Ranks, folder: Path) -> None:
         mine.shard(model, SimpleNamespace(block_classes=("Block",)), [], torch.device("cpu"), dtype)
     parameters = dict(model.named_parameters())
     config = TrainConfig(ema_decay=0.5, learning_rate=0.1, schedule="constant", max_grad_norm=1.0)
-    optimizer = MasterOptimizer({name: parameters[name] for name in names}, config, mine)
+    scale = LossScale(torch.device("cpu"))
+    optimizer = MasterOptimizer({name: parameters[name] for name in names}, config, mine, scale)
     found = checkpoint.latest(folder, mine)
     first = found.step if found else 0
     if found:
@@ -80,11 +85,13 @@ def odd_rows(mine: ranks.Ranks, folder: Path) -> None:
         for share in range(12 // mine.size):
             number = mine.rank * (12 // mine.size) + share
             spike = math.inf if (step, number) == (1, 0) else 0.0
-            model(torch.tensor(0.01 * (step + 1 + number)), spike).backward()
+            (model(torch.tensor(0.01 * (step + 1 + number)), spike) * scale.scale).backward()
             optimizer.accumulate()
         mine.sum(optimizer.gradients())
         _, is_bad = optimizer.step(1.0, config.max_grad_norm, torch.zeros(()))
         assert bool(is_bad) == (step == 1)
+        assert bool(scale.adapt(torch.zeros(()), is_bad).is_overflow) == bool(is_bad)
+    assert mine.gather(scale.facts()) == [{"scale": 2.0**15, "good_steps": first + STEPS - 2}] * mine.size
     checkpoint.save_checkpoint(folder, first + STEPS, 0, optimizer, {}, mine)
 
 

@@ -15,10 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ftk.configs.schema import TrainConfig
+from ftk.deliver import sample
+from ftk.deliver.export import Choice, run_dtype
 from ftk.deliver.run_delivery import RunDelivery
 from ftk.errors import TrainingError
 from ftk.run import load_run
-from ftk.train import checkpoint
+from ftk.train import checkpoint, memory
 from ftk.train.build import build_trainer
 from ftk.train.data import BatchBuilder
 from ftk.train.hooks.recorder import read_metrics
@@ -117,6 +119,46 @@ def test_a_poisoned_sample_costs_its_step_and_nothing_else(ftk, cached, tmp_path
     ]
     assert [step for step, is_changed in enumerate(changed, start=2) if not is_changed] == [5, 7]
     assert all(torch.isfinite(tensor).all() for each in weights for tensor in each.values())
+
+
+def test_fp16_training_follows_fp32_and_resumes_to_the_bit(ftk, cached, tmp_path, monkeypatch):
+    run_file = cached(train={**TRAIN, "checkpoint_every": 6})
+    exact = fit(run_file, "run=exact")
+    # It is refused on a CPU, and the tiny model computes in it all the same.
+    monkeypatch.setattr(memory, "precision", lambda config, device: (torch.float16, "a test"))
+    whole = fit(run_file, "run=whole", "train.precision=fp16")
+    assert {parameter.dtype for parameter in whole.trainer.model.denoiser.parameters()} == {torch.float16}
+    part = build_trainer(load_run(run_file, ["run=part", "train.precision=fp16"]), RunDelivery)
+    part.trainer.hooks = [*part.trainer.hooks, StopAfter(6)]
+    with pytest.raises(Exception, match="Stopped by a signal at step 6"):
+        part.trainer.fit(part.loader.steps(0, 12))
+    rest = fit(run_file, "run=part", "train.precision=fp16")
+    for name in ("checkpoints/00000012/trainer.json", "checkpoints/00000012/optimizer.safetensors",
+                 "checkpoints/00000012/adapter.safetensors", "adapter/pytorch_lora_weights.safetensors"):  # fmt: skip
+        assert (whole.directory / name).read_bytes() == (rest.directory / name).read_bytes()
+    rows, plain = read_metrics(whole.directory), read_metrics(exact.directory)
+    overflows = sum(row["is_overflow"] for row in rows)
+    scale = {"scale": 2.0 ** (16 - overflows), "good_steps": 12 - overflows}
+    assert checkpoint.latest(whole.directory / "checkpoints").optimizer_facts["loss_scale"] == scale
+    assert {row["loss_scale"] for row in plain} == {None}
+    assert not any(row["is_bad"] for row in rows)
+    assert overflows < 3
+    if not overflows:
+        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in plain], rel=2e-3)
+        assert [row["grad_norm"] for row in rows] == pytest.approx([row["grad_norm"] for row in plain], rel=2e-2)
+    for precision, expected in (("fp16", torch.float16), ("auto", torch.float16), ("bf16", torch.bfloat16)):
+        assert run_dtype(load_run(run_file, ["run=whole", f"train.precision={precision}"])) == expected
+    run = load_run(run_file, ["run=whole", "train.precision=fp16"])
+    choices = [(Choice(), "cpu"), (Choice(), "cuda"), (Choice(dtype="float16"), "cpu")]
+    dtypes = [sample._dtype(run, choice, torch.device(device)) for choice, device in choices]
+    assert dtypes == [torch.float32, torch.float16, torch.float16]
+    assert "loss scale" in ftk("inspect", whole.directory).out
+
+
+def test_fp16_on_a_cpu_is_refused_before_any_weight_is_read(ftk, cached):
+    refused = ftk("train", cached(train={**TRAIN, "precision": "fp16", "device": "cpu"}))
+    assert refused.code == 2
+    assert "train.precision: fp16 is for GPUs" in refused.err
 
 
 def test_many_bad_steps_in_a_row_stop_the_training_before_anything_is_saved(cached, monkeypatch):

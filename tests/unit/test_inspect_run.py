@@ -87,6 +87,20 @@ def test_the_numbers_are_those_of_the_rows(tmp_path):
     assert (found.validation.loss, found.validation.best_loss, found.validation.best_step) == (0.5, 0.4, 30)
 
 
+def test_steps_that_overflowed_are_counted_apart_from_bad_ones(tmp_path):
+    scales = [
+        {"loss_scale": 65536.0, "is_overflow": True, "grad_norm": math.inf},
+        {"loss_scale": 32768.0, "is_overflow": False},
+    ]
+    rows = [row(1, loss=9.0, **scales[0]), row(2, **scales[1]), row(3, math.nan, **scales[1]), row(4, **scales[1])]
+    found = run_summary.summarise(run(tmp_path, rows))
+    assert (found.num_overflows, found.loss_scale, found.num_bad_steps, found.bad_steps) == (1, 32768.0, 1, [3])
+    assert (found.grad_norm, found.loss.now) == (1.0, 0.5)
+    assert data(tmp_path)["bad_steps"] == [3]
+    assert "<dd>32,768 <small>1 steps overflowed</small></dd>" in page(tmp_path)
+    assert run_summary.summarise(run(tmp_path / "plain", [row(1)])).loss_scale is None
+
+
 def test_bands_compare_the_first_steps_with_the_last(tmp_path):
     found = run_summary.summarise(run(tmp_path, [row(step, loss=1.0 if step <= 200 else 0.5) for step in range(1, 501)]))
     assert (found.num_band_steps, found.bands[0].first, found.bands[0].now) == (200, 1.0, 0.5)
@@ -189,7 +203,8 @@ def long_history(number: int) -> run_summary.History:
     return run_summary.History(
         step_N=steps, loss_N=np.where(is_good, losses, np.nan), learning_rate_N=steps * 1e-9, grad_norm_N=losses,
         num_samples_N=np.full(number, 2), seconds_N=np.ones(number), data_seconds_N=np.zeros(number),
-        memory_bytes_N=steps * 1024.0, is_good_N=is_good, band_losses_NK=np.stack([losses] * 4, 1),
+        memory_bytes_N=steps * 1024.0, is_good_N=is_good, is_overflow_N=np.zeros(number, bool),
+        loss_scale_N=np.full(number, np.nan), band_losses_NK=np.stack([losses] * 4, 1),
         band_counts_NK=np.stack([steps % 2, np.zeros(number), np.ones(number), np.ones(number)], 1).astype(float),
     )  # fmt: skip
 

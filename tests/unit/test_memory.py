@@ -199,7 +199,8 @@ def test_what_cannot_fit_is_said_with_figures_and_tried(full_size: Any) -> None:
     [
         (gpu(80, (9, 0)), "auto", torch.bfloat16),
         (gpu(80, (8, 0)), "auto", torch.bfloat16),
-        (gpu(80, (7, 5)), "auto", torch.float32),
+        (gpu(80, (7, 5)), "auto", torch.float16),
+        (gpu(80, (8, 0)), "fp16", torch.float16),
         (the_cpu(), "auto", torch.float32),
         (the_cpu(), "bf16", torch.bfloat16),
         (gpu(80), "fp32", torch.float32),
@@ -207,6 +208,17 @@ def test_what_cannot_fit_is_said_with_figures_and_tried(full_size: Any) -> None:
 )
 def test_precision(device: Device, setting: str, expected: torch.dtype) -> None:
     assert memory.precision(TrainConfig(precision=setting), device)[0] == expected
+
+
+def test_fp16_on_a_cpu_is_refused(full_size: Any) -> None:
+    with pytest.raises(ConfigError, match=r"train.precision: fp16 is for GPUs.*Set train.precision to bf16 or fp32"):
+        planned(full_size, the_cpu(), precision="fp16")
+
+
+def test_a_plan_in_fp16_takes_the_memory_of_one_in_bf16(full_size: Any) -> None:
+    half, brain = (planned(full_size, gpu(80, (8, 0)), precision=precision) for precision in ("fp16", "bf16"))
+    assert (half.dtype, brain.dtype) == ("float16", "bfloat16")
+    assert half.parts == brain.parts
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from ftk.errors import TrainingError
 from ftk.train.hooks import recorder as module
 from ftk.train.hooks.recorder import Recorder, ValidationLog, metrics_table, read_metrics, recent_loss
 from ftk.train.loop import NUM_BANDS, StepResult
+from ftk.train.loss_scale import Scaled
 from ftk.train.ranks import Ranks
 
 
@@ -157,6 +158,32 @@ def test_good_steps_between_bad_ones_begin_the_count_anew(tmp_path):
     took(recorder, result(1, math.nan), result(2), result(3, math.nan), result(4), result(5, norm=math.inf))
     with pytest.raises(TrainingError, match="2 steps in a row"):
         took(recorder, result(6, math.nan))
+
+
+def overflowed(step: int, scale: float, **changes: Any) -> StepResult:
+    """A step whose gradients were infinite at a loss scale, which was too large."""
+    scaled = Scaled(scale=torch.tensor(scale), is_overflow=torch.tensor(True))
+    return result(step, norm=math.inf, scaled=scaled, **{"is_bad": torch.tensor(False), **changes})
+
+
+def test_overflows_are_rows_that_stop_nothing(tmp_path):
+    recorder = started(tmp_path, log_every=1, max_bad_steps=2)
+    good = Scaled(scale=torch.tensor(8.0), is_overflow=torch.tensor(False))
+    took(recorder, *(overflowed(step, 64.0) for step in range(1, 5)), result(5, scaled=good))
+    recorder.commit()
+    rows = read_metrics(tmp_path)
+    assert [row["is_overflow"] for row in rows] == [True] * 4 + [False]
+    assert [row["loss_scale"] for row in rows] == [64.0] * 4 + [8.0]
+    assert not any(row["is_bad"] for row in rows)
+    assert (rows[4]["band_losses"], rows[4]["band_counts"]) == ([0.5, None, None, None], [2, 0, 0, 0])
+
+
+def test_overflows_between_bad_steps_do_not_start_their_count_anew(tmp_path):
+    recorder = started(tmp_path, log_every=1, max_bad_steps=2)
+    at_one = Scaled(scale=torch.tensor(1.0), is_overflow=torch.tensor(False))
+    took(recorder, result(1, math.nan, scaled=at_one), overflowed(2, 2.0))
+    with pytest.raises(TrainingError, match="2 steps in a row"):
+        took(recorder, result(3, norm=math.inf, scaled=at_one))
 
 
 @pytest.mark.parametrize("writes", [True, False])

@@ -37,6 +37,8 @@ METRICS_SCHEMA = pa.schema(
         pa.field("data_seconds", pa.float64()),
         pa.field("memory_bytes", pa.int64()),
         pa.field("is_bad", pa.bool_()),
+        pa.field("loss_scale", pa.float64()),
+        pa.field("is_overflow", pa.bool_()),
         pa.field("band_losses", pa.list_(pa.float32())),
         pa.field("band_counts", pa.list_(pa.int32())),
     ]
@@ -72,7 +74,7 @@ class Recorder:
         self._log = _MetricsLog(directory)
         self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._bad_in_a_row: list[str] = []
-        self._num_bad_steps = 0
+        self._num_bad_steps = self._num_overflows = 0
         self._window_started = self._shown_at = 0.0
         self._num_unshown = 0
         self._progress: progress.ProgressBar | None = None
@@ -87,7 +89,7 @@ class Recorder:
     def _begin(self, trainer: Trainer) -> None:
         if self._writes:
             self._log.load(trainer.step)
-            self._num_bad_steps = self._log.num_bad_steps()
+            self._num_bad_steps, self._num_overflows = self._log.count("is_bad"), self._log.count("is_overflow")
             self._recent.extend(self._log.last_losses(_RECENT_STEPS))
             if trainer.step < trainer.config.steps:
                 self._tell(lambda tracker: tracker.start(trainer.step))
@@ -140,11 +142,14 @@ class Recorder:
         rows = [_row(result, row, seconds, memory) for result, row in zip(results, values, strict=True)]
         bad = [row for row in rows if row["is_bad"]]
         self._num_bad_steps += len(bad)
+        self._num_overflows += sum(row["is_overflow"] for row in rows)
         self._recent.extend(row["loss"] for row in rows if not row["is_bad"])
         with trainer.ranks.unhurried():  # a service may be slow
             if self._writes:
                 self._log.extend(rows)
                 scalars = {**_scalars(rows), "train/bad_steps": float(self._num_bad_steps)}
+                if results[-1].scaled is not None:
+                    scalars["train/overflows"] = float(self._num_overflows)
                 self._tell(lambda tracker: tracker.scalars(results[-1].step, scalars))
         self._refuse_bad(rows, bad)
         samples_a_second = sum(result.num_samples for result in results) / max(seconds * len(results), 1e-9)
@@ -197,6 +202,8 @@ class Recorder:
                 "; ".join(_described(row) for row in bad),
             )
         for row in rows:
+            if row["is_overflow"]:  # says nothing of the samples or the weights
+                continue
             self._bad_in_a_row = [*self._bad_in_a_row, _described(row)] if row["is_bad"] else []
             if len(self._bad_in_a_row) >= self._config.max_bad_steps:
                 self.commit()
@@ -255,8 +262,9 @@ class _MetricsLog:
     def extend(self, rows: Sequence[dict[str, Any]]) -> None:
         self._rows.extend(rows)
 
-    def num_bad_steps(self) -> int:
-        return int(pc.sum(self._table["is_bad"]).as_py() or 0)
+    def count(self, flag: str) -> int:
+        """How many rows have it set."""
+        return int(pc.sum(self._table[flag]).as_py() or 0)
 
     def last_losses(self, number: int) -> list[float]:
         rows = self._table.slice(max(0, len(self._table) - number)).select(["loss", "is_bad"]).to_pylist()
@@ -320,7 +328,10 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table:
 
 
 def _fetch(results: Sequence[StepResult]) -> list[list[float]]:
-    """[N, 3+2K]: loss, gradient norm, whether it is bad, and losses and samples by band; one transfer."""
+    """[N, 3+2K]: loss, gradient norm, whether it is bad, and losses and samples by band; one transfer.
+
+    [N, 5+2K] where the loss is scaled: the scale, and whether the gradients overflowed, come last.
+    """
     singles_N = [
         torch.stack([result.loss for result in results]),
         torch.stack([result.grad_norm for result in results]),
@@ -330,6 +341,9 @@ def _fetch(results: Sequence[StepResult]) -> list[list[float]]:
         torch.stack([result.band_loss_K for result in results]),
         torch.stack([result.band_count_K for result in results]),
     ]
+    scaled = [result.scaled for result in results if result.scaled is not None]
+    if scaled:
+        bands_NK.append(torch.stack([torch.stack([each.scale, each.is_overflow.float()]) for each in scaled]))
     values: list[list[float]] = torch.cat([*(one[:, None].float() for one in singles_N), *bands_NK], 1).tolist()
     return values
 
@@ -337,11 +351,13 @@ def _fetch(results: Sequence[StepResult]) -> list[list[float]]:
 def _row(result: StepResult, values: Sequence[float], seconds: float, memory: int) -> dict[str, Any]:
     """`values` as `_fetch` gives them; `seconds` and `memory` are those of the steps that were fetched together."""
     loss, norm, is_bad = values[:3]
-    sums, counts = values[3 : 3 + NUM_BANDS], values[3 + NUM_BANDS :]
+    sums, counts = values[3 : 3 + NUM_BANDS], values[3 + NUM_BANDS : 3 + 2 * NUM_BANDS]
+    scale, is_overflow = (None, 0.0) if result.scaled is None else values[3 + 2 * NUM_BANDS :]
     return {
         "step": result.step, "loss": loss, "learning_rate": result.learning_rate, "grad_norm": norm,
         "num_samples": result.num_samples, "seconds": seconds, "data_seconds": result.data_seconds,
-        "memory_bytes": memory, "is_bad": bool(is_bad),
+        "memory_bytes": memory, "is_bad": bool(is_bad), "loss_scale": scale,
+        "is_overflow": bool(is_overflow),
         "band_losses": [total / count if count else None for total, count in zip(sums, counts, strict=True)],
         "band_counts": [int(count) for count in counts],
     }  # fmt: skip
@@ -349,7 +365,7 @@ def _row(result: StepResult, values: Sequence[float], seconds: float, memory: in
 
 def _scalars(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """One point a log interval: means of its good steps. Every step's own values are in `metrics.parquet`."""
-    good = [row for row in rows if not row["is_bad"]]
+    good = [row for row in rows if not (row["is_bad"] or row["is_overflow"])]
     seconds = max(sum(row["seconds"] for row in rows), 1e-9)
     values = {
         "train/learning_rate": rows[-1]["learning_rate"],
@@ -358,6 +374,8 @@ def _scalars(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "train/seconds_per_step": seconds / len(rows),
         "train/data_wait_share": min(1.0, sum(row["data_seconds"] for row in rows) / seconds),
     }
+    if rows[-1]["loss_scale"] is not None:
+        values["train/loss_scale"] = rows[-1]["loss_scale"]
     if good:
         values["train/loss"] = sum(row["loss"] for row in good) / len(good)
         values["train/grad_norm"] = sum(row["grad_norm"] for row in good) / len(good)
