@@ -28,7 +28,7 @@ from servers import fault_server
 from test_prepare_faults import hashes, killed_at, left_over, run_file_over
 
 from ftk import locations
-from ftk.pipeline import images, shard_writer, source_units
+from ftk.pipeline import decode, images, shard_writer, source_units
 from ftk.pipeline.dataset import PreparedDataset
 
 REAL_PREPARE_IMAGE = images.prepare_image
@@ -205,8 +205,10 @@ def bomb(width: int, height: int) -> bytes:
 def watched_prepare_image(task: images.ImageTask) -> images.PreparedImage | images.ImageProblem:
     """`prepare_image`, which leaves a note beside the image: how often pixels were decoded, and the worker's peak memory."""
     decoded: list[Image.Image] = []
-    load = ImageFile.ImageFile.load
+    load, decode_plainly = ImageFile.ImageFile.load, decode._decoded_plainly
     with pytest.MonkeyPatch.context() as patch:
+        # What Pillow does not decode, TurboJPEG and libvips do.
+        patch.setattr(decode, "_decoded_plainly", lambda opened: decoded.append(opened.image) or decode_plainly(opened))
         patch.setattr(ImageFile.ImageFile, "load", lambda image: decoded.append(image) or load(image))
         result = REAL_PREPARE_IMAGE(task)
     note = {"num_decoded": len(decoded), "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
