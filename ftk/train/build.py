@@ -85,17 +85,23 @@ def build_trainer(
     loader = Loader(order=inputs.order, builder=builder, device=device, rank=ranks.rank, world_size=ranks.size, is_even=is_even)
     recorder, trainer.hooks = _hooks(inputs, builder, settings, make_delivery(inputs, model, ranks), ranks)
     check = partial(_check_changes, directory, settings, trained_on, allow_change)
-    is_begun = _restore(trainer, directory / "checkpoints", check)
-    if not is_begun and inputs.sizes.start is not None:
-        values = {name: weight.cpu() for name, weight in optimizer.weights().items()} | dict(inputs.sizes.start.values)
-        optimizer.begin_from(ranks.from_main(values)[0])
-        LOGGER.info("starting from %s", run.config.train.start_from)
-    if not is_begun and (count := methods.start_batches(run.method, run.settings)):
-        _start_from_data(trainer, inputs, loader, count)
+    if not _restore(trainer, directory / "checkpoints", check):
+        _begin(trainer, inputs, loader)
     if plan.compile:
         seconds = placement.warm_up(trainer.losses, _one_of_each_shape(inputs, loader), trainer.optimizer.parameters.values())
         LOGGER.info("compiled for every bucket in %.0f s", seconds)
     return Build(inputs=inputs, trainer=trainer, loader=loader, recorder=recorder, directory=directory)
+
+
+def _begin(trainer: Trainer, inputs: Inputs, loader: Loader) -> None:
+    """What happens before the first step of a run: weights from `start_from`, then what the method takes from the data."""
+    run, ranks = inputs.run, trainer.ranks
+    if inputs.sizes.start is not None:
+        weights = {name: weight.cpu() for name, weight in trainer.optimizer.weights().items()}
+        trainer.optimizer.begin_from(ranks.from_main(weights | dict(inputs.sizes.start.values))[0])
+        LOGGER.info("starting from %s", run.config.train.start_from)
+    if count := methods.start_batches(run.method, run.settings):
+        _start_from_data(trainer, inputs, loader, count)
 
 
 def _hooks(
