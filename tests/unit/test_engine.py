@@ -413,7 +413,7 @@ def test_workers_die_with_their_parent(tmp_path: Path, end: str) -> None:
         try:
             if end != "exit":
                 parent.send_signal(signal.Signals[end])
-            parent.wait(5)
+            parent.wait(60)
         finally:
             parent.kill()
     processes = {int(file.name) for file in pids.iterdir()}
