@@ -48,7 +48,7 @@ NAMES: list[Any] = [
     ),
     *("~", "file:///etc", "s3://bucket/x", "%2e%2e", 5, None, True, [], {}),
 ]
-FUZZED = 300
+FUZZED = 100
 VALUES = st.recursive(
     st.sampled_from(NAMES) | st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
