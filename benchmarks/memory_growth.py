@@ -3,9 +3,10 @@
 Pictures are noise of about 0.4 MP in some twenty aspect ratios, which become buckets of 256 px; the model is the tiny
 Qwen-Image. Each stage is a process of its own. Every 0.2 s its anonymous memory is read, with that of its child processes:
 `RssAnon` of /proc, which does not count what a mapped cache shares with the page cache. The largest value of each run and the
-ratio are printed; a flat program has a ratio of 1. Linux only.
+ratio are printed; a flat program has a ratio of 1. Few pictures must be enough to fill the batches of every size and a shard of
+the cache, which takes thousands: below that, memory grows up to what these take. Linux only.
 
-    python benchmarks/memory_growth.py --few 1000 --many 3000 --out results.json
+    python benchmarks/memory_growth.py --few 5000 --many 15000 --out results.json
 """
 
 import argparse
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,27 +76,28 @@ def peak_of(arguments: list[str]) -> int:
     return peak
 
 
-def measure(count: int, model: Path) -> dict[str, int]:
-    """Peak bytes of each stage on `count` pictures."""
+def measure(count: int, model: Path, stages: Sequence[str]) -> dict[str, int]:
+    """Peak bytes of each stage on `count` pictures; a stage needs what those before it make."""
     with tempfile.TemporaryDirectory(prefix="ftk-growth-") as name:
         directory = Path(name)
         make_pictures(directory / "pictures", count)
         run_file = directory / "run.yaml"
         run_file.write_text(RUN.format(directory=directory, model=model, steps=max(1, count // MICRO_BATCH)))
-        return {stage: peak_of([stage, str(run_file)]) for stage in STAGES}
+        return {stage: peak_of([stage, str(run_file)]) for stage in stages}
 
 
 def main() -> None:
     """Measure, print a table, write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--few", type=int, default=1000)
-    parser.add_argument("--many", type=int, default=3000)
+    parser.add_argument("--few", type=int, default=5000)
+    parser.add_argument("--many", type=int, default=15000)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ftk-growth-model-") as name:
         model = Path(name) / "tiny"
         subprocess.run([sys.executable, "-m", "ftk", "tiny", "qwen-image", str(model)], check=True, stdout=subprocess.DEVNULL)
-        few, many = measure(options.few, model), measure(options.many, model)
+        few, many = (measure(count, model, options.stages) for count in (options.few, options.many))
     report = {
         "few": options.few,
         "many": options.many,
@@ -104,7 +107,7 @@ def main() -> None:
                 "many_mib": round(many[stage] / 2**20),
                 "ratio": round(many[stage] / few[stage], 3),
             }
-            for stage in STAGES
+            for stage in options.stages
         },
     }
     print(f"{'stage':10}{options.few:>12,}{options.many:>12,}{'ratio':>8}   (MiB)")
