@@ -308,13 +308,13 @@ class DataConfig(Section):
             _refuse_idle(self)
             _refuse_idle(self.captions)
         merged = [self.of(source) for source in self.sources]
-        own = [source.overrides for source in self.sources]
+        overrides = [source.overrides for source in self.sources]
         for each in merged:
             _refuse_long_aspects(each)
         for name in (*OF_SOURCES, "max_aspect", "bucket_step"):
-            _refuse_unused(name, self, merged, own)
+            _refuse_unused(name, self, merged, overrides)
         for name in CaptionsConfig.model_fields:
-            _refuse_unused(name, self.captions, [each.captions for each in merged], [each["captions"] for each in own])
+            _refuse_unused(name, self.captions, [each.captions for each in merged], [each["captions"] for each in overrides])
         return self
 
     @property
@@ -331,9 +331,9 @@ class DataConfig(Section):
         """
         if not self._has_overrides:
             return self
-        own = source.overrides
+        overrides = source.overrides
         try:
-            return _merged(self, {**own, "captions": _merged(self.captions, own["captions"])})
+            return _merged(self, {**overrides, "captions": _merged(self.captions, overrides["captions"])})
         except ValueError as error:
             raise ValueError(f"source {source.source_name}: {error}") from None
 

@@ -133,8 +133,8 @@ def run(config: ExtractConfig) -> ExtractReport:
     config = replace(config, out=locations.local_path(str(config.out)))
     _check(config)
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".ftk-extract-", dir=config.out.parent) as made:
-        return _run(config, Path(made))
+    with tempfile.TemporaryDirectory(prefix=".ftk-extract-", dir=config.out.parent) as converted:
+        return _run(config, Path(converted))
 
 
 def _run(config: ExtractConfig, made: Path) -> ExtractReport:

@@ -67,20 +67,20 @@ def merge(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--out {target} holds something already. Name a new folder.")
     _check_strength(run, strength)
-    others = [mixing.find(each, "--add", (*mixing.ADDING, "DORA")) for each in added]
+    adapters = [mixing.find(each, "--add", (*mixing.ADDING, "DORA")) for each in added]
     checkpoint = find_checkpoint(run, choice)
     directory = run.locate(run.all_components)
-    files = _read(run, directory, others)
+    files = _read(run, directory, adapters)
     dtype = run_dtype(run) if choice.dtype is None else getattr(torch, choice.dtype)
     # Not every device computes in fp16, whose range is small: it is rounded to at the end.
     working = torch.float32 if dtype == torch.float16 else dtype
     with _adapted(run, directory, checkpoint, working) as model:
         difference = _fold(run, model, strength, working)
-        for file, other in zip(files, others, strict=True):
+        for file, other in zip(files, adapters, strict=True):
             _fold_file(run, directory, model, working, (file, other.strength))
         for name, module in model.components.items():
             _refuse_infinite(name, module.to(dtype))
-        notes = [f"{other.path} at {other.strength:g}" for other in others]
+        notes = [f"{other.path} at {other.strength:g}" for other in adapters]
         _write(
             run, directory, model, target, checkpoint.step, [*([f"itself at {strength:g}"] if strength != 1 else []), *notes]
         )

@@ -158,22 +158,22 @@ def _named(names: list[str], component: TrainedComponent) -> list[str]:
         return [name for name in names if any(f"{place}." in modules for place in narrowing.places(name))]
     if isinstance(wanted, TargetPattern):
         rule = re.compile(wanted.regex)
-        found = [name for name in names if any(rule.fullmatch(place) for place in narrowing.places(name))]
-        if not found:
+        matches = [name for name in names if any(rule.fullmatch(place) for place in narrowing.places(name))]
+        if not matches:
             raise ConfigError(
                 f"{component.setting}: {wanted.regex!r} matches the whole name of no module or parameter of {component.owner}."
             )
-        return found
+        return matches
     matched: set[str] = set()
     for suffix in wanted:
-        found = [name for name in names if any(("." + place).endswith("." + suffix) for place in narrowing.places(name))]
-        if not found:
+        matches = [name for name in names if any(("." + place).endswith("." + suffix) for place in narrowing.places(name))]
+        if not matches:
             ends = {end for name in names for end in name.split(".") if not end.isdecimal()}
             meant = did_you_mean(suffix, sorted(ends))
             raise ConfigError(
                 f"{component.setting}: {suffix!r} is the name of no module or parameter of {component.owner}.{meant}"
             )
-        matched.update(found)
+        matched.update(matches)
     return [name for name in names if name in matched]
 
 

@@ -224,11 +224,11 @@ class _Tags:
 
     def shuffles(self, number: int, key: str) -> Iterator[str]:
         """The tags in so many other orders."""
-        rest = list(enumerate(self.tags[self.first : self.last]))
-        for shuffle in range(number if len(rest) > 1 else 0):
+        movable = list(enumerate(self.tags[self.first : self.last]))
+        for shuffle in range(number if len(movable) > 1 else 0):
             # Sorted by hash, and not drawn: no version of Python or of a library changes the order.
-            order = sorted(rest, key=lambda item: storage.digest([key, shuffle, *item]))
-            if order != rest:
+            order = sorted(movable, key=lambda item: storage.digest([key, shuffle, *item]))
+            if order != movable:
                 tags = [*self.tags[: self.first], *(tag for _, tag in order), *self.tags[self.last :]]
                 yield _together(tags, self.joints)
 

@@ -466,8 +466,8 @@ def _part_id(part: _ResizedFile, placement: Placement, flipped: bool, stored: st
 
     `stored` says how they are encoded, so that equal names mean equal bytes too.
     """
-    own = _placement(part.file.kind, part.width, part.height, placement, recipe)
-    geometry = [getattr(own, name) for name in Placement.__slots__]
+    placed = _placement(part.file.kind, part.width, part.height, placement, recipe)
+    geometry = [getattr(placed, name) for name in Placement.__slots__]
     # Nothing is laid under a mask, and it is always averaged as stored.
     colours = [] if part.file.kind == "mask" else [list(recipe.background), recipe.resize]
     named = [IMAGES_VERSION, part.file.kind, part.file.sha256, geometry, flipped, stored, colours]

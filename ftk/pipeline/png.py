@@ -30,7 +30,7 @@ def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 def without_pixels(data: bytes) -> bytes | None:
     """A PNG of all chunks but the pixels, when there are chunks with metadata behind them; None otherwise."""
-    others: list[bytes] = []
+    chunks_kept: list[bytes] = []
     is_behind_pixels = has_late_metadata = False
     for kind, start, end in chunks(data):
         if end + 4 > len(data):
@@ -39,8 +39,8 @@ def without_pixels(data: bytes) -> bytes | None:
             is_behind_pixels |= kind == b"IDAT"
         else:
             has_late_metadata |= is_behind_pixels and kind in (b"eXIf", b"iTXt", b"zTXt", b"tEXt")
-            others.append(data[start - 8 : end + 4])
-    return b"".join((SIGNATURE, *others)) if has_late_metadata else None
+            chunks_kept.append(data[start - 8 : end + 4])
+    return b"".join((SIGNATURE, *chunks_kept)) if has_late_metadata else None
 
 
 def decode(data: bytes) -> np.ndarray | None:

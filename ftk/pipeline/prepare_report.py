@@ -77,26 +77,26 @@ def of_dataset(directory: Path, manifest: PreparedManifest, num_reused: int) -> 
 
 def of_part(directory: Path, made: Sequence[Made], num_missing: int, notes: Notes) -> PrepareReport:
     """The report on the shards that are there while other parts are still at work; duplicates are found at the end."""
-    there = [shard for unit in made for shard in unit.shards]
-    rejects = [reject for shard in there for reject in shard.rejects]
+    shards = [shard for unit in made for shard in unit.shards]
+    rejects = [reject for shard in shards for reject in shard.rejects]
     buckets: Counter[str] = Counter()
-    for shard in there:
+    for shard in shards:
         buckets.update(shard.buckets)
-    of_captions = notes_of(there, notes)
+    of_captions = notes_of(shards, notes)
     return PrepareReport(
-        num_inputs=sum(shard.num_inputs for shard in there),
-        num_samples=sum(shard.num_samples for shard in there),
+        num_inputs=sum(shard.num_inputs for shard in shards),
+        num_samples=sum(shard.num_samples for shard in shards),
         num_rejects=len(rejects),
         rejects_by_reason=dict(sorted(Counter(reject.reason.value for reject in rejects).items())),
-        num_shards=len(there),
+        num_shards=len(shards),
         num_shards_reused=sum(unit.num_reused for unit in made),
         num_shards_missing=num_missing,
-        num_upscaled=sum(shard.num_upscaled for shard in there),
-        num_copied=sum(shard.num_copied for shard in there),
-        num_long_captions=sum(shard.num_long_captions for shard in there),
+        num_upscaled=sum(shard.num_upscaled for shard in shards),
+        num_copied=sum(shard.num_copied for shard in shards),
+        num_long_captions=sum(shard.num_long_captions for shard in shards),
         num_duplicates=0,
         num_near_duplicates=0,
-        num_empty_masks=sum(len(shard.empty_masks) for shard in there),
+        num_empty_masks=sum(len(shard.empty_masks) for shard in shards),
         buckets=dict(sorted(buckets.items())),
         directory=str(directory),
         rejects=[_plain(reject) for reject in rejects],

@@ -70,13 +70,13 @@ class Reachability:
                 f"None of {self.num_failed:,} remote images could be fetched. The network as a whole seems to be down, or "
                 f"their server is, or it refuses access. Check that first:{reasons}\n{again}"
             )
-        gone = "If they are gone for good, remove them from the source, or raise data.max_unreachable_fraction"
+        advice = "If they are gone for good, remove them from the source, or raise data.max_unreachable_fraction"
         if self._is_down:
             return EnvironmentFault(
                 f"The last {self._in_a_row:,} remote images could not be fetched. The network as a whole seems to be down, or "
-                f"their server is. Check that first:{reasons}\n{again} {gone}: with 1 no run is stopped."
+                f"their server is. Check that first:{reasons}\n{again} {advice}: with 1 no run is stopped."
             )
         return TooManyRejects(
             f"{self.num_failed:,} remote images could not be fetched, more than data.max_unreachable_fraction "
-            f"{self._fraction:g} allows:{reasons}\n{again} {gone}."
+            f"{self._fraction:g} allows:{reasons}\n{again} {advice}."
         )

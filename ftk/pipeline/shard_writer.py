@@ -177,7 +177,7 @@ def _receipt(job: PrepareJob, unit: SourceUnit, name: str, deep: bool) -> Receip
     try:
         plain = storage.read_json(receipt)
         record, signature, listing = dataset.shard_record(plain), plain["signature"], plain["listing"]
-        kept = tuple(storage.checked(Outcome, each) for each in plain.get("outcomes", []))
+        outcomes = tuple(storage.checked(Outcome, each) for each in plain.get("outcomes", []))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     if record.name != name or record.recipe_fingerprint != job.recipe_fingerprint(unit):
@@ -187,7 +187,7 @@ def _receipt(job: PrepareJob, unit: SourceUnit, name: str, deep: bool) -> Receip
     if not (tar.exists() and table.exists() and tar.stat().st_size == record.bytes):
         return None
     damaged = deep and (storage.sha256_file(table) != record.table_sha256 or storage.sha256_file(tar) != record.sha256)
-    return None if damaged else Receipt(record=record, signature=signature, listing=listing, outcomes=kept)
+    return None if damaged else Receipt(record=record, signature=signature, listing=listing, outcomes=outcomes)
 
 
 def _unchanged(job: PrepareJob, unit: SourceUnit, receipt: Receipt, inputs: list[Record | Reject], is_last: bool) -> bool:

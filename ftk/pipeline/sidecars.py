@@ -84,7 +84,7 @@ class _Alike:
 
     def files(self, image: str) -> dict[str, str]:
         """By base, the spare caption files that fit an image."""
-        return {base: name for own in _bases(image) for base, name in self._spare.get(folded(own), {}).items()}
+        return {base: name for image_base in _bases(image) for base, name in self._spare.get(folded(image_base), {}).items()}
 
     def only_fit(self, image: str) -> str | None:
         """The base of the caption file that fits this image alone, and is the only one."""
@@ -110,8 +110,8 @@ def _unmatched(
 def _ambiguous(name: str, images: list[str], alike: _Alike) -> str:
     if len(images) > 1:
         return f"fits {' and '.join(images)}: name it exactly as its image"
-    others = sorted({file for file in alike.files(images[0]).values() if file != name})
-    rival = " and ".join(others) or "the caption file of exactly this name"
+    competitors = sorted({file for file in alike.files(images[0]).values() if file != name})
+    rival = " and ".join(competitors) or "the caption file of exactly this name"
     return f"fits {images[0]}, as {rival} does: name it exactly as its image"
 
 

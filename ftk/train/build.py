@@ -233,14 +233,14 @@ def _restore(trainer: Trainer, directory: Path, check: Callable[[checkpoint.Chec
     state: dict[str, torch.Tensor] = {}
     facts: dict[str, Any] | None = None
     with ranks.unhurried():
-        found = checkpoint.latest(directory) if ranks.is_main else None
+        newest = checkpoint.latest(directory) if ranks.is_main else None
         if ranks.is_main:
-            check(found)
-        if found is not None:
-            _tell_of_jump(trainer.config, found)
-            weights, state = found.tensors()
-            facts = {"step": found.step, "num_samples_seen": found.num_samples_seen, "optimizer": found.optimizer_facts}
-            LOGGER.info("resuming from %s", found.path)
+            check(newest)
+        if newest is not None:
+            _tell_of_jump(trainer.config, newest)
+            weights, state = newest.tensors()
+            facts = {"step": newest.step, "num_samples_seen": newest.num_samples_seen, "optimizer": newest.optimizer_facts}
+            LOGGER.info("resuming from %s", newest.path)
     weights, facts = ranks.from_main(weights, facts)
     state, _ = ranks.from_main(state)
     if facts is not None:

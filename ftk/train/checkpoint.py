@@ -360,8 +360,8 @@ def refuse_changed_settings(
     changed += [f"  {_changed(name, before.get(name), now.get(name))}" for name in names]
     if not changed:
         return
-    others = " and ".join(["on other data"] * bool(data_changes) + ["with other settings"] * bool(names))
-    what = f"{checkpoint.path} (step {checkpoint.step}) was trained {others}"
+    changes = " and ".join(["on other data"] * bool(data_changes) + ["with other settings"] * bool(names))
+    what = f"{checkpoint.path} (step {checkpoint.step}) was trained {changes}"
     if allow:
         LOGGER.warning("--allow-change: %s, and goes on as another run than it was:\n%s", what, "\n".join(changed))
         return

@@ -314,8 +314,8 @@ def _check_sigma(config: TrainConfig, schedule: NoiseSchedule, family: Family) -
     is_flow, weighting = schedule.objective == "flow", config.sigma.weighting
     is_for_flow, is_for_v = weighting in ("sigma_sqrt", "cosmap"), weighting == "like_epsilon"
     if weighting != "none" and (is_flow != is_for_flow or (is_for_v and schedule.objective != "v")):
-        others = "soft_min_snr, debiased and like_epsilon" if schedule.objective == "v" else "soft_min_snr and debiased"
-        fitting = "sigma_sqrt, cosmap or none" if is_flow else f"min_snr or none; {others} fit, too"
+        weightings = "soft_min_snr, debiased and like_epsilon" if schedule.objective == "v" else "soft_min_snr and debiased"
+        fitting = "sigma_sqrt, cosmap or none" if is_flow else f"min_snr or none; {weightings} fit, too"
         raise ConfigError(
             f"train.sigma.weighting: {weighting} is not made for {family.name}, which predicts "
             f"{'velocities' if is_flow else schedule.objective}. Set it to {fitting}."

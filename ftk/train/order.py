@@ -194,9 +194,9 @@ class Order:
         # One sort permutes every group: by the group, and within by random words.
         place_P = np.argsort((rank_P << (np.uint64(64) - bits)) | (words_P >> bits), kind="stable")
         rest_G = counts_G % size
-        rest = np.repeat(np.cumsum(counts_G) - rest_G, rest_G) + _counted(rest_G)
+        rest_places = np.repeat(np.cumsum(counts_G) - rest_G, rest_G) + _counted(rest_G)
         is_rest_P = np.zeros(len(place_P), np.bool_)
-        is_rest_P[rest] = True
+        is_rest_P[rest_places] = True
         place_P = np.concatenate([place_P[~is_rest_P], place_P[is_rest_P]])
         if self.remainder == "drop":
             place_P = place_P[: len(place_P) - num_last]

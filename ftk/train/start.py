@@ -104,8 +104,8 @@ def _whole(model: Model, files: Sequence[Path]) -> dict[str, torch.Tensor]:
             f"{', '.join(sorted(untrained)[:_LISTED])}. Set method.modules_to_save: [{', '.join(entries)}]."
         )
     tensors, _ = adapter_files.parted(peft_directory.read_tensors(files[0]), denoiser, entries)
-    own = injection.whole_state(denoiser)
-    wrong = [name for name, tensor in tensors.items() if name not in own or own[name].shape != tensor.shape]
+    current = injection.whole_state(denoiser)
+    wrong = [name for name, tensor in tensors.items() if name not in current or current[name].shape != tensor.shape]
     if wrong or not tensors:
         raise CheckpointError(
             f"{files[0]} was trained on another base model, or another size of this one: of its whole modules "
@@ -168,8 +168,10 @@ def _refuse_untrained(file: AdapterFile, model: Model) -> None:
 def _places(component: str, module: Any, parameters: Mapping[str, Any]) -> dict[str, str]:
     """Names of trained parameters by `MODULE.KIND`, as PEFT calls them in files, of one component."""
     start = prefix(component)
-    others = () if start else tuple(name for name in parameters if re.match(r"text_encoder(_\d+)?\.", name))
-    return {_key(name.removeprefix(start)): name for name in parameters if name.startswith(start) and name not in set(others)}
+    of_encoders = () if start else tuple(name for name in parameters if re.match(r"text_encoder(_\d+)?\.", name))
+    return {
+        _key(name.removeprefix(start)): name for name in parameters if name.startswith(start) and name not in set(of_encoders)
+    }
 
 
 def _key(name: str) -> str:
@@ -208,10 +210,10 @@ def _numbers(run: Run, file: AdapterFile, misfits: Mapping[str, LayerChange]) ->
     if file.strength_is_inside:
         differing.pop("alpha", None)
     has_now = ", ".join(f"{key} {value}" for key, value in current.items())
-    others = [each for each, settings in wanted.items() if settings != first]
+    exceptions = [each for each, settings in wanted.items() if settings != first]
     more = (
-        f" {len(others)} layers differ from that, such as {others[0]}: see method.rank_pattern, alpha_pattern."
-        if others
+        f" {len(exceptions)} layers differ from that, such as {exceptions[0]}: see method.rank_pattern, alpha_pattern."
+        if exceptions
         else ""
     )
     settings = ", ".join(f"method.{key}: {str(value).lower()}" for key, value in differing.items())

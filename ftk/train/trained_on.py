@@ -91,8 +91,8 @@ class TrainedOn:
 
     def commit(self, directory: Path) -> None:
         """Write it into a run's folder, unless it is there."""
-        there = TrainedOn.read(directory)
-        if self.table is None or (there is not None and there.identity == self.identity):
+        committed = TrainedOn.read(directory)
+        if self.table is None or (committed is not None and committed.identity == self.identity):
             return
         facts = {"identity": dict(self.identity), "repeats": dict(self.repeats)}
         storage.commit_table(directory / FILE, self.table.replace_schema_metadata({_FACTS: json.dumps(facts, sort_keys=True)}))
@@ -100,10 +100,10 @@ class TrainedOn:
     def changes(self, before: Mapping[str, Any], directory: Path) -> list[str]:
         """In words, what is other than in a checkpoint of `before`, another `identity`; counted where `directory` helps."""
         changed = [name for name in self.identity if before.get(name) not in (None, self.identity[name])]
-        there = TrainedOn.read(directory) if changed else None
-        if there is None or self.table is None or there.table is None or there.identity != before:
+        committed = TrainedOn.read(directory) if changed else None
+        if committed is None or self.table is None or committed.table is None or committed.identity != before:
             return _uncounted(self.identity, before, changed)
-        old, new = there.table, self.table
+        old, new = committed.table, self.table
         is_old, is_new = (pc.is_in(one["key"], value_set=other["key"]) for one, other in ((new, old), (old, new)))
         counts = {"added": _pictures(new.filter(pc.invert(is_old))), "removed": _pictures(old.filter(pc.invert(is_new)))}
         words = [f"{_counted(count, 'image')} {what}" for what, count in counts.items() if count]
@@ -111,7 +111,7 @@ class TrainedOn:
         old, new = old.filter(is_new), new.filter(is_old)
         for name, what in _CONTENTS.items():
             count = _pictures(new.filter(pc.not_equal(old[name], new[name])))
-            words += self._changed(name, what, count, there.repeats) if count else []
+            words += self._changed(name, what, count, committed.repeats) if count else []
         return words or _uncounted(self.identity, before, changed)
 
     def _changed(self, name: str, what: str, count: int, repeats: Mapping[str, Any]) -> list[str]:

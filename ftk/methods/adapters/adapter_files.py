@@ -277,8 +277,8 @@ def _aliases(family: Family, component: str, module: Any) -> dict[str, list[str]
     wrapped = tuple(f"{name}." for name in injection.adapted(module))
     names = [name for name, layer in module.named_modules() if not name.startswith(wrapped) and _has_matrix(layer)]
     if component == DENOISER:
-        others: Mapping[str, str] = original_names(family, module)
-        return {name: [name, *([others[name]] if name in others else [])] for name in names}
+        published: Mapping[str, str] = original_names(family, module)
+        return {name: [name, *([published[name]] if name in published else [])] for name in names}
     assert isinstance(family, TrainsEncoders)
     return {name: list(dict.fromkeys([family.encoder_key(component, name), name])) for name in names}
 
@@ -377,19 +377,19 @@ def _by_module(file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Ten
         CheckpointError: one is of no kind that is known.
     """
     by_module: dict[str, Tensors] = {}
-    others: list[str] = []
+    unplaced: list[str] = []
     for key, tensor in tensors.items():
         if key == _MUSUBI_MARK:
             continue
         module, kind = _split(key)
         if kind is None:
-            others.append(key)
+            unplaced.append(key)
         else:
             by_module.setdefault(module, {})[kind] = tensor
-    if others:
+    if unplaced:
         raise CheckpointError(
-            f"{file}: {len(others)} of its {len(tensors)} tensors are no part of a LoRA, LoHa, LoKr or DoRA: "
-            f"{', '.join(others[:_LISTED])}. Such an adapter cannot be read."
+            f"{file}: {len(unplaced)} of its {len(tensors)} tensors are no part of a LoRA, LoHa, LoKr or DoRA: "
+            f"{', '.join(unplaced[:_LISTED])}. Such an adapter cannot be read."
         )
     return by_module
 

@@ -66,8 +66,8 @@ class LayerChange:
             change = {"lora": _lora, "loha": _loha, "lokr": _lokr}[self.kind](tensors)
             whole = change.reshape(shape) * self.scale
         except (RuntimeError, KeyError, IndexError) as error:
-            made = ", ".join(f"{name} {'x'.join(map(str, tensor.shape))}" for name, tensor in tensors.items())
-            raise ValueError(f"{made} make no weight of shape {'x'.join(map(str, shape))}") from error
+            shapes = ", ".join(f"{name} {'x'.join(map(str, tensor.shape))}" for name, tensor in tensors.items())
+            raise ValueError(f"{shapes} make no weight of shape {'x'.join(map(str, shape))}") from error
         return whole
 
     def applied(self, weight: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
@@ -117,9 +117,9 @@ def _loha(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _lokr(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    left = tensors["lokr_w1"] if "lokr_w1" in tensors else _product(tensors, "lokr_w1", "lokr_t1")
+    small_factor = tensors["lokr_w1"] if "lokr_w1" in tensors else _product(tensors, "lokr_w1", "lokr_t1")
     right = tensors["lokr_w2"] if "lokr_w2" in tensors else _product(tensors, "lokr_w2", "lokr_t2")
-    return torch.kron(left.reshape(*left.shape, *[1] * (right.ndim - left.ndim)), right.contiguous())
+    return torch.kron(small_factor.reshape(*small_factor.shape, *[1] * (right.ndim - small_factor.ndim)), right.contiguous())
 
 
 def _product(tensors: Mapping[str, torch.Tensor], name: str, core: str) -> torch.Tensor:

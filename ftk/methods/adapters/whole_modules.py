@@ -80,9 +80,9 @@ def entries(component: TrainedComponent, wanted: Any, names: Sequence[str], targ
         excludes = re.compile("|".join(rf"(^|.*\.){entry}($|\..*)" for entry in candidate))
         if read == set(names) and not any(excludes.match(layer) for layer in targeted):
             return candidate
-    others = sorted(set(injection.modules_of_entries(component.module, names)) - set(names)) or ["another module"]
+    ambiguous = sorted(set(injection.modules_of_entries(component.module, names)) - set(names)) or ["another module"]
     raise ConfigError(
-        f"{SETTING}: PEFT reads the ends of names, and would take {', '.join(others[:_LISTED])} for one of {len(names)} "
+        f"{SETTING}: PEFT reads the ends of names, and would take {', '.join(ambiguous[:_LISTED])} for one of {len(names)} "
         f"modules such as {names[0]}. Name all of them, or none."
     )
 

@@ -38,8 +38,8 @@ def load_text_model(directory: Path, name: str, dtype: "torch.dtype", *, has_pro
     """CLIPTextModel, or CLIPTextModelWithProjection; frozen, on the CPU."""
     model = load_component(_text_model_class(has_projection), directory, name, dtype).requires_grad_(False).eval()
     if not isinstance(model.config.eos_token_id, int):
-        found = model.config.eos_token_id
-        raise ModelError(f"{directory / name / 'config.json'}: `eos_token_id` is {found!r:.80}. It must be a token's number.")
+        end_id = model.config.eos_token_id
+        raise ModelError(f"{directory / name / 'config.json'}: `eos_token_id` is {end_id!r:.80}. It must be a token's number.")
     return model
 
 
@@ -76,10 +76,10 @@ def load_tokenizer(directory: Path, name: str) -> Any:
 
 def tokenised(tokenizer: Any, captions: Sequence[str], device: "torch.device", windows: int = 1) -> "dict[str, torch.Tensor]":
     """`input_ids` and `attention_mask`, each [B,77 N], cut and padded by the tokenizer's own rule, as the pipelines do."""
-    found = tokenizer(
+    encoding = tokenizer(
         list(captions), padding="max_length", max_length=_WINDOW * windows + 2, truncation=True, return_tensors="pt"
     ).to(device)
-    ids_BL, mask_BL = found["input_ids"], found["attention_mask"]
+    ids_BL, mask_BL = encoding["input_ids"], encoding["attention_mask"]
     if windows > 1:
         ids_BL, mask_BL = _in_windows(ids_BL), _in_windows(mask_BL)
         _end_windows(ids_BL, tokenizer)

@@ -219,14 +219,14 @@ def _bounded(folder: Path, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
     class Sizes(TorchDispatchMode):  # type: ignore[misc]
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            made = function(*args, **(kwargs or {}))
-            size = made.numel() if hasattr(made, "numel") else 0
+            result = function(*args, **(kwargs or {}))
+            size = result.numel() if hasattr(result, "numel") else 0
             if size > largest + _SPARE_BYTES:
                 raise ModelError(
-                    f"{folder / 'config.json'} describes a tensor {list(made.shape)}. The largest of the weights beside it has "
-                    f"{largest:,} values."
+                    f"{folder / 'config.json'} describes a tensor {list(result.shape)}. "
+                    f"The largest of the weights beside it has {largest:,} values."
                 )
-            return made
+            return result
 
     handle = register_module_module_registration_hook(counted)
     try:

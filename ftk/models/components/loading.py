@@ -44,9 +44,9 @@ def check_pipeline(directory: Path, family: str, pipeline_class: str) -> None:
             f"{directory} is no model in the Diffusers layout: it has no model_index.json (found: {listed}). "
             f"Point model.path at a Diffusers folder; `ftk tiny {family} DIR` writes one to try."
         )
-    found = configuration.read(path).get("_class_name")
-    if found != pipeline_class:
-        raise ModelError(f"{directory} holds a {found!s:.80}, not the {pipeline_class} that family {family} needs.")
+    class_name = configuration.read(path).get("_class_name")
+    if class_name != pipeline_class:
+        raise ModelError(f"{directory} holds a {class_name!s:.80}, not the {pipeline_class} that family {family} needs.")
 
 
 def _component_class(path: Path, name: str, value: Any) -> Any:
@@ -58,9 +58,9 @@ def _component_class(path: Path, name: str, value: Any) -> Any:
     import importlib
 
     if isinstance(value, list) and len(value) == 2 and value[0] in _LIBRARIES and isinstance(value[1], str):
-        found = getattr(importlib.import_module(value[0]), value[1], None)
-        if isinstance(found, type):
-            return found
+        component_class = getattr(importlib.import_module(value[0]), value[1], None)
+        if isinstance(component_class, type):
+            return component_class
     raise ModelError(f"{path}: `{name}` is {value!r:.80}. It must name a library (diffusers, transformers) and a class of it.")
 
 
@@ -72,8 +72,8 @@ def pipeline_class(directory: Path) -> type | None:
         name = storage.read_json(directory / "model_index.json")["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    made = getattr(diffusers, name, None) if isinstance(name, str) else None
-    return made if isinstance(made, type) and issubclass(made, diffusers.DiffusionPipeline) else None
+    pipeline = getattr(diffusers, name, None) if isinstance(name, str) else None
+    return pipeline if isinstance(pipeline, type) and issubclass(pipeline, diffusers.DiffusionPipeline) else None
 
 
 def load_component(component: Any, directory: Path, name: str, dtype: "torch.dtype") -> Any:
@@ -92,8 +92,8 @@ def load_component(component: Any, directory: Path, name: str, dtype: "torch.dty
             weight_files(index.parent, index.name.removesuffix(".index.json"))
     outline(component, folder, dtype)
     with reading(folder, component.__name__):
-        module, found = component.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    _refuse_other_tensors(component, folder, found)
+        module, loading_info = component.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    _refuse_other_tensors(component, folder, loading_info)
     _refuse_not_finite(module, folder)
     return module
 

@@ -142,10 +142,10 @@ def _configuration(family: Family, model: ModelConfig, checkpoint: single_file.C
     directory = locations.local_path(source)
     if model.config is None or not directory.is_dir():
         converted = [name for name in components if name in checkpoint.parts]
-        others = [name for name in components if name not in checkpoint.parts]
+        missing = [name for name in components if name not in checkpoint.parts]
         base = ModelConfig(family=model.family, path=source, revision=model.revision)
         try:
-            directory = _download(base, others, converted)
+            directory = _download(base, missing, converted)
         except (ModelError, EnvironmentFault) as error:
             raise type(error)(
                 f"{checkpoint.path} holds the weights of {', '.join(checkpoint.parts)} alone. Their configurations, and "

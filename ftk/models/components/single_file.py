@@ -112,17 +112,17 @@ def open_checkpoint(family: Any, path: Path) -> Checkpoint:
 
 
 def _find(tensors: Mapping[str, Tensor], layouts: Sequence[Layout]) -> tuple[Layout, str] | None:
-    found = ((layout, prefix) for layout in layouts for prefix in layout.prefixes if prefix + layout.anchor in tensors)
-    return next(found, None)
+    matches = ((layout, prefix) for layout in layouts for prefix in layout.prefixes if prefix + layout.anchor in tensors)
+    return next(matches, None)
 
 
 def _nothing_found(family: Any, path: Path, tensors: Mapping[str, Tensor]) -> str:
     if any(name.endswith(_ADAPTER_ENDS) for name in tensors):
         return f"{path} is an adapter (LoRA or the like), not a model. Set model.path to the model that it was trained on."
-    shown = ", ".join(sorted(tensors)[:_LISTED])
+    first_keys = ", ".join(sorted(tensors)[:_LISTED])
     return (
         f"{path} holds none of the parts of a {family.name} model ({', '.join(family.single_file)}) under names that are "
-        f"known. Its first tensors are {shown or 'none'}. Check model.family, or set model.path to a Diffusers folder."
+        f"known. Its first tensors are {first_keys or 'none'}. Check model.family, or set model.path to a Diffusers folder."
     )
 
 

@@ -125,8 +125,8 @@ def _no_images(config: SourceConfig, settings: FolderSettings) -> str:
     if settings.layout == "kohya":
         above = kohya.parse(posixpath.basename(config.path.rstrip("/")))
         advice = " Name the folder above." if above else " Leave out `layout: kohya` to read any folder."
-        found = _contents(config.path)
-        return f"data.sources: {_shown(config)} holds no folder of images such as `10_dog`. Found: {found}.{advice}"
+        contents = _contents(config.path)
+        return f"data.sources: {_shown(config)} holds no folder of images such as `10_dog`. Found: {contents}.{advice}"
     return (
         f"data.sources: {_shown(config)} holds no images (looked for {', '.join(sorted(IMAGE_SUFFIXES))}, also in "
         f"subfolders). Found: {_contents(config.path)}.{_hint(config.path)}"
@@ -182,13 +182,13 @@ class _Listing:
         does. What has the name of an image beside it belongs to that: a camera's raw data, layers, a film.
         """
         images = [file for file in files if _suffix(file.relative) in IMAGE_SUFFIXES]
-        others = [file for file in files if _may_be_image(file, settings)]
-        if not others:
+        candidates = [file for file in files if _may_be_image(file, settings)]
+        if not candidates:
             return images
         stems = {folded(_stem(file.relative)) for file in images}
         names = {folded(file.relative) for file in files}
         chosen = set(images)
-        for file in others:
+        for file in candidates:
             if folded(_stem(file.relative)) in stems:
                 self._beside_images.add(file)
             elif _has_caption(file, names, settings) or self._begins_as_image(file):
@@ -244,10 +244,11 @@ class _Listing:
                 f"{locations.printable(named[0])} is called as sd-scripts calls its folders, REPEATS_NAME, and is read as any "
                 "other. Set `layout: kohya` to take repeats and captions from such names"
             )
-        own = kohya.looks_meant(posixpath.basename(self._config.path.rstrip("/")))
-        if own and not self._is_kohya and "repeats" not in self._config.model_fields_set:
+        kohya_folder = kohya.looks_meant(posixpath.basename(self._config.path.rstrip("/")))
+        if kohya_folder and not self._is_kohya and "repeats" not in self._config.model_fields_set:
             yield (
-                f"the folder's name asks for {own.repeats} repeats in sd-scripts. Set `repeats: {own.repeats}`, or name the "
+                f"the folder's name asks for {kohya_folder.repeats} repeats in sd-scripts. "
+                f"Set `repeats: {kohya_folder.repeats}`, or name the "
                 "folder above with `layout: kohya`"
             )
 
@@ -267,8 +268,8 @@ def _images(
         _refuse_table(config, settings, files)
         images = listing.images(files, settings)
         taken = set(images)
-        others = [file for file in files if file not in taken and posixpath.basename(file.relative) not in _KNOWN_NAMES]
-        captions_of = listing.captions(f"{directory}/" if directory else "", settings, images, others)
+        candidates = [file for file in files if file not in taken and posixpath.basename(file.relative) not in _KNOWN_NAMES]
+        captions_of = listing.captions(f"{directory}/" if directory else "", settings, images, candidates)
         # Images of one stem count once: they share their masks.
         alike = Counter(folded(stem) for stem in {_stem(file.relative) for file in images})
         for file in images:
@@ -440,11 +441,11 @@ class _Companions:
         paths = [(self._folded_paths, folded(stem)), (self._folded_paths, folded(image))] if is_alone else []
         names = [(self._folded_names, folded(stem_name)), (self._folded_names, folded(image_name))] if is_alone else []
         for index, name in paths:
-            if found := index.get(name):
-                return found[0] if len(found) == 1 else None
+            if matches := index.get(name):
+                return matches[0] if len(matches) == 1 else None
         for index, name in [(self._names, stem_name), (self._names, image_name), *names]:
-            if found := index.get(name):
-                return found[0] if len(found) == 1 and not ("/" in stem and "/" in found[0]) else None
+            if matches := index.get(name):
+                return matches[0] if len(matches) == 1 and not ("/" in stem and "/" in matches[0]) else None
         return None
 
     def _images(self) -> Iterator[File]:

@@ -145,12 +145,12 @@ def _item(
     for column, reason in columns.images.items():
         value = row[column]
         values = value if isinstance(value, list) else [] if _is_nothing(value) else [value]
-        found = [_blob(config, each, f"{identity}/{column}/{number}", top) for number, each in enumerate(values)]
-        missing = next((each for each, blob in zip(values, found, strict=True) if blob is None), None)
+        blobs_of_cell = [_blob(config, each, f"{identity}/{column}/{number}", top) for number, each in enumerate(values)]
+        missing = next((each for each, blob in zip(values, blobs_of_cell, strict=True) if blob is None), None)
         may_lack = settings.optional and column in columns.controls
-        if None in found or not (found or may_lack):
+        if None in blobs_of_cell or not (blobs_of_cell or may_lack):
             return Problem(reason=reason, detail=f"its column `{column}` holds {_absence(missing)}")
-        blobs[column] = [blob for blob in found if blob is not None]
+        blobs[column] = [blob for blob in blobs_of_cell if blob is not None]
     texts = _captions(config, columns, row)
     if isinstance(texts, Problem):
         return texts
@@ -191,9 +191,9 @@ def _blob(config: SourceConfig, value: Any, place: str, top: str) -> Blob | None
 def _captions(config: SourceConfig, columns: _Columns, row: dict[str, Any]) -> tuple[str, ...] | Problem:
     """The row's own captions; none where it takes the source's."""
     name = ", ".join(columns.captions) or "no column"
-    found = captions.gather([columns.labels.text(column, row[column]) for column in columns.captions], name)
-    is_missing = isinstance(found, Problem) and found.reason is RejectReason.CAPTION_MISSING
-    return () if is_missing and captions.fallback(config) is not None else found
+    texts = captions.gather([columns.labels.text(column, row[column]) for column in columns.captions], name)
+    is_missing = isinstance(texts, Problem) and texts.reason is RejectReason.CAPTION_MISSING
+    return () if is_missing and captions.fallback(config) is not None else texts
 
 
 def _columns(config: SourceConfig, settings: HubSettings, dataset: Any) -> _Columns:

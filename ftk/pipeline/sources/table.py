@@ -191,9 +191,9 @@ def _control_names(value: object, files: TableFiles) -> str | tuple[str, ...] | 
 def captions_of(row: tables.Row, where: str, columns: Columns, fallback: str | None) -> tuple[str, ...] | captions.Problem:
     """The row's own captions; none where it takes the source's."""
     place = f"{', '.join(columns.captions) or 'no column'} in {where}"
-    found = captions.gather((columns.labels.text(column, row.get(column)) for column in columns.captions), place)
-    lacks = isinstance(found, captions.Problem) and found.reason != RejectReason.CAPTION_NOT_TEXT
-    return () if lacks and fallback is not None else found
+    texts = captions.gather((columns.labels.text(column, row.get(column)) for column in columns.captions), place)
+    lacks = isinstance(texts, captions.Problem) and texts.reason != RejectReason.CAPTION_NOT_TEXT
+    return () if lacks and fallback is not None else texts
 
 
 def _root(settings: TableSettings, table: str) -> str:
@@ -246,11 +246,11 @@ def _record(
             return _reject(config, identity, reason, f"{missing.name}, under {column}, does not exist")
         if column and not blobs and (reason is RejectReason.MASK_MISSING or not settings.optional):
             return _reject(config, identity, reason, f"the row has nothing under {column}")
-    own = texts or (str(captions.fallback(config)),)
+    captions_or_fallback = texts or (str(captions.fallback(config)),)
     return Record(
         identity=identity,
         image=image,
-        captions=own,
+        captions=captions_or_fallback,
         mask=mask[0] if mask else None,
         is_fallback=not texts,
         **beside(config, controls),

@@ -61,10 +61,10 @@ class Zip:
 
     def partitions(self, config: SourceConfig, settings: ZipSettings, shard_samples: int) -> Iterator[Partition]:
         """Runs of `shard_samples` images or rows of one zip, in the order of their names, or of the table."""
-        found = locations.expand(config.path)
-        if not found:
+        places = locations.expand(config.path)
+        if not places:
             raise SourceError(f"data.sources: no zip matches {tables.shown(config.path)}. Name one.")
-        for location, name in zip(found, webdataset.names_of(found), strict=True):
+        for location, name in zip(places, webdataset.names_of(places), strict=True):
             with _opened(location) as archive:
                 signature = locations.signature(location)
                 last: Partition | None = None
@@ -140,20 +140,20 @@ def _is_hidden(name: str) -> bool:
 
 @contextlib.contextmanager
 def _opened(location: str) -> Iterator[_Archive]:
-    shown = tables.shown(location)
+    name = tables.shown(location)
     try:
         with locations.open_seekable(location) as file:
             try:
                 archive = _Archive(location, file)
             except (*_DAMAGE, OSError) as error:
                 raise SourceError(
-                    f"data.sources: {shown} is damaged, or not a zip: {error}. Download it again, or pack it again; then "
+                    f"data.sources: {name} is damaged, or not a zip: {error}. Download it again, or pack it again; then "
                     "run the command again."
                 ) from None
             yield archive
     except OSError as error:
         advice = "Name a zip that exists and that you may read."
-        raise SourceError(f"data.sources: {shown}: {error.strerror or error}. {advice}") from None
+        raise SourceError(f"data.sources: {name}: {error.strerror or error}. {advice}") from None
 
 
 def _batches(
@@ -201,13 +201,13 @@ def _images(settings: ZipSettings, archive: _Archive, unmatched: sidecars.Unmatc
     for directory, group in groupby(archive.files(), key=lambda file: file[1].rpartition("/")[0]):
         members = list(group)
         images = [(place, name) for place, name in members if has_image_suffix(name)]
-        others = {
+        candidates = {
             posixpath.basename(name): locations.File(location="", relative=name, signature=str(place))
             for place, name in reversed(members)
             if not has_image_suffix(name)
         }
         names = list(dict.fromkeys(posixpath.basename(name) for _, name in images))
-        files = sidecars.FolderFiles(images=names, others=others)
+        files = sidecars.FolderFiles(images=names, others=candidates)
         matches = sidecars.match(files, settings.caption_suffix)
         unmatched.add(f"{directory}/" if directory else "", files, matches)
         for place, name in images:
@@ -227,8 +227,8 @@ def _image_record(
     image = _blob(archive, name)
     if isinstance(image, Problem):
         return image
-    own = texts or (str(captions.fallback(config)),)
-    return Record(identity=f"{zip_name}/{name}", image=image, captions=own, is_fallback=not texts)
+    captions_or_fallback = texts or (str(captions.fallback(config)),)
+    return Record(identity=f"{zip_name}/{name}", image=image, captions=captions_or_fallback, is_fallback=not texts)
 
 
 def _sidecar_captions(
@@ -284,8 +284,8 @@ def _rows(config: SourceConfig, settings: ZipSettings, archive: _Archive, place:
             return
         columns = table.columns_of(config, settings, opened)
         for number, (where, row) in enumerate(opened.rows(columns.names)):
-            made = _row(row, where, columns, named, f"{table_name}/{number}", fallback)
-            yield seen.identity(made[0]), *made[1:]
+            record = _row(row, where, columns, named, f"{table_name}/{number}", fallback)
+            yield seen.identity(record[0]), *record[1:]
 
 
 def _row(row: tables.Row, where: str, columns: table.Columns, named: _Named, label: str, fallback: str | None) -> Row:
