@@ -164,8 +164,12 @@ class HasControls(Protocol):
     def sampling_pipeline(self, model: Model, pipeline: Any) -> Any:
         """The pipeline that draws while training: the family's, with the networks in `model.extras`."""
 
-    def pipeline_controls(self, controls: "Sequence[torch.Tensor]") -> dict[str, Any]:
-        """The pipeline's arguments for control images, as `Conditions.controls` has them, in a batch of one."""
+    def pipeline_controls(self, controls: "Sequence[torch.Tensor]", strength: float = 1.0) -> dict[str, Any]:
+        """The pipeline's arguments for control images, as `Conditions.controls` has them, in a batch of one.
+
+        Args:
+            strength: factor on what the control images add to the model (diffusers' conditioning scale); 0 adds nothing.
+        """
 
 
 def available() -> list[str]:

@@ -89,10 +89,10 @@ class PixelHint:
         """The same, with the network as it is now."""
         return HintedPipeline(pipeline, model.denoiser, model.extras[NETWORK])
 
-    def pipeline_controls(self, controls: Sequence[torch.Tensor]) -> dict[str, Any]:
+    def pipeline_controls(self, controls: Sequence[torch.Tensor], strength: float = 1.0) -> dict[str, Any]:
         """One image."""
         (pixels_BCHW,) = controls
-        return {"hint": pixels_BCHW}
+        return {"hint": pixels_BCHW, "hint_strength": strength}
 
 
 class HintedPipeline:
@@ -106,10 +106,10 @@ class HintedPipeline:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pipeline, name)
 
-    def __call__(self, hint: torch.Tensor | None = None, **options: Any) -> Any:
+    def __call__(self, hint: torch.Tensor | None = None, hint_strength: float = 1.0, **options: Any) -> Any:
         if hint is None:
             return self._pipeline(**options)
-        with torch.no_grad(), self._adding(self._network(hint)):
+        with torch.no_grad(), self._adding(hint_strength * self._network(hint)):
             return self._pipeline(**options)
 
     @contextmanager
