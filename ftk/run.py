@@ -157,7 +157,7 @@ def resolve(config: RunConfig) -> Run:
         settings=settings,
         paths=paths(config),
         encoders=encoders,
-        needs=method.cache_needs(settings),
+        needs=method.cache_needs(family, settings),
     )
 
 

@@ -62,8 +62,8 @@ class Method(Protocol):
             ConfigError: the settings ask for one that this family cannot give.
         """
 
-    def cache_needs(self, settings: Any) -> CacheNeeds:
-        """What the cache must hold for these settings."""
+    def cache_needs(self, family: Family, settings: Any) -> CacheNeeds:
+        """What the cache must hold for this family and these settings."""
 
     def attach(self, model: Model, settings: Any, seed: int) -> "dict[str, torch.nn.Parameter]":
         """Add what is trained to the model, with its own networks in `model.extras`; returns the parameters by name.

@@ -69,7 +69,7 @@ class Full:
         """By `text_encoder`, all that the family can train."""
         return base.trained_encoders(family, settings)
 
-    def cache_needs(self, settings: FullConfig) -> CacheNeeds:
+    def cache_needs(self, family: Family, settings: FullConfig) -> CacheNeeds:
         """Nothing but latents and texts."""
         return CacheNeeds()
 

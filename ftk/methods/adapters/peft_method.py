@@ -89,7 +89,7 @@ class PeftMethod(ABC):
         """By `text_encoder`, all that the family can train."""
         return base.trained_encoders(family, settings)
 
-    def cache_needs(self, settings: Any) -> CacheNeeds:
+    def cache_needs(self, family: Family, settings: Any) -> CacheNeeds:
         """Nothing but latents and texts."""
         return CacheNeeds()
 

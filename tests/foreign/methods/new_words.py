@@ -6,6 +6,7 @@ from pydantic import BaseModel, Field
 
 from ftk.methods.base import CacheNeeds
 from ftk.methods.lora import Lora, LoraConfig
+from ftk.models.base import Family
 
 
 class NewWordsConfig(LoraConfig):
@@ -21,7 +22,7 @@ class NewWords(Lora):
     name = "new-words"
     Config: ClassVar[type[BaseModel]] = NewWordsConfig
 
-    def cache_needs(self, settings: NewWordsConfig) -> CacheNeeds:
+    def cache_needs(self, family: Family, settings: NewWordsConfig) -> CacheNeeds:
         """The words, and class images if they are asked for."""
         return CacheNeeds(placeholder_tokens=settings.words, class_images=settings.class_images)
 

@@ -43,7 +43,7 @@ class PixelHint:
         """None."""
         return ()
 
-    def cache_needs(self, settings: PixelHintConfig) -> CacheNeeds:
+    def cache_needs(self, family: Family, settings: PixelHintConfig) -> CacheNeeds:
         """Control images as pixels."""
         return CacheNeeds(controls="pixels")
 
