@@ -11,7 +11,7 @@ from ftk.configs.schema import GenerateConfig, RunConfig, SampleConfig, SigmaCon
 from ftk.errors import ConfigError
 from ftk.methods import base as methods
 from ftk.methods.adapters.targets import check_group
-from ftk.methods.base import CacheNeeds, Method
+from ftk.methods.base import CacheNeeds, HasControls, Method
 from ftk.models import base as models
 from ftk.models.base import Family
 from ftk.models.components import model_folder
@@ -150,6 +150,7 @@ def resolve(config: RunConfig) -> Run:
     method, settings = methods.parse(config.method)
     encoders = method.encoders(family, settings)
     check_group(family, encoders, settings)
+    _check_controls(config, method)
     return Run(
         config=_with_family_defaults(config, family),
         family=family,
@@ -159,6 +160,31 @@ def resolve(config: RunConfig) -> Run:
         encoders=encoders,
         needs=method.cache_needs(family, settings),
     )
+
+
+def _check_controls(config: RunConfig, method: Method) -> None:
+    """Control images are for methods that read them, which need as many in each prompt as in a sample.
+
+    Raises:
+        ConfigError: a setting has no effect, or a prompt lacks a control image.
+    """
+    train = config.train
+    if not isinstance(method, HasControls):
+        for name in ("controls", "control_dropout"):
+            if getattr(train, name) != type(train).model_fields[name].default:
+                raise ConfigError(
+                    f"train.{name} has no effect with method {method.name}, which reads no control images. Leave it out."
+                )
+        return
+    if train.controls == "all" and not method.reads_several:
+        raise ConfigError(f"train.controls: method {method.name} reads one control image at a time. Set it to one.")
+    for position, entry in enumerate(config.sample.entries):
+        if not entry.controls or (train.controls == "one" and len(entry.controls) > 1):
+            what = f"{len(entry.controls)} control images" if entry.controls else "no control image"
+            raise ConfigError(
+                f"sample.prompts.{position}: {entry.prompt!r:.60} has {what}, and method {method.name} draws from "
+                f"{'one' if train.controls == 'one' else 'one or several'}: {{prompt: ..., controls: [FILE]}}."
+            )
 
 
 def paths(config: RunConfig) -> Paths:

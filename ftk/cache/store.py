@@ -290,8 +290,15 @@ class CacheStore:
 
     def control_items(self, number: int) -> list[dict[str, torch.Tensor]]:
         """Each of a sample's control images: `mean` and `std` [C,h,w], or `pixels` [3,H,W] in 8 bits."""
-        rows = self._controls[self._first_control[number] : self._first_control[number + 1]]
-        return [self._read("latents", int(row)) for row in rows]
+        return [self.control_item(number, which) for which in range(self.num_controls(number))]
+
+    def control_item(self, number: int, which: int) -> dict[str, torch.Tensor]:
+        """One of them."""
+        return self._read("latents", int(self._controls[self._first_control[number] + which]))
+
+    def num_controls(self, number: int) -> int:
+        """How many control images a sample has."""
+        return int(self._first_control[number + 1] - self._first_control[number])
 
     def references(self, number: int) -> list[torch.Tensor]:
         """The posterior mean [C,h,w] of each of a sample's references, which edit pipelines take too."""

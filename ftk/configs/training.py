@@ -277,6 +277,12 @@ class TrainConfig(Section):
     caption_dropout_text: str | None = Field(
         default=None, description="what these train on; the family's own text for no prompt by default"
     )
+    controls: Literal["one", "all"] = Field(
+        default="one", description="of a sample's control images: one, drawn anew for each use, or all together"
+    )
+    control_dropout: float = Field(
+        default=0.0, ge=0, le=1, description="share of samples that train without their control images"
+    )
     validation: ValidationConfig = ValidationConfig()
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         default="bf16",

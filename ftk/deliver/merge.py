@@ -22,6 +22,7 @@ from ftk.methods.base import Export
 from ftk.models.base import DENOISER, Model, TrainsEncoders, load_model
 from ftk.models.components import loading
 from ftk.run import Run
+from ftk.train import controls
 from ftk.train.checkpoint import Checkpoint
 from ftk.train.data import conditions_of
 from ftk.train.inputs import open_cache
@@ -188,7 +189,7 @@ def _prediction(run: Run, model: Model, dtype: torch.dtype) -> torch.Tensor:
     store = open_cache(run)
     try:
         latents = store.latents(0)[0].float()
-        conditions = conditions_of(store, run, [0], [0], dtype)
+        conditions = conditions_of(store, run, [0], [0], [controls.drawn(store, run, 0, ("merge",))], dtype)
         sigma_B = schedule.sigmas[len(schedule.sigmas) // 2].reshape(1)
         signal_B, noise_B = schedule.scales(sigma_B, torch.float32)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))

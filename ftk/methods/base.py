@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 Tensor = TypeVar("Tensor")
+ControlForm = Literal["latents", "pixels"]
+"""How control images are stored and read: see `Conditions.controls`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +32,7 @@ class CacheNeeds:
         class_images: whether there must be samples with `role: class`.
     """
 
-    controls: Literal["latents", "pixels"] = "latents"
+    controls: ControlForm = "latents"
     placeholder_tokens: Mapping[str, str] = field(default_factory=dict)
     class_images: bool = False
 
@@ -161,6 +163,16 @@ class HasDataStart(Protocol):
 class HasControls(Protocol):
     """A method that reads control images: its pipelines take one for each image that they draw."""
 
+    reads_several: bool
+    """Whether it can read several control images of a sample together (`train.controls: all`), or one at a time alone."""
+
+    def dropped_control(self, control: "torch.Tensor", form: ControlForm) -> "torch.Tensor":
+        """What a control image is replaced by where it is dropped (`train.control_dropout`): it stands for no condition.
+
+        Args:
+            control: [C,h,w] or [3,H,W], as a sample of `Conditions.controls`; the result has the same shape.
+        """
+
     def sampling_pipeline(self, model: Model, pipeline: Any) -> Any:
         """The pipeline that draws while training: the family's, with the networks in `model.extras`."""
 
@@ -196,6 +208,13 @@ def parse(config: MethodConfig) -> tuple[Method, Any]:
 def parameter_groups(method: Method, settings: Any) -> Sequence[tuple[str, float]]:
     """What the method asks for, or nothing; see `HasParameterGroups`."""
     return method.parameter_groups(settings) if isinstance(method, HasParameterGroups) else ()
+
+
+def empty_control(control: "torch.Tensor", form: ControlForm) -> "torch.Tensor":
+    """The usual `HasControls.dropped_control`: black pixels, which show no edge, pose or depth; or latents of zeros."""
+    import torch
+
+    return torch.full_like(control, -1.0) if form == "pixels" else torch.zeros_like(control)
 
 
 def changes_base(method: Method, settings: Any) -> bool:

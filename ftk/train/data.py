@@ -5,7 +5,7 @@ Shape legend: B batch, C channels, H W latent cells.
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -15,11 +15,10 @@ import torch
 
 from ftk.cache.store import CacheStore
 from ftk.configs.schema import TrainConfig
-from ftk.methods.base import HasControls
 from ftk.models.base import Conditions
 from ftk.models.components.geometry import SampleGeometry
 from ftk.run import Run
-from ftk.train import flow
+from ftk.train import controls, flow
 from ftk.train.flow import SigmaDistribution
 from ftk.train.order import Draw, MicroBatch, Order, keyed_permutation, keyed_seed, share
 
@@ -98,7 +97,12 @@ class BatchBuilder:
         if strata is not None:
             first_B, count_B = torch.tensor(strata, dtype=torch.float32).T
             u_B = ((first_B + u_B) / count_B).clamp(max=_U_BELOW_1)
-        batch = self._batch([draw.sample for draw in micro_batch], [draw.caption for draw in micro_batch], pairs, u_B)
+        control_images = [
+            controls.drawn(self.store, self.run, draw.sample, key, can_drop=True)
+            for draw, key in zip(micro_batch, keys, strict=True)
+        ]
+        samples, captions = [draw.sample for draw in micro_batch], [draw.caption for draw in micro_batch]
+        batch = self._batch(samples, captions, pairs, control_images, u_B)
         strength = self.config.noise.perturbation
         if not strength:
             return batch
@@ -109,24 +113,25 @@ class BatchBuilder:
         return replace(batch, seen_noise_BCHW=torch.stack(seen).to(self.dtype))
 
     def fixed(self, samples: Sequence[int], position: int, count: int) -> Batch:
-        """For validation: latents' means, first captions, and noise and sigma that never change.
+        """For validation: latents' means, first captions, and noise, sigma and control images that never change.
 
         Sigma is at the middle of share `position` of `count` equal shares of the distribution.
         """
-        pairs = []
+        pairs, control_images = [], []
         for sample in samples:
+            key = (self.config.seed, "validation", self._name(sample), position)
             mean = self.store.latents(sample)[0].float()
-            noise = torch.randn(
-                mean.shape, generator=_generator(self.config.seed, "validation", self._name(sample), position, "noise")
-            )
-            pairs.append((mean, noise))
-        return self._batch(samples, [0] * len(samples), pairs, torch.full((len(samples),), (position + 0.5) / count))
+            pairs.append((mean, _normal(mean.shape, *key, "noise")))
+            control_images.append(controls.drawn(self.store, self.run, sample, key))
+        u_B = torch.full((len(samples),), (position + 0.5) / count)
+        return self._batch(samples, [0] * len(samples), pairs, control_images, u_B)
 
     def _batch(
         self,
         samples: Sequence[int],
         captions: Sequence[int],
         pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        control_images: Sequence[Sequence[torch.Tensor]],
         u_B: torch.Tensor,
     ) -> Batch:
         latents_BCHW = torch.stack([latents for latents, _ in pairs])
@@ -136,7 +141,7 @@ class BatchBuilder:
             noise_BCHW=torch.stack([noise for _, noise in pairs]).to(self.dtype),
             sigma_B=self.sigmas.sigma(u_B, height * width // self.run.family.geometry.patch**2),
             weight_B=torch.tensor([self._weights[sample] for sample in samples], dtype=torch.float32),
-            conditions=conditions_of(self.store, self.run, samples, captions, self.dtype),
+            conditions=conditions_of(self.store, self.run, samples, captions, control_images, self.dtype),
             cell_weight_BHW=self._cell_weights(samples, height, width),
         )
 
@@ -182,13 +187,19 @@ class BatchBuilder:
 
 
 def conditions_of(
-    store: CacheStore, run: Run, samples: Sequence[int], captions: Sequence[int], dtype: torch.dtype
+    store: CacheStore,
+    run: Run,
+    samples: Sequence[int],
+    captions: Sequence[int],
+    control_images: Sequence[Sequence[torch.Tensor]],
+    dtype: torch.dtype,
 ) -> Conditions:
     """What these samples of a cache are conditioned on, in the working dtype: the same for training and for all that checks it.
 
     Args:
-        samples: of one group of the order: they have as many references, of the same sizes, and as many controls.
+        samples: of one group of the order: they have as many references, of the same sizes.
         captions: for each sample which of its captions, or `EMPTY_CAPTION`.
+        control_images: for each sample its control images, as `controls.drawn` gives them; all have as many.
     """
 
     def as_computed(tensor: torch.Tensor) -> torch.Tensor:
@@ -199,22 +210,15 @@ def conditions_of(
         for sample, caption in zip(samples, captions, strict=True)
     ]
     references = [store.references(sample) for sample in samples] if store.has_references else []
-    reads_controls = isinstance(run.method, HasControls)
-    controls = [list(map(control_tensor, store.control_items(sample))) for sample in samples] if reads_controls else []
     geometries = [
         SampleGeometry(**{name: store.table[name][sample].as_py() for name in _GEOMETRY_COLUMNS}) for sample in samples
     ]
     return Conditions(
         texts=run.family.collate_texts([{name: as_computed(tensor) for name, tensor in text.items()} for text in texts]),
         references=tuple(torch.stack(tensors).to(dtype) for tensors in zip(*references, strict=True)),
-        controls=tuple(torch.stack(tensors).to(dtype) for tensors in zip(*controls, strict=True)),
+        controls=tuple(torch.stack(tensors).to(dtype) for tensors in zip(*control_images, strict=True)),
         geometry_BG=torch.tensor([geometry.numbers() for geometry in geometries]),
     )
-
-
-def control_tensor(item: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A cached control image: the mean of its latents [C,h,w], or its pixels [3,H,W] in [-1, 1]."""
-    return item["pixels"].float() / 127.5 - 1.0 if "pixels" in item else item["mean"].float()
 
 
 def _normal(shape: Sequence[int], *key: object) -> torch.Tensor:

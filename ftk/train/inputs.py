@@ -18,7 +18,7 @@ from ftk.models.base import Family, load_model
 from ftk.models.components.schedule import NoiseSchedule
 from ftk.pipeline import dataset as prepared
 from ftk.run import Run
-from ftk.train import checkpoint, memory, optim, optimizers, start
+from ftk.train import checkpoint, controls, memory, optim, optimizers, start
 from ftk.train.flow import SigmaDistribution
 from ftk.train.hooks import samples
 from ftk.train.order import Order
@@ -232,7 +232,7 @@ def open_cache(run: Run) -> CacheStore:
         )
     num_unused = pc.sum(pc.greater(pc.list_value_length(store.table["controls"]), 0)).as_py()
     if isinstance(run.method, methods.HasControls):
-        _check_controls(run, store)
+        controls.check(run, store)
     elif num_unused:
         LOGGER.warning("%d samples have control images, which method %s does not use.", num_unused, run.method.name)
     return store
@@ -249,27 +249,6 @@ def _check_dropped_text(run: Run, store: CacheStore, model: Path) -> None:
         raise CacheError(
             f"train.caption_dropout_text: {store.location} holds another text for dropped captions than "
             f"{'none' if text is None else repr(text)}. Run `ftk cache RUN.yaml`: it encodes that text alone."
-        )
-
-
-def _check_controls(run: Run, store: CacheStore) -> None:
-    """Every sample must have as many control images, in the form that the method reads.
-
-    Raises:
-        CacheError: one has not.
-    """
-    counts = pc.list_value_length(store.table["controls"])
-    least, most = (function(counts).as_py() for function in (pc.min, pc.max))
-    if not least or least != most:
-        raise CacheError(
-            f"method {run.method.name} reads control images, and every sample must have as many: the cache's samples have "
-            f"{least} to {most}. Name them under `controls` of each source, then run `ftk prepare` and `ftk cache`."
-        )
-    is_pixels = "pixels" in store.control_items(0)[0]
-    if is_pixels != (run.needs.controls == "pixels"):
-        raise CacheError(
-            f"method {run.method.name} reads control images as {run.needs.controls}, and {store.location} holds them as "
-            f"{'pixels' if is_pixels else 'latents'}. Run `ftk cache RUN.yaml`: it encodes those alone."
         )
 
 

@@ -149,7 +149,7 @@ def test_each_sample_may_have_another_number_of_references(
     assert train.run(run, RunDelivery).step == 6
 
 
-def test_a_method_that_reads_control_images_refuses_samples_with_different_numbers_of_them(
+def test_a_method_that_reads_control_images_refuses_samples_without_any(
     make_run: Callable[..., Run], pictures: Path, tmp_path: Path
 ) -> None:
     rows = [
@@ -164,7 +164,7 @@ def test_a_method_that_reads_control_images_refuses_samples_with_different_numbe
     source = {"path": str(tmp_path / "rows.jsonl"), "controls": ["edge"], "optional": True}
     run = make_run("controls", {"name": "pixel-hint"}, source=source)
     encode(run)
-    with pytest.raises(CacheError, match=r"every sample must have as many: the cache's samples have 0 to 3"):
+    with pytest.raises(CacheError, match=r"reads control images, and 1 of 3 samples have none. Name them under `controls`"):
         train.run(run, RunDelivery)
 
 
@@ -515,7 +515,7 @@ def test_a_method_that_reads_controls_says_what_is_missing(make_run: Callable[..
     inputs.open_inputs(run, CPU).store.close()
     without = make_run("controls", {"name": "pixel-hint"}, source={"controls": []})
     encode(without).close()
-    with pytest.raises(CacheError, match="every sample must have as many: the cache's samples have 0 to 0"):
+    with pytest.raises(CacheError, match="6 of 6 samples have none"):
         inputs.open_inputs(without, CPU)
 
 

@@ -18,7 +18,7 @@ from ftk.methods.base import HasControls
 from ftk.models.base import encoded
 from ftk.run import Run
 from ftk.train import drawing, sheet
-from ftk.train.data import control_tensor
+from ftk.train.controls import control_tensor
 from ftk.train.hooks.recorder import Recorder
 from ftk.train.loop import StepResult, Trainer
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from ftk.errors import CheckpointError, ConfigError
 from ftk.methods.adapters.peft_directory import commit_tensors
-from ftk.methods.base import CacheNeeds, Export, check_format
+from ftk.methods.base import CacheNeeds, ControlForm, Export, check_format, empty_control
 from ftk.models.base import Conditions, Family, Model
 from ftk.models.components import flow_matching
 
@@ -38,6 +38,7 @@ class PixelHint:
     name = "pixel-hint"
     Config: ClassVar[type[BaseModel]] = PixelHintConfig
     FORMATS = ("diffusers",)
+    reads_several = False
 
     def encoders(self, family: Family, settings: PixelHintConfig) -> tuple[str, ...]:
         """None."""
@@ -84,6 +85,10 @@ class PixelHint:
     def usage(self, family: Family, settings: PixelHintConfig) -> str:
         """A comment, for the model card."""
         return "# the network of path/to/this/folder adds to the noisy latents"
+
+    def dropped_control(self, control: torch.Tensor, form: ControlForm) -> torch.Tensor:
+        """Black."""
+        return empty_control(control, form)
 
     def sampling_pipeline(self, model: Model, pipeline: Any) -> Any:
         """The same, with the network as it is now."""
