@@ -61,7 +61,7 @@ class Method(Protocol):
         """The text encoders that must be in memory while training, since they are trained too.
 
         Raises:
-            ConfigError: the settings ask for one that this family cannot give.
+            ConfigError: the settings ask for one that this family cannot give, or the method does not know the family.
         """
 
     def cache_needs(self, family: Family, settings: Any) -> CacheNeeds:

@@ -149,15 +149,15 @@ def test_samples_without_control_images_or_with_too_few_are_refused(
     with pytest.raises(CacheError, match=r"train.controls: all: every sample must have as many .* have 1 to 3.*Or set train"):
         controls.check(reading(tiny_model, controls="all"), store)
     written_cache(tmp_path / "others")
-    with closing(CacheStore.open(str(tmp_path / "others"))) as opened:
-        with pytest.raises(CacheError, match="reads control images, and 6 of 8 samples have none"):
-            controls.check(reading(tiny_model), opened)
+    with (
+        closing(CacheStore.open(str(tmp_path / "others"))) as opened,
+        pytest.raises(CacheError, match="reads control images, and 6 of 8 samples have none"),
+    ):
+        controls.check(reading(tiny_model), opened)
 
 
 @pytest.mark.parametrize("settings", [{"controls": "all"}, {"control_dropout": 0.1}])
-def test_settings_of_control_images_are_refused_by_a_method_that_reads_none(
-    tiny_model: Path, settings: dict[str, Any]
-) -> None:
+def test_settings_of_control_images_are_refused_by_a_method_that_reads_none(tiny_model: Path, settings: dict[str, Any]) -> None:
     (name,) = settings
     with pytest.raises(ConfigError, match=f"train.{name} has no effect with method lora, which reads no control images"):
         run_with(tiny_model, **settings)
