@@ -22,6 +22,7 @@ from ftk.models.components.geometry import LatentGeometry, ReferenceRule
 from ftk.models.components.loading import (
     check_pipeline,
     check_vocabulary,
+    checked,
     hide_progress_bars,
     load_component,
     load_pipeline,
@@ -492,11 +493,10 @@ def _last_slice(convolution: Any) -> "torch.nn.Conv2d":
 
 def _vae_config(directory: Path) -> Any:
     """The VAE's configuration with the defaults of its class."""
-    import torch
     from diffusers import AutoencoderKLQwenImage
 
     _check_statistics(directory)
-    return outline(AutoencoderKLQwenImage, directory / "vae", torch.float32).config
+    return checked(AutoencoderKLQwenImage, directory / "vae")
 
 
 def _check_statistics(directory: Path) -> None:

@@ -18,7 +18,7 @@ from ftk.methods import base as methods
 from ftk.methods.adapters import adapter_files, peft_directory
 from ftk.models import base as models
 from ftk.models.base import DENOISER, Family
-from ftk.models.components import loading
+from ftk.models.components import configuration, loading
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 FAMILIES = ["qwen-image", "stable-diffusion", "sdxl"]
@@ -240,6 +240,29 @@ def test_weights_that_lie_are_refused(model: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ModelError, match=r"diffusion_pytorch_model\.safetensors is not a whole safetensors file"):
             load_component(family, model, "unet")
+
+
+def test_equal_files_are_compared_once_and_others_again(
+    model: Path, linked: Callable[[str, Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import AutoencoderKL
+
+    plain, built = configuration._built, []
+    monkeypatch.setattr(configuration, "_CHECKED", {})
+    monkeypatch.setattr(configuration, "_built", lambda *arguments: built.append(arguments[1]) or plain(*arguments))
+    other = linked("stable-diffusion", tmp_path / "equal")
+    for directory in (model, model, other):
+        assert configuration.checked(AutoencoderKL, directory / "vae").block_out_channels == [4, 4, 8, 8]
+    assert built == [model / "vae"]
+    path = other / "vae/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    path.unlink()
+    save_file({**tensors, "encoder.conv_in.bias": torch.zeros(7)}, path)
+    with pytest.raises(ModelError, match=r"encoder\.conv_in\.bias is \[7\] there"):
+        configuration.checked(AutoencoderKL, other / "vae")
+    lie(model, "vae/config.json", block_out_channels=[4, 4, 8, 16])
+    with pytest.raises(ModelError, match="does not describe the weights beside it"):
+        configuration.checked(AutoencoderKL, model / "vae")
 
 
 def test_a_tokenizer_of_another_model_is_refused(model: Path) -> None:

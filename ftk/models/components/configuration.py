@@ -29,6 +29,8 @@ _MODULES_PER_TENSOR = 10
 _SPARE_MODULES = 1000
 _SPARE_BYTES = 1 << 28
 _MAX_STEPS = 100_000
+_CHECKED: dict[tuple[Any, str], Any] = {}
+"""Configurations that `checked` has accepted, by class and the digest of what was compared."""
 _Check = Callable[[Any], bool]
 
 
@@ -106,6 +108,21 @@ def scheduler(scheduler_class: Any, folder: Path) -> dict[str, Any]:
     return tree
 
 
+def checked(model_class: Any, folder: Path) -> Any:
+    """A component's configuration with the defaults of its class, which describes the weights beside it.
+
+    The model that shows this is built once for equal files: a command comes back to the same ones several times.
+
+    Raises:
+        ModelError: as `outline`.
+    """
+    tree, tensors = read(folder / "config.json"), _tensors(folder)
+    contents = storage.digest([tree, {name: [each.dtype, each.shape] for name, each in tensors.items()}])
+    if (model_class, contents) not in _CHECKED:
+        _CHECKED[model_class, contents] = _outline(model_class, folder, tree, tensors).config
+    return _CHECKED[model_class, contents]
+
+
 def outline(model_class: Any, folder: Path, dtype: "torch.dtype") -> Any:
     """The shapes of a component of diffusers or transformers, frozen, on the `meta` device: no weights are read.
 
@@ -114,8 +131,13 @@ def outline(model_class: Any, folder: Path, dtype: "torch.dtype") -> Any:
     """
     import torch
 
+    model = _outline(model_class, folder, read(folder / "config.json"), _tensors(folder))
+    # The `to` of diffusers' models warns of every dtype.
+    return torch.nn.Module.to(model, dtype).requires_grad_(False)
+
+
+def _outline(model_class: Any, folder: Path, tree: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
     path = folder / "config.json"
-    tree, tensors = read(path), _tensors(folder)
     is_diffusers = hasattr(model_class, "from_config")
     if is_diffusers:
         named = tree.get("_class_name", model_class.__name__)
@@ -130,8 +152,7 @@ def outline(model_class: Any, folder: Path, dtype: "torch.dtype") -> Any:
         at = f". It could be built without `{name}`, which is {tree[name]!r:.80}." if name else "."
         raise ModelError(f"{str(error).rstrip('.')}{at}") from error
     _compare(model, path, tensors)
-    # The `to` of diffusers' models warns of every dtype.
-    return torch.nn.Module.to(model, dtype).requires_grad_(False)
+    return model
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

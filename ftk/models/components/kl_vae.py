@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ModelError
 from ftk.models.components import configuration
-from ftk.models.components.loading import load_component, outline
+from ftk.models.components.loading import checked, load_component
 
 if TYPE_CHECKING:
     import torch
@@ -82,11 +82,10 @@ def tiny(scaling_factor: float) -> Any:
 
 def _vae_config(directory: Path) -> Any:
     """The VAE's configuration with the defaults of its class."""
-    import torch
     from diffusers import AutoencoderKL
 
     _check_constants(directory)
-    return outline(AutoencoderKL, directory / "vae", torch.float32).config
+    return checked(AutoencoderKL, directory / "vae")
 
 
 def _check_constants(directory: Path) -> None:

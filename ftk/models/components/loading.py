@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ftk import storage
 from ftk.errors import ModelError
 from ftk.models.components import configuration, weights
-from ftk.models.components.configuration import first_line, outline, reading
+from ftk.models.components.configuration import checked, first_line, outline, reading
 from ftk.models.components.weights import weight_files
 from ftk.progress import human_bytes
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_pipeline",
     "check_vocabulary",
+    "checked",
     "first_line",
     "hide_progress_bars",
     "load_component",
@@ -90,7 +91,7 @@ def load_component(component: Any, directory: Path, name: str, dtype: "torch.dty
     with reading(folder, component.__name__):
         for index in folder.glob("*.safetensors.index.json"):
             weight_files(index.parent, index.name.removesuffix(".index.json"))
-    outline(component, folder, dtype)
+    checked(component, folder)
     with reading(folder, component.__name__):
         module, loading_info = component.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
     _refuse_other_tensors(component, folder, loading_info)
