@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-fast test-int8 lint check campaign-prepare campaign-cache campaign-train bench clean
+.PHONY: setup demo test test-fast test-int8 lint check campaign-prepare campaign-cache campaign-train campaign-demo bench clean
 
 setup: $(STAMP)
 
@@ -49,6 +49,9 @@ campaign-cache: setup
 
 campaign-train: setup
 	$(BIN)/python -m pytest -q -s -m campaign tests/e2e/test_train_faults.py
+
+campaign-demo: setup
+	$(BIN)/python -m pytest -q -s -m campaign tests/e2e/test_demo.py
 
 bench: setup
 	$(BIN)/python benchmarks/train_step.py
