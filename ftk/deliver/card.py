@@ -105,20 +105,20 @@ def how_to_load(method: Method, settings: Any, family: Family, base: str, form: 
     Args:
         base: the base model's Hub id, or the name of its folder.
     """
+    first = methods.formats(method, settings)[0]
     if form in _OTHER_READERS:
-        return "\n\n".join([_OTHER_READERS[form], *(_not_for_diffusers(settings) if form == "comfyui" else [])])
-    if form == methods.formats(method, settings)[0]:
+        return "\n\n".join([_OTHER_READERS[form], *(_not_for_diffusers(settings, first) if form == "comfyui" else [])])
+    if form == first:
         return _python(base, method.usage(family, settings))
-    assert isinstance(method, peft_method.PeftMethod)
-    return _python(base, peft_method.PeftMethod.usage(method, family, settings))
+    return _python(base, peft_method.usage_of_directories(family, method.encoders(family, settings)))
 
 
-def _not_for_diffusers(settings: Any) -> list[str]:
-    """Why a file for ComfyUI is not for diffusers, if it is not."""
-    if getattr(settings, "modules_to_save", None) is not None:
-        reason, form = "refuses the modules that were trained whole (`diff`, `diff_b`)", "peft"
+def _not_for_diffusers(settings: Any, form: str) -> list[str]:
+    """Why a file for ComfyUI is not for diffusers, if it is not; and the format to write for it."""
+    if getattr(settings, "modules_to_save", None) is not None or getattr(settings, "is_whole", False):
+        reason = "refuses the modules that were trained whole (`diff`, `diff_b`)"
     elif getattr(settings, "dora", False):
-        reason, form = "leaves out DoRA's scales (`dora_scale`), and draws something else without them", "diffusers"
+        reason = "leaves out DoRA's scales (`dora_scale`), and draws something else without them"
     else:
         return []
     return [f"This file is for ComfyUI alone: diffusers {reason}. For diffusers: `ftk export RUN.yaml --format {form}`."]

@@ -304,22 +304,9 @@ def _write(config: ExtractConfig, family: Family, base: Path, extracted: Sequenc
 
 
 def _adapter(family: Family, extracted: _Extracted) -> lora.Adapter:
-    import peft
-
-    factors, part = extracted.factors, extracted.part
-    # By their whole names: a short one can be the end of another layer's.
-    ranks = {f"^{re.escape(name)}": each.rank for name, each in factors.items()}
-    common = max(ranks.values())
-    others = {name: rank for name, rank in ranks.items() if rank != common}
+    part = extracted.part
     every_layer = _component(family, part.name, part.module, TargetPattern(regex=".*"))
-    settings = peft.LoraConfig(
-        r=common,
-        lora_alpha=common,
-        target_modules=targets.as_peft_targets(every_layer, list(factors)),
-        rank_pattern=others,
-        alpha_pattern=dict(others),
-    )
-    return lora.Adapter(module=part.module, factors=factors, settings=settings, dora_scales={})
+    return lora.of_factors(every_layer, extracted.factors)
 
 
 def _metadata(config: ExtractConfig, family: Family, base: Path, total: Sums) -> dict[str, str]:

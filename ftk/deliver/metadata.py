@@ -176,7 +176,8 @@ def network_of(subject: Subject) -> dict[str, str]:
         return {}
     # What a LoRA took out of the base weights is delivered as well, as so many more directions.
     double = 2 if subject.run.changes_base else 1
-    return network([double * each for each in (rank, *subject.run.settings.rank_pattern.values())])
+    others = getattr(subject.run.settings, "rank_pattern", {})
+    return network([double * each for each in (rank, *others.values())])
 
 
 def network(ranks: Sequence[int]) -> dict[str, str]:

@@ -12,6 +12,7 @@ in which a layer's inputs vary most, over the first batches of the cache.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,7 +161,7 @@ class Lora(peft_method.PeftMethod):
     def export(self, model: Model, settings: LoraConfig, export: Export) -> list[Path]:
         """Every format holds the scale in B, with alpha = rank: readers that look at alpha and those that do not agree."""
         self.check_format(export.form, settings)
-        adapters = {name: _adapter(module, settings) for name, module in model.components.items()}
+        adapters = {name: adapter_of(module, settings) for name, module in model.components.items()}
         return write(adapters, model.family, export)
 
     def load_into(self, family: Family, pipeline: Any, directory: Path, adapter: str = injection.ADAPTER) -> Any:
@@ -266,8 +267,8 @@ def _as_in_encoder(
     return renamed
 
 
-def _adapter(module: Any, settings: LoraConfig) -> Adapter:
-    """One component's, with what was taken out of the base and the strength in its factors."""
+def adapter_of(module: Any, settings: LoraConfig) -> Adapter:
+    """The adapter of one component, with what was taken out of the base and the strength in its factors."""
     factors, layers = _delivered(module), injection.adapted(module)
     double = 2 if METHOD.changes_base(settings) else 1
     peft_config = peft_directory.for_delivery(module.peft_config[injection.ADAPTER])
@@ -284,6 +285,24 @@ def _adapter(module: Any, settings: LoraConfig) -> Adapter:
     }
     whole = injection.whole_state(module)
     return Adapter(module=module, factors=factors, settings=peft_config, dora_scales=scales, whole=whole)
+
+
+def of_factors(component: TrainedComponent, factors: Mapping[str, Factors]) -> Adapter:
+    """A component's adapter of factors that were computed, not trained; each layer has a rank of its own."""
+    import peft
+
+    # By their whole names: a short one can be the end of another layer's.
+    ranks = {f"^{re.escape(name)}": each.rank for name, each in factors.items()}
+    common = max(ranks.values())
+    others = {name: rank for name, rank in ranks.items() if rank != common}
+    peft_config = peft.LoraConfig(
+        r=common,
+        lora_alpha=common,
+        target_modules=targets.as_peft_targets(component, list(factors)),
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+    )
+    return Adapter(module=component.module, factors=factors, settings=peft_config, dora_scales={})
 
 
 def write(adapters: Mapping[str, Adapter], family: Family, export: Export) -> list[Path]:
@@ -358,7 +377,7 @@ def _renamed(adapters: Mapping[str, Adapter], form: str, family: Family) -> "dic
                 )
             named[f"{names.module(name)}.dora_scale"] = scale
         if adapter.whole:
-            named |= whole_modules.differences(adapter.module, names)
+            named |= whole_modules.differences(adapter.module, injection.whole_modules(adapter.module), names)
     return named
 
 

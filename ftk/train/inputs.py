@@ -230,6 +230,11 @@ def open_cache(run: Run) -> CacheStore:
             f"Run {'`ftk prepare RUN.yaml`, then ' if recipe else ''}`ftk cache RUN.yaml`: it encodes what changed and "
             f"keeps the rest."
         )
+    if run.needs.class_images and not pc.any(pc.equal(store.table["role"], "class")).as_py():
+        raise CacheError(
+            f"method {run.method.name} needs class images, and {location} has none. Add a source with `role: class` to "
+            f"data.sources, then run `ftk prepare RUN.yaml` and `ftk cache RUN.yaml`."
+        )
     num_unused = pc.sum(pc.greater(pc.list_value_length(store.table["controls"]), 0)).as_py()
     if isinstance(run.method, methods.HasControls):
         controls.check(run, store)

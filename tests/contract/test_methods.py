@@ -62,13 +62,14 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "whole-modules": {"rank": 4, "modules_to_save": {"regex": ".*img_mod"}},
     },
     "peft": {"hra": {}, "miss": {"type": "MISS"}},
+    "custom-diffusion": {"whole": {}, "rank": {"rank": 2}},
     "full": {"all": {}, "attention": {"targets": "attention"}, "list": {"targets": ("to_q.weight",)}},
 }
 FAMILIES = families.available()
 # Noise on the trained parameters that moves a tiny model visibly and leaves it finite.
 NOISE = {"full": 0.02, "loha": 0.3}
 # Those that draw nothing, some with one family alone: equal starts whatever the seed.
-WITHOUT_CHANCE = {"oft", "boft", "full"}
+WITHOUT_CHANCE = {"oft", "boft", "full", "custom-diffusion"}
 
 PAIRS = [
     (family, name)

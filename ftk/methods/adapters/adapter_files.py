@@ -480,7 +480,7 @@ def _refuse_base(file: Path, unknown: list[str], by_module: Mapping[str, Tensors
 
 
 def kind_of(files: Sequence[Path]) -> str:
-    """PEFT's name of an adapter's type, or `DORA`; by the names of its tensors alone.
+    """PEFT's name of an adapter's type, `DORA`, or `WHOLE WEIGHTS`; by the names of its tensors alone.
 
     Raises:
         ConfigError: it cannot be read.
@@ -499,4 +499,6 @@ def kind_of(files: Sequence[Path]) -> str:
         ) from error
     if kinds & {"lora_magnitude_vector", "dora_scale"}:
         return "DORA"
+    if kinds == {None}:
+        return "WHOLE WEIGHTS"
     return next((kind.upper() for kind in ("lokr", "loha") if kinds & set(TENSORS[kind])), "LORA")

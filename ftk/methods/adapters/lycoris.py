@@ -105,7 +105,7 @@ def _export_named(model: Model, export: Export) -> list[Path]:
             named |= {f"{key}.{kind}": tensor for kind, tensor in factors.items()}
             # LyCORIS and all readers of its names need alpha beside the factors.
             named[f"{key}.alpha"] = torch.tensor(_alpha(factors, layers[layer].r[injection.ADAPTER]))
-        named |= whole_modules.differences(adapted, names)
+        named |= whole_modules.differences(adapted, injection.whole_modules(adapted), names)
     kind = "whole" if any(map(injection.whole_modules, model.components.values())) else "lycoris"
     header = {**export.metadata, "ftk_read_by": formats.readers(export.form, kind)}
     return [peft_directory.commit_tensors(export.directory / formats.NAMED_FILES[export.form], named, header)]

@@ -162,9 +162,14 @@ class PeftMethod(ABC):
 
     def usage(self, family: Family, settings: Any) -> str:
         """PEFT's loader."""
-        line = f'PeftModel.from_pretrained(pipeline.{family.denoiser_attribute}, "path/to/this/folder")'
-        others = peft_directory.usage_of_encoders(self.encoders(family, settings)) or [peft_directory.IMPORT]
-        return "\n".join([others[0], line, *others[1:]])
+        return usage_of_directories(family, self.encoders(family, settings))
+
+
+def usage_of_directories(family: Family, encoders: Sequence[str]) -> str:
+    """Python lines that load PEFT directories of the denoiser and of these text encoders into `pipeline`."""
+    line = f'PeftModel.from_pretrained(pipeline.{family.denoiser_attribute}, "path/to/this/folder")'
+    others = peft_directory.usage_of_encoders(encoders) or [peft_directory.IMPORT]
+    return "\n".join([others[0], line, *others[1:]])
 
 
 def _note_whole(peft_config: Any, entries: list[str]) -> None:

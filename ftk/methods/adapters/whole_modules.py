@@ -87,8 +87,14 @@ def entries(component: TrainedComponent, wanted: Any, names: Sequence[str], targ
     )
 
 
-def thaw(component: TrainedComponent, names: Sequence[str]) -> "dict[str, torch.nn.Parameter]":
+def thaw(
+    component: TrainedComponent, names: Sequence[str], setting: str = SETTING, *, biases: bool = True
+) -> "dict[str, torch.nn.Parameter]":
     """Let these modules be trained; returns their parameters by name.
+
+    Args:
+        setting: what messages call the place where they were asked for.
+        biases: whether their biases are trained too.
 
     Raises:
         ConfigError: their weights are 8-bit.
@@ -96,16 +102,16 @@ def thaw(component: TrainedComponent, names: Sequence[str]) -> "dict[str, torch.
     parameters: dict[str, torch.nn.Parameter] = {}
     for name in names:
         module = component.module.get_submodule(name)
-        injection.refuse_quantised((layer for layer in module.modules() if targets.is_layer(layer)), SETTING)
-        own = dict(module.named_parameters())
+        injection.refuse_quantised((layer for layer in module.modules() if targets.is_layer(layer)), setting)
+        own = {key: each for key, each in module.named_parameters() if biases or key != "bias"}
         # On the host: only an export to ComfyUI reads them.
         module.initial_values = {key: each.detach().to("cpu", copy=True) for key, each in own.items() if not each.is_meta}
         parameters |= {f"{name}.{key}": each.requires_grad_(True) for key, each in own.items()}
     return parameters
 
 
-def differences(model: Any, names: AdapterNames) -> "dict[str, torch.Tensor]":
-    """What training has added to the parameters of whole modules, fp32, as ComfyUI reads it: `LAYER.diff` and `LAYER.diff_b`.
+def differences(model: Any, modules: Sequence[str], names: AdapterNames) -> "dict[str, torch.Tensor]":
+    """What training has added to the parameters of thawed modules, fp32, as ComfyUI reads it: `LAYER.diff` and `LAYER.diff_b`.
 
     Source: ComfyUI, `load_lora` in `comfy/lora.py`, which finds a bias by the weight beside it.
 
@@ -113,9 +119,11 @@ def differences(model: Any, names: AdapterNames) -> "dict[str, torch.Tensor]":
         ConfigError: a parameter is neither a weight nor a bias.
     """
     named: dict[str, torch.Tensor] = {}
-    for module_name in injection.whole_modules(model):
+    for module_name in modules:
         module = model.get_submodule(module_name)
         for key, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
             layer, _, kind = f"{module_name}.{key}".rpartition(".")
             if kind not in _COMFYUI or not hasattr(model.get_submodule(layer), "weight"):
                 raise ConfigError(

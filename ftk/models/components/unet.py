@@ -124,6 +124,7 @@ def target_groups(*outside: str) -> Mapping[str, TargetGroup]:
         "attention": TargetGroup(in_blocks=in_blocks(*_ATTENTION)),
         "attention+mlp": TargetGroup(in_blocks=in_blocks(*_ATTENTION, *_MLP)),
         "text-kv": TargetGroup(in_blocks=in_blocks("attn2.to_k", "attn2.to_v")),
+        "cross-attention": TargetGroup(in_blocks=in_blocks(*(f"attn2.{layer}" for layer in _ATTENTION))),
         "all-linear": TargetGroup(in_blocks=in_blocks(*_ATTENTION, *_MLP), outside=(*_TIME, *outside)),
     }
 

@@ -1,0 +1,223 @@
+"""Custom Diffusion: the keys and values of cross-attention, by which a U-Net reads its text, trained beside class images.
+
+They are 2% of the weights of Stable Diffusion. Source: Kumari et al. 2022 (arXiv 2212.04488); diffusers'
+`CustomDiffusionAttnProcessor` and `examples/custom_diffusion`, to whose predictions and gradients these are equal. As there, no
+gradient passes through the keys and values of a text's first token, which marks its beginning.
+
+A transformer with joint attention has no cross-attention. The keys and values of its text stream are the closest to it: an
+analogue, not the paper's method. The first token of its texts is a word, and is trained like the others.
+
+The change of a layer can be delivered compressed, as the reference code does it (`src/compress.py`): its largest singular
+values, as many as add up to a share of the sum of all. With `rank` a change of low rank is trained in the first place.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ftk.errors import ConfigError
+from ftk.methods import lora
+from ftk.methods.adapters import attention_files, formats, injection, peft_directory, targets, whole_modules
+from ftk.methods.adapters.targets import TrainedComponent
+from ftk.methods.base import CacheNeeds, Export, check_format
+from ftk.methods.lora import Factors, LoraConfig
+from ftk.models.base import DENOISER, Conditions, Family, Model, TargetGroup
+
+if TYPE_CHECKING:
+    import torch
+
+_SETTING = "method.targets"
+_WHOLE_FORMATS = ("diffusers", "comfyui")
+"""The delivery formats of weights that are neither of low rank nor compressed."""
+_REASON = (
+    "its readers know low-rank changes alone. Write diffusers or comfyui; or export with `--set method.energy=0.9`, which "
+    "compresses the change of each layer to a low rank."
+)
+_REASONS = {
+    **dict.fromkeys(("peft", "kohya"), _REASON),
+    "lycoris": "LyCORIS' files hold adapters alone. Write diffusers or comfyui.",
+}
+
+
+class CustomDiffusionConfig(BaseModel):
+    """Settings under `method:`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    targets: Literal["text-kv", "cross-attention"] = Field(
+        default="text-kv", description="keys and values; or, of a U-Net, queries and outputs too"
+    )
+    rank: int | None = Field(default=None, ge=1, description="train changes of this rank, not whole matrices")
+    energy: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="deliver the largest singular values of each change, up to this share of the sum",
+    )
+    class_images: bool = Field(default=True, description="whether there must be class images, as in the paper")
+
+    @model_validator(mode="after")
+    def _settings_go_together(self) -> Self:
+        if self.energy is not None and self.rank is None and self.targets == "cross-attention":
+            raise ValueError(
+                "`energy` compresses changes of matrices, and with `targets: cross-attention` biases are trained too. Leave out "
+                "one of them, or set `rank`"
+            )
+        return self
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether whole weights are delivered, not low-rank changes."""
+        return self.rank is None and self.energy is None
+
+
+class CustomDiffusion:
+    """Thawed matrices of the base, or a LoRA on them."""
+
+    name = "custom-diffusion"
+    Config: ClassVar[type[BaseModel]] = CustomDiffusionConfig
+    FORMATS = ("diffusers", "comfyui", "peft", "kohya")
+
+    def encoders(self, family: Family, settings: CustomDiffusionConfig) -> tuple[str, ...]:
+        """None.
+
+        Raises:
+            ConfigError: the family has no such layers.
+        """
+        if settings.targets not in family.target_groups:
+            raise ConfigError(
+                f"{_SETTING}: {family.name} has no {settings.targets}: image and text share one attention there. Leave it out: "
+                f"the keys and values of the text are trained then."
+            )
+        return ()
+
+    def cache_needs(self, family: Family, settings: CustomDiffusionConfig) -> CacheNeeds:
+        """Class images, unless the settings do without."""
+        return CacheNeeds(class_images=settings.class_images)
+
+    def thaw(self, model: Model, settings: CustomDiffusionConfig) -> None:
+        """The matrices that are trained whole."""
+        if settings.rank is None:
+            _thaw(_component(model, settings))
+
+    def attach(self, model: Model, settings: CustomDiffusionConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
+        """Thaw the matrices, or give them a LoRA; the first token's keys and values pass no gradient."""
+        component = _component(model, settings)
+        layers = targets.select(component, targets.linear_or_convolution)
+        if settings.rank is None:
+            parameters = _thaw(component)
+        else:
+            inner = _as_lora(settings)
+            parameters = lora.METHOD.inject(component, lora.METHOD.peft_config(component, layers, inner), inner, seed)
+        for name in layers:
+            if name.endswith((".attn2.to_k", ".attn2.to_v")):
+                model.denoiser.get_submodule(name).register_forward_hook(_hold_first_token)
+        return parameters
+
+    def predict(
+        self, model: Model, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
+    ) -> "torch.Tensor":
+        """The family's."""
+        return model.family.predict(model, noisy_BCHW, sigma_B, conditions)
+
+    def formats(self, settings: CustomDiffusionConfig) -> tuple[str, ...]:
+        """A LoRA's of what is of low rank; else those that can hold whole weights."""
+        return _WHOLE_FORMATS if settings.is_whole else lora.METHOD.FORMATS
+
+    def export(self, model: Model, settings: CustomDiffusionConfig, export: Export) -> list[Path]:
+        """The weights themselves, or a LoRA of what changed in them."""
+        allowed = self.formats(settings)
+        check_format(self.name, allowed, export.form, _REASONS if settings.is_whole else lora.METHOD.REASONS)
+        component = _component(model, settings)
+        if settings.is_whole:
+            return [_write_whole(model, _layers(component), export)]
+        if settings.energy is None:
+            adapter = lora.adapter_of(model.denoiser, _as_lora(settings))
+        else:
+            factors = {name: compressed(change, settings.energy) for name, change in _changes(component)}
+            adapter = lora.of_factors(component, factors)
+        return lora.write({DENOISER: adapter}, model.family, export)
+
+    def load_into(self, family: Family, pipeline: Any, directory: Path) -> Any:
+        """Weights into the denoiser's own layers; a LoRA with diffusers' loader."""
+        if (directory / lora.WEIGHTS_FILE).exists():
+            return lora.METHOD.load_into(family, pipeline, directory)
+        attention_files.load(family, getattr(pipeline, family.denoiser_attribute), directory)
+        return pipeline
+
+    def merge(self, model: Model) -> None:
+        """Fold a LoRA into the weights; whole matrices are in them."""
+        if injection.adapted(model.denoiser):
+            injection.merge(model.denoiser)
+
+    def usage(self, family: Family, settings: CustomDiffusionConfig) -> str:
+        """diffusers' loader of what is delivered; of whole weights of a transformer, torch's."""
+        if not settings.is_whole:
+            return lora.METHOD.usage(family, _as_lora(settings))
+        return attention_files.usage(family)
+
+
+def compressed(change_OI: "torch.Tensor", energy: float) -> Factors:
+    """The largest singular values of a layer's change, as many as have a sum of at most this share of all; at least one."""
+    import torch
+
+    U_OR, S_R, V_RI = torch.linalg.svd(change_OI.float(), full_matrices=False)
+    rank = max(1, int((S_R.cumsum(0) / S_R.sum() <= energy).sum()))
+    roots_R = S_R[:rank].sqrt()
+    return Factors(A=roots_R[:, None] * V_RI[:rank], B=U_OR[:, :rank] * roots_R, magnitude=None)
+
+
+def _component(model: Model, settings: CustomDiffusionConfig) -> TrainedComponent:
+    return targets.denoiser_component(model.family, model.denoiser, settings.targets, _SETTING)
+
+
+def _layers(component: TrainedComponent) -> list[str]:
+    """Names of the layers, adapted or not, in the model's order."""
+    group = targets.chosen(component)
+    assert isinstance(group, TargetGroup)
+    return targets.names_in_group(component, group)
+
+
+def _thaw(component: TrainedComponent) -> "dict[str, torch.nn.Parameter]":
+    """Keys and values are matrices: where they have biases, those stay. That of outputs is trained, as diffusers does."""
+    biases = component.targets == "cross-attention"
+    return whole_modules.thaw(component, _layers(component), _SETTING, biases=biases)
+
+
+def _as_lora(settings: CustomDiffusionConfig) -> LoraConfig:
+    """The LoRA that is trained, or that a compressed change is delivered as."""
+    return LoraConfig(targets=settings.targets, rank=settings.rank or 1)
+
+
+def _changes(component: TrainedComponent) -> "Iterator[tuple[str, torch.Tensor]]":
+    """What training has added to the weight of each layer, [out,in] fp32, by the layer's name."""
+    for name in _layers(component):
+        layer = component.module.get_submodule(name)
+        if hasattr(layer, "get_base_layer"):
+            yield name, layer.get_delta_weight(injection.ADAPTER).detach().float()
+        else:
+            weight = layer.weight.detach().float()
+            yield name, weight - layer.initial_values["weight"].to(weight)
+
+
+def _write_whole(model: Model, layers: Sequence[str], export: Export) -> Path:
+    if export.form == "diffusers":
+        return attention_files.write(model.family, model.denoiser, layers, export.directory, export.metadata)
+    names = model.family.adapter_names(export.form, DENOISER, model.denoiser)
+    named = whole_modules.differences(model.denoiser, layers, names)
+    header = {**export.metadata, "ftk_read_by": formats.readers(export.form, "whole")}
+    return peft_directory.commit_tensors(export.directory / formats.NAMED_FILES[export.form], named, header)
+
+
+def _hold_first_token(_layer: Any, _inputs: Any, output_BLD: "torch.Tensor") -> "torch.Tensor":
+    """The same values, without a gradient through the first token's."""
+    import torch
+
+    if not output_BLD.requires_grad:
+        return output_BLD
+    return torch.cat([output_BLD[:, :1].detach(), output_BLD[:, 1:]], dim=1)
+
+
+METHOD = CustomDiffusion()
