@@ -1,7 +1,6 @@
-"""Custom Diffusion against diffusers: the predictions and gradients of its attention processors, and the files that it loads."""
+"""Custom Diffusion against diffusers: predictions and gradients of its attention processors, and the files that it loads."""
 
 import dataclasses
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,10 +207,10 @@ def test_the_file_of_a_transformer_holds_its_own_tensors(case: Callable[..., Cas
 
 
 def reference(change_OI: torch.Tensor, share: float) -> torch.Tensor:
-    """What a compressed change gives back, by the rule of the reference code: values one by one, until their share is passed."""
+    """What is left of a compressed change by the reference code, which adds up values until their share is passed."""
     u, s, v = torch.linalg.svd(change_OI)
     explained = 0.0
-    for number, value in enumerate(s):
+    for number, value in enumerate(s):  # noqa: B007
         explained += float(value / s.sum())
         if explained > share:
             break
