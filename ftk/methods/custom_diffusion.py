@@ -62,8 +62,8 @@ class CustomDiffusionConfig(BaseModel):
     def _settings_go_together(self) -> Self:
         if self.energy is not None and self.rank is None and self.targets == "cross-attention":
             raise ValueError(
-                "`energy` compresses changes of matrices, and with `targets: cross-attention` biases are trained too. Leave out "
-                "one of them, or set `rank`"
+                "`energy` compresses changes of matrices, and with `targets: cross-attention` biases are trained too. Leave "
+                "out one of them, or set `rank`"
             )
         return self
 
