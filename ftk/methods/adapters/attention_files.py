@@ -1,9 +1,9 @@
 """Files of attention layers that were trained whole, as Custom Diffusion delivers them: weights, not differences.
 
 For a U-Net the file is one that diffusers' `UNet2DConditionModel.load_attn_procs` reads: the tensors of a
-`CustomDiffusionAttnProcessor` for each cross-attention. diffusers refuses a file that does not name all other attention too: its
-own pickled files have an empty dict there; its own safetensors files leave it out, and cannot be loaded. A tensor without values
-does. For another denoiser the tensors have the names that they have in the model.
+`CustomDiffusionAttnProcessor` for each cross-attention. diffusers refuses a file that does not name all other attention too. In
+its own pickled files that has an empty dict; its own safetensors files leave it out, and cannot be loaded. A tensor without
+values does. For another denoiser the tensors have the names that they have in the model.
 """
 
 from collections.abc import Mapping, Sequence
