@@ -7,7 +7,7 @@ from typing import Any
 
 from ftk import locations
 from ftk.configs.load import load
-from ftk.configs.schema import GenerateConfig, RunConfig, SampleConfig, SigmaConfig
+from ftk.configs.schema import GenerateConfig, PromptConfig, RunConfig, SampleConfig, SigmaConfig, negative_key
 from ftk.errors import ConfigError
 from ftk.methods import base as methods
 from ftk.methods.adapters.targets import check_group
@@ -43,6 +43,29 @@ class Paths:
     def adapter(self) -> Path:
         """The newest trained weights, as they are delivered."""
         return self.run / "adapter"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawnPrompt:
+    """How the picture of one of `sample.prompts` is drawn: by its own settings, and those of `sample` for the rest.
+
+    Attributes:
+        place: what messages call it: `sample.prompts.0`.
+        width, height: in px.
+    """
+
+    entry: PromptConfig
+    place: str
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+
+    @property
+    def has_negative(self) -> bool:
+        """Whether a negative prompt takes part."""
+        return self.guidance_scale > 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,10 +119,22 @@ class Run:
         """The same if they are on this machine already; see `model_folder.local_components`."""
         return model_folder.local_components(self.family, self.config.model, components, self.paths.models)
 
-    def negative_prompt(self, directory: Path) -> str | None:
-        """What sample images are drawn without: `sample.negative_prompt`, else the family's, of the model in `directory`."""
+    def negative_prompt(self, directory: Path, entry: PromptConfig | None = None) -> str | None:
+        """What a prompt's picture is drawn without: its own, else `sample.negative_prompt`, else the family's.
+
+        Args:
+            directory: the folder of the base model.
+            entry: the prompt; None for what holds for prompts without one of their own.
+        """
+        if entry is not None and entry.negative_prompt is not None:
+            return entry.negative_prompt
         written = self.config.sample.negative_prompt
         return self.family.unconditional(directory) if written is None else written
+
+    def negative_key(self, entry: PromptConfig, directory: Path) -> str:
+        """What a cache lists a prompt's negative one under: where texts see references it goes with those of the prompt."""
+        negative, rule = self.negative_prompt(directory, entry), self.family.references
+        return entry.key(negative) if rule is not None and rule.in_texts and entry.references else negative_key(negative)
 
     def dropped_text(self, directory: Path) -> str | None:
         """What dropped captions train: `train.caption_dropout_text`, else the family's own, of the model in `directory`."""
@@ -108,12 +143,49 @@ class Run:
 
     @property
     def sample_size(self) -> tuple[int, int]:
-        """(width, height) in px of sample images.
+        """(width, height) in px of sample images, unless a prompt has a size of its own.
 
         Raises:
             ConfigError: the family has no images of this size.
         """
         return self.drawn_size(self.config.data.resolutions_in_use[0], self.config.sample, "sample")
+
+    @property
+    def drawn_prompts(self) -> tuple[DrawnPrompt, ...]:
+        """`sample.prompts` with all that they are drawn with.
+
+        Raises:
+            ConfigError: the family has no images of the size of one, or a prompt has images that nothing reads.
+        """
+        return tuple(self._drawn(position, entry) for position, entry in enumerate(self.config.sample.entries))
+
+    def _drawn(self, position: int, entry: PromptConfig) -> DrawnPrompt:
+        place, settings = f"sample.prompts.{position}", self.config.sample
+        self._check_images(entry, place)
+        sides = {"width": entry.width or settings.width, "height": entry.height or settings.height}
+        is_own = entry.width or entry.height
+        resolution = self.config.data.resolutions_in_use[0]
+        width, height = self.drawn_size(resolution, settings.model_copy(update=sides), place if is_own else "sample")
+
+        def setting(name: str) -> Any:
+            own = getattr(entry, name)
+            return getattr(settings, name) if own is None else own
+
+        return DrawnPrompt(
+            entry=entry,
+            place=place,
+            width=width,
+            height=height,
+            num_inference_steps=setting("num_inference_steps"),
+            guidance_scale=setting("guidance_scale"),
+            seed=settings.seed + position if entry.seed is None else entry.seed,
+        )
+
+    def _check_images(self, entry: PromptConfig, place: str) -> None:
+        if entry.references and self.family.references is None:
+            raise ConfigError(f"{place}.references: {self.family.name} takes no input images: those are for edit models.")
+        if entry.controls and not isinstance(self.method, HasControls):
+            raise ConfigError(f"{place}.controls: method {self.method.name} reads no control images. Leave them out.")
 
     def drawn_size(self, resolution: int | str, settings: SampleConfig | GenerateConfig, where: str) -> tuple[int, int]:
         """(width, height) in px of images that are drawn: as the settings say, or the first size of a resolution.

@@ -5,9 +5,6 @@ from pathlib import Path
 
 from ftk.cache import plan
 from ftk.cache.plan import ImageItem, TextItem
-from ftk.configs.schema import negative_key
-from ftk.errors import ConfigError
-from ftk.methods.base import HasControls
 from ftk.pipeline import prompt_images
 from ftk.run import Run
 
@@ -35,38 +32,27 @@ def of(run: Run, model: Path) -> Prompts:
     Raises:
         ConfigError: an image cannot be read, or the family or method has no use for it.
     """
-    prompts, settings = Prompts(), run.config.sample
-    for position, entry in enumerate(settings.entries):
-        place, key = f"sample.prompts.{position}", entry.key()
-        _refuse_unused(run, bool(entry.references), bool(entry.controls), place)
-        if entry.references and run.family.references is not None:
+    prompts = Prompts()
+    for drawn in run.drawn_prompts:
+        entry, place, key = drawn.entry, drawn.place, drawn.entry.key()
+        if run.family.references is not None and entry.references:
             prompts.references[key] = tuple(
                 _item(prompt_images.find(path, run.family.references, f"{place}.references.{number}"), f"reference{number}")
                 for number, path in enumerate(entry.references)
             )
         if entry.controls:
+            size, is_latents = (drawn.width, drawn.height), run.needs.controls == "latents"
             controls = tuple(
-                _item(prompt_images.find(path, run.sample_size, f"{place}.controls.{number}"), f"control{number}")
+                _item(prompt_images.find(path, size, f"{place}.controls.{number}"), f"control{number}")
                 for number, path in enumerate(entry.controls)
             )
-            is_latents = run.needs.controls == "latents"
             prompts.controls[key] = controls if is_latents else tuple(map(plan.as_pixels, controls))
-        references = _seen_by_texts(run, prompts, key)
-        prompts.texts[key] = _text(entry.prompt, references)
-    negative = run.negative_prompt(model) if settings.entries else None
-    for entry in settings.entries:
+        prompts.texts[key] = _text(entry.prompt, _seen_by_texts(run, prompts, key))
+    for entry in run.config.sample.entries:
+        # Where texts do not depend on references all prompts share one negative prompt, unless they have their own.
         references = _seen_by_texts(run, prompts, entry.key())
-        # Where texts do not depend on references all prompts share one negative prompt.
-        key = entry.key(negative) if references else negative_key(negative)
-        prompts.texts[key] = _text(negative, references)
+        prompts.texts[run.negative_key(entry, model)] = _text(run.negative_prompt(model, entry), references)
     return prompts
-
-
-def _refuse_unused(run: Run, has_references: bool, has_controls: bool, place: str) -> None:
-    if has_references and run.family.references is None:
-        raise ConfigError(f"{place}.references: {run.family.name} takes no input images: those are for edit models.")
-    if has_controls and not isinstance(run.method, HasControls):
-        raise ConfigError(f"{place}.controls: method {run.method.name} reads no control images. Leave them out.")
 
 
 def _seen_by_texts(run: Run, prompts: Prompts, key: str) -> tuple[ImageItem, ...]:

@@ -5,12 +5,13 @@ import re
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from ftk import locations
+from ftk.configs import prompt_lines
 from ftk.configs.schema import RunConfig
 from ftk.errors import ConfigError, did_you_mean
 
@@ -68,7 +69,7 @@ def load(path: Path, overrides: Sequence[str] = (), workspace: str | None = None
     """Read a run file, apply `section.key=value` overrides in order, and validate the result.
 
     Raises:
-        ConfigError: the file cannot be read, or what it says is wrong; every mistake is listed, with the nearest valid key.
+        ConfigError: a file cannot be read, or what it says is wrong; every mistake is listed, with the nearest valid key.
     """
     try:
         size = path.stat().st_size
@@ -86,6 +87,9 @@ def load(path: Path, overrides: Sequence[str] = (), workspace: str | None = None
         _apply_override(tree, override)
     if workspace is not None:
         tree["workspace"] = workspace
+    sample = tree.get("sample")
+    if isinstance(sample, dict) and isinstance(sample.get("prompts"), str):
+        sample["prompts"] = prompt_lines.read(sample["prompts"])
     return validate(RunConfig, tree, str(path))
 
 
@@ -217,7 +221,7 @@ def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
 def _section_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if get_origin(annotation) in (Union, types.UnionType, tuple, list):
+    if get_origin(annotation) in (Union, types.UnionType, tuple, list, Annotated):
         for argument in get_args(annotation):
             if (found := _section_in(argument)) is not None:
                 return found

@@ -20,6 +20,18 @@ def parse_size(resolution: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def a_size(value: Any) -> tuple[int, int]:
+    """(width, height) of WIDTHxHEIGHT as a user writes it.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    size = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if size is None:
+        raise ValueError(f"a size is WIDTHxHEIGHT in px, such as 768x1024 (found {value!r})")
+    return _side(int(size[1])), _side(int(size[2]))
+
+
 def _side(px: int) -> int:
     if not 1 <= px <= MOST_PX:
         raise ValueError(f"a side has 1 to {MOST_PX:,} px")

@@ -11,6 +11,8 @@ from pydantic import (
     model_validator,
 )
 
+from ftk.configs.prompt_lines import HAS_OPTIONS
+from ftk.configs.resolutions import a_size
 from ftk.configs.section import Device, Section, require_default, require_text
 
 
@@ -27,25 +29,73 @@ def negative_key(negative: str | None) -> str:
 
 
 class PromptConfig(Section):
-    """A prompt, with the images that are drawn from."""
+    """A prompt, with the images that are drawn from, and settings in place of those of `sample`."""
 
     prompt: str
     references: tuple[str, ...] = Field(default=(), description="files of input images, for an edit model")
     controls: tuple[str, ...] = Field(default=(), description="files of control images, for a method that reads them")
+    control_strength: float = Field(default=1.0, ge=0, le=10, description="factor on what the control images add")
+    negative_prompt: str | None = Field(default=None, description="instead of sample.negative_prompt, and so on below")
+    width: int | None = Field(default=None, ge=16, description="px; `size: 768x1024` sets both sides")
+    height: int | None = Field(default=None, ge=16)
+    num_inference_steps: int | None = Field(default=None, ge=1)
+    guidance_scale: float | None = Field(default=None, ge=0)
+    seed: int | None = Field(default=None, ge=0, description="sample.seed plus the prompt's position by default")
+    strength: float | None = Field(default=None, ge=-10, le=10, description="of the run's own LoRA, LoHa or LoKr")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _size_sets_both_sides(cls, tree: Any) -> Any:
+        if not isinstance(tree, Mapping) or "size" not in tree:
+            return tree
+        if {"width", "height"} & tree.keys():
+            raise ValueError("`size` sets `width` and `height`: leave it out, or both of them")
+        width, height = a_size(tree["size"])
+        return {"width": width, "height": height, **{name: value for name, value in tree.items() if name != "size"}}
+
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _prompts_are_text(cls, value: str | None) -> str | None:
+        require_text(value or "")
+        return value
+
+    @model_validator(mode="after")
+    def _settings_take_effect(self) -> Self:
+        if not self.controls:
+            require_default(self, "control_strength", "controls")
+        return self
 
     def key(self, negative: str | Literal[False] | None = False) -> str:
         """What a cache lists this prompt under, or the negative one that goes with the same images; no path is in it."""
         text = self.prompt if negative is False else negative_key(negative)
-        files = [list(self.references), list(self.controls)]
-        return f"{text} #{hashlib.sha256(repr(files).encode()).hexdigest()[:12]}" if any(files) else text
+        files: list[Any] = [list(self.references), list(self.controls)]
+        if not any(files):
+            return text
+        if self.controls and (self.width or self.height):
+            # Control images are encoded at the size of the picture.
+            files.append([self.width, self.height])
+        return f"{text} #{hashlib.sha256(repr(files).encode()).hexdigest()[:12]}"
+
+    def notes(self) -> str:
+        """The settings of its own, for people; empty without any."""
+        size = [f"{self.width or '?'}x{self.height or '?'} px"] if self.width or self.height else []
+        named = {"steps": self.num_inference_steps, "guidance": self.guidance_scale, "seed": self.seed,
+                 "strength": self.strength, "control strength": self.control_strength if self.control_strength != 1 else None,
+                 "without": self.negative_prompt}  # fmt: skip
+        return ", ".join([*size, *(f"{name} {value}" for name, value in named.items() if value is not None)])
 
 
 def _prompt(value: Any) -> Any:
     """A prompt alone will do; a union would complain of both forms."""
+    if isinstance(value, str) and HAS_OPTIONS.search(value):
+        raise ValueError(
+            "options of a prompt (--n, --w, ...) are read from a file of lines alone: write {prompt: ..., width: 768}, or "
+            "`prompts: FILE`. In {prompt: ...} they are a part of the text"
+        )
     if isinstance(value, (str, PromptConfig)):
         return value
     if not isinstance(value, Mapping):
-        raise ValueError("a prompt, or {prompt: ..., references: [...], controls: [...]}")
+        raise ValueError("a prompt, or {prompt: ..., seed: ..., controls: [...]}")
     return PromptConfig.model_validate(value)
 
 
@@ -55,7 +105,10 @@ Prompt = Annotated[str | PromptConfig, BeforeValidator(_prompt)]
 class SampleConfig(Section):
     """Images drawn to look at. `strength` and `adapters` are for `ftk sample`: training draws the weights as they are."""
 
-    prompts: tuple[Prompt, ...] = Field(default=(), description="prompts; with images: {prompt: ..., references: [FILE]}")
+    prompts: tuple[Prompt, ...] = Field(
+        default=(),
+        description="prompts, with images and settings of their own: {prompt: ..., seed: 7}; or a file of sd-scripts' lines",
+    )
     negative_prompt: str | None = Field(
         default=None, description="what is not to be seen; the family's own text for no prompt by default"
     )
@@ -82,6 +135,14 @@ class SampleConfig(Section):
         return value
 
     @model_validator(mode="after")
+    def _negative_prompts_take_effect(self) -> Self:
+        for position, entry in enumerate(self.entries):
+            guidance = self.guidance_scale if entry.guidance_scale is None else entry.guidance_scale
+            if entry.negative_prompt is not None and guidance <= 1:
+                raise ValueError(f"`prompts.{position}.negative_prompt` has no effect without `guidance_scale` above 1")
+        return self
+
+    @model_validator(mode="after")
     def _settings_take_effect(self) -> Self:
         if not self.prompts:
             require_default(self, "every", "prompts")
@@ -95,5 +156,5 @@ class SampleConfig(Section):
 
     @property
     def entries(self) -> tuple[PromptConfig, ...]:
-        """The prompts with their images, of which most have none."""
+        """The prompts with their images and settings, of which most have none."""
         return tuple(PromptConfig(prompt=each) if isinstance(each, str) else each for each in self.prompts)

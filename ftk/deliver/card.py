@@ -35,6 +35,7 @@ HERE = "path/to/this/folder"
 """How the card's Python lines call the folder that it lies in."""
 _MOST_PICTURES = 8
 _PICTURE_PX = 512
+_PICTURE_LINK = re.compile(rf"\]\(({PICTURES}/\d+(?:-from-\d+)?\.png)\)", re.ASCII)
 _FRONT = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
 _OTHER_READERS = {
     "comfyui": "ComfyUI: put `comfyui.safetensors` into `models/loras` and load it with the node Load LoRA.",
@@ -50,10 +51,11 @@ _OTHER_READERS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardImage:
-    """A picture beside the card, and the prompt that it was drawn for, if that is known."""
+    """A picture beside the card, the prompt that it was drawn for, if that is known, and the pictures it was drawn from."""
 
     file: str
     prompt: str
+    inputs: tuple[str, ...] = ()
 
 
 def write(subject: Subject, directory: Path, loading: str, *, merged: bool = False) -> list[Path]:
@@ -65,13 +67,16 @@ def write(subject: Subject, directory: Path, loading: str, *, merged: bool = Fal
     """
     step, images = _pictures(subject)
     pictures = []
-    for number, (image, prompt) in enumerate(images):
-        picture = CardImage(file=f"{PICTURES}/{number}.png", prompt=prompt)
-        storage.commit_bytes(directory / picture.file, sheet.png_bytes(image))
+    for number, (image, prompt, sources) in enumerate(images):
+        inputs = {f"{PICTURES}/{number}-from-{position}.png": source for position, source in enumerate(sources)}
+        picture = CardImage(file=f"{PICTURES}/{number}.png", prompt=prompt, inputs=tuple(inputs))
+        for file, each in {picture.file: image, **inputs}.items():
+            storage.commit_bytes(directory / file, sheet.png_bytes(each))
         pictures.append(picture)
-    _remove_stale(directory, [picture.file for picture in pictures])
+    files = [file for picture in pictures for file in (picture.file, *picture.inputs)]
+    _remove_stale(directory, files)
     storage.commit_bytes(directory / CARD, redact(text(subject, loading, pictures, step, merged=merged)).encode())
-    return [directory / CARD, *(directory / picture.file for picture in pictures)]
+    return [directory / CARD, *(directory / file for file in files)]
 
 
 def _remove_stale(directory: Path, keep: Sequence[str]) -> None:
@@ -80,10 +85,8 @@ def _remove_stale(directory: Path, keep: Sequence[str]) -> None:
         before = (directory / CARD).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return
-    for number in range(_MOST_PICTURES):
-        file = f"{PICTURES}/{number}.png"
-        if file not in keep and f"]({file})" in before:
-            (directory / file).unlink(missing_ok=True)
+    for file in set(_PICTURE_LINK.findall(before)) - set(keep):
+        (directory / file).unlink(missing_ok=True)
 
 
 def loading(subject: Subject, form: str, repository: str | None = None) -> str:
@@ -225,7 +228,12 @@ def _gallery(pictures: Sequence[CardImage], step: int) -> list[str]:
     if not pictures:
         return []
     rows = [f"| ![{number}]({one.file}) | {_cell(one.prompt)} |" for number, one in enumerate(pictures)]
-    return [f"Drawn at step {step:,}:", "\n".join(["| picture | prompt |", "|---|---|", *rows])]
+    heads = ["| picture | prompt |", "|---|---|"]
+    if any(one.inputs for one in pictures):
+        heads = ["| drawn from " + heads[0], "|---" + heads[1]]
+        links = [" ".join(f"![from]({file})" for file in one.inputs) for one in pictures]
+        rows = [f"| {link} {row}" for link, row in zip(links, rows, strict=True)]
+    return [f"Drawn at step {step:,}:", "\n".join([*heads, *rows])]
 
 
 def _training(subject: Subject) -> dict[str, str]:
@@ -275,8 +283,8 @@ def _validation(subject: Subject) -> dict[str, str]:
     return {"validation loss": f"{rows[-1]['loss']:.4g} at step {rows[-1]['step']:,}{noted}"}
 
 
-def _pictures(subject: Subject) -> tuple[int, list[tuple[Image.Image, str]]]:
-    """The newest sheet of sample images up to this step: its step, and its pictures with their prompts."""
+def _pictures(subject: Subject) -> tuple[int, list[tuple[Image.Image, str, list[Image.Image]]]]:
+    """The newest sheet of sample images up to this step: its step, and its pictures with their prompts and input images."""
     sheets = {
         int(path.stem.removeprefix("step-")): path for path in (subject.run.paths.run / "samples").glob("step-[0-9]*.png")
     }
@@ -284,13 +292,14 @@ def _pictures(subject: Subject) -> tuple[int, list[tuple[Image.Image, str]]]:
     if not step:
         return 0, []
     try:
-        cells = sheet.cells(sheets[step])
+        cells = sheet.cells_with_inputs(sheets[step])[:_MOST_PICTURES]
     except (OSError, ValueError) as error:
         LOGGER.warning("%s is damaged (%s), so the model card shows no pictures", sheets[step], error)
         return 0, []
-    for image, _ in cells:
-        image.thumbnail((_PICTURE_PX, _PICTURE_PX), Image.Resampling.LANCZOS)
-    return step, cells[:_MOST_PICTURES]
+    for image, _, inputs in cells:
+        for each in (image, *inputs):
+            each.thumbnail((_PICTURE_PX, _PICTURE_PX), Image.Resampling.LANCZOS)
+    return step, cells
 
 
 def _license_line(card: CardConfig) -> str:

@@ -89,8 +89,10 @@ def read(family: Family, pipeline: Any, added: Sequence[AddedAdapter]) -> list[A
     return [adapter_files.read(each.path, family, modules, each.setting, type(pipeline)) for each in added]
 
 
-def add(family: Family, pipeline: Any, own: Mapping[str, float], added: Sequence[tuple[AdapterFile, float]]) -> None:
-    """Put adapters on top of the run's own, which is loaded, and set all strengths.
+def add(
+    family: Family, pipeline: Any, own: Mapping[str, float], added: Sequence[tuple[AdapterFile, float]]
+) -> dict[str, float]:
+    """Put adapters on top of the run's own, which is loaded, and set all strengths; returns them by name.
 
     Args:
         own: the strengths of what is loaded, by name.
@@ -107,6 +109,7 @@ def add(family: Family, pipeline: Any, own: Mapping[str, float], added: Sequence
                     inject(modules[component], kind, chosen, name)
                     strengths[name] = strength
     set_strengths(pipeline, strengths)
+    return strengths
 
 
 def inject(module: Any, kind: str, changes: Mapping[str, LayerChange], adapter: str) -> None:

@@ -2,8 +2,8 @@
 
 import gc
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from ftk.deliver.export import Choice, chosen_adapter, find_checkpoint, run_dtyp
 from ftk.errors import ConfigError
 from ftk.pipeline import prompt_images
 from ftk.progress import ProgressBar, track
-from ftk.run import Run
+from ftk.run import DrawnPrompt, Run
 from ftk.train.drawing import generate, image_arguments
-from ftk.train.sheet import grid, png_bytes
+from ftk.train.sheet import Inputs, grid, png_bytes
 
 LOGGER = logging.getLogger("ftk")
 
@@ -53,7 +53,7 @@ def run(run: Run, choice: Choice = Choice()) -> SampleReport:  # noqa: B008 - it
     """
     _check_prompts(run.config)
     with chosen_adapter(run, choice) as adapter:
-        mixing.check_own_strength(run.config.sample.strength, adapter, run.config.method.name)
+        _check_strengths(run, adapter)
         return _run(run, choice, adapter)
 
 
@@ -63,25 +63,33 @@ def _run(run: Run, choice: Choice, adapter: Path) -> SampleReport:
     dtype = _dtype(run, choice, device)
     directory = run.locate(run.all_components)
     images = _prompt_images(run, directory, device, dtype)
-    negative = run.negative_prompt(directory)
     pipeline = run.family.pipeline(directory, dtype, device)
     files = mixing.read(run.family, pipeline, added)
     own = {} if run.trains_base else {mixing.OWN: config.sample.strength}
     num_columns = 3 if added else 2
     with track("sample", num_columns * len(config.sample.prompts), "image") as progress:
+        column = _Column(run=run, images=images, directory=directory, progress=progress)
         # The base model takes the references of an edit model, and knows nothing of a method's control images.
-        columns = [_draw_all(pipeline, run, [replace(each, controls=()) for each in images], negative, progress)]
+        columns = [replace(column, images=[replace(each, controls=()) for each in images]).drawn(pipeline, {})]
         pipeline = run.method.load_into(run.family, pipeline, adapter)
-        mixing.set_strengths(pipeline, own)
-        columns.append(_draw_all(pipeline, run, images, negative, progress))
+        columns.append(column.drawn(pipeline, own))
         if added:
-            mixing.add(run.family, pipeline, own, [(file, each.strength) for file, each in zip(files, added, strict=True)])
-            columns.append(_draw_all(pipeline, run, images, negative, progress))
+            strengths = mixing.add(
+                run.family, pipeline, own, [(file, each.strength) for file, each in zip(files, added, strict=True)]
+            )
+            columns.append(column.drawn(pipeline, strengths))
     del pipeline
     gc.collect()
     path = run.paths.run / "samples" / f"base-and-{_file_name(run, choice)}.png"
-    rows = list(zip(*columns, strict=True))
-    storage.commit_bytes(path, png_bytes(grid(rows, [entry.prompt for entry in config.sample.entries], _titles(config))))
+    entries = config.sample.entries
+    page = grid(
+        list(zip(*columns, strict=True)),
+        [entry.prompt for entry in entries],
+        _titles(config),
+        [each.shown for each in images],
+        [entry.notes() for entry in entries],
+    )
+    storage.commit_bytes(path, png_bytes(page))
     return SampleReport(
         grid=str(path),
         num_images=sum(map(len, columns)),
@@ -113,12 +121,11 @@ def dry_run(run: Run, choice: Choice = Choice()) -> dict[str, Any]:  # noqa: B00
     """What `run` would draw, and whether there are weights to draw with."""
     if not choice.is_default:
         find_checkpoint(run, choice)
-    width, height = run.sample_size
-    added = _added(run.config)
+    added, drawn = _added(run.config), run.drawn_prompts
     return {
         "num_images": (3 if added else 2) * len(run.config.sample.prompts),
-        "size": f"{width}x{height}",
-        "num_inference_steps": run.config.sample.num_inference_steps,
+        "size": ", ".join(dict.fromkeys(f"{each.width}x{each.height}" for each in drawn)),
+        "num_inference_steps": ", ".join(dict.fromkeys(str(each.num_inference_steps) for each in drawn)),
         "adapter_exists": run.paths.adapter.is_dir(),
         "adapters": [f"{each.path} ({each.kind}) at {each.strength:g}" for each in added],
     }
@@ -129,16 +136,26 @@ def _check_prompts(config: RunConfig) -> None:
         raise ConfigError('sample.prompts is empty: name at least one, for example --set sample.prompts="[a red fox]"')
 
 
+def _check_strengths(run: Run, adapter: Path) -> None:
+    """Refuse a strength, of all prompts or of one, that the run's own adapter has not."""
+    settings, name = run.config.sample, run.config.method.name
+    mixing.check_own_strength(settings.strength, adapter, name)
+    for drawn in run.drawn_prompts:
+        if drawn.entry.strength is not None:
+            mixing.check_own_strength(drawn.entry.strength, adapter, name, f"{drawn.place}.strength")
+
+
 def _added(config: RunConfig) -> list[mixing.AddedAdapter]:
     return [mixing.find(each, f"sample.adapters.{position}.path") for position, each in enumerate(config.sample.adapters)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _PromptImages:
-    """The images of one prompt, as `Conditions` has them, in a batch of one."""
+    """The images of one prompt, as `Conditions` has them, in a batch of one; and as the sheet shows them."""
 
     references: tuple[torch.Tensor, ...] = ()
     controls: tuple[torch.Tensor, ...] = ()
+    shown: Inputs = field(default_factory=dict)
 
 
 def _prompt_images(run: Run, directory: Path, device: torch.device, dtype: torch.dtype) -> list[_PromptImages]:
@@ -146,33 +163,54 @@ def _prompt_images(run: Run, directory: Path, device: torch.device, dtype: torch
     prompts = cached_prompts.of(run, directory)
     vae = run.family.load_vae(directory, torch.float32, device) if prompts.images else None
 
+    def picture(item: ImageItem) -> Image.Image:
+        return prompt_images.load(Path(item.key), item.width, item.height)
+
     def tensor(item: ImageItem) -> torch.Tensor:
-        image = np.array(prompt_images.load(Path(item.key), item.width, item.height))
-        pixels_BCHW = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1.0
+        pixels_BCHW = torch.from_numpy(np.array(picture(item))).permute(2, 0, 1)[None].float() / 127.5 - 1.0
         encoded = pixels_BCHW if item.form == "pixels" else run.family.encode_images(vae, pixels_BCHW)[0]
         return encoded.to(device, dtype)
 
-    return [
-        _PromptImages(
-            references=tuple(map(tensor, prompts.references.get(entry.key(), ()))),
-            controls=tuple(map(tensor, prompts.controls.get(entry.key(), ()))),
+    every = []
+    for entry in run.config.sample.entries:
+        references, controls = (part.get(entry.key(), ()) for part in (prompts.references, prompts.controls))
+        shown = {"reference": list(map(picture, references)), "control": list(map(picture, controls))}
+        every.append(
+            _PromptImages(
+                references=tuple(map(tensor, references)),
+                controls=tuple(map(tensor, controls)),
+                shown={kind: pictures for kind, pictures in shown.items() if pictures},
+            )
         )
-        for entry in run.config.sample.entries
-    ]
+    return every
 
 
-def _draw_all(
-    pipeline: Any, run: Run, images: Sequence[_PromptImages], negative: str | None, progress: ProgressBar
-) -> list[Image.Image]:
-    drawn = []
-    for position, (entry, shown) in enumerate(zip(run.config.sample.entries, images, strict=True)):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Column:
+    """What all columns of the sheet have in common. `images` are those of each prompt, `directory` is that of the base."""
+
+    run: Run
+    images: Sequence[_PromptImages]
+    directory: Path
+    progress: ProgressBar
+
+    def drawn(self, pipeline: Any, strengths: Mapping[str, float]) -> list[Image.Image]:
+        """Every prompt's picture, with these adapters; a prompt may have a strength of the run's own in its place."""
+        return [self._image(pipeline, strengths, drawn, position) for position, drawn in enumerate(self.run.drawn_prompts)]
+
+    def _image(self, pipeline: Any, strengths: Mapping[str, float], drawn: DrawnPrompt, position: int) -> Image.Image:
+        entry, given = drawn.entry, self.images[position]
+        if strengths:
+            own = {mixing.OWN: entry.strength} if entry.strength is not None and mixing.OWN in strengths else {}
+            mixing.set_strengths(pipeline, {**strengths, **own})
         arguments: dict[str, Any] = {"prompt": entry.prompt}
-        if run.config.sample.guidance_scale > 1 and negative is not None:
+        negative = self.run.negative_prompt(self.directory, entry)
+        if drawn.has_negative and negative is not None:
             arguments["negative_prompt"] = negative
-        arguments |= image_arguments(run, shown.references, shown.controls)
-        drawn.append(generate(pipeline, run, arguments, position))
-        progress.advance(1)
-    return drawn
+        arguments |= image_arguments(self.run, entry, given.references, given.controls)
+        image = generate(pipeline, self.run, arguments, position)
+        self.progress.advance(1)
+        return image
 
 
 def _titles(config: RunConfig) -> list[str]:

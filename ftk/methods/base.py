@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -184,6 +185,17 @@ class HasControls(Protocol):
         """
 
 
+@runtime_checkable
+class HasStrength(Protocol):
+    """A method whose trained part can be made weaker or stronger while the model is in memory."""
+
+    def strength_refusal(self, settings: Any) -> str | None:
+        """Why it cannot with these settings; None if it can."""
+
+    def at_strength(self, model: Model, strength: float) -> AbstractContextManager[None]:
+        """Inside, what was attached adds so many times what it adds otherwise."""
+
+
 def available() -> list[str]:
     """Names of all methods: the files of this folder."""
     package = importlib.import_module("ftk.methods")
@@ -235,6 +247,21 @@ def formats(method: Method, settings: Any) -> tuple[str, ...]:
 def start_batches(method: Method, settings: Any) -> int:
     """How many micro-batches the method looks at before it starts; see `HasDataStart`."""
     return method.start_batches(settings) if isinstance(method, HasDataStart) else 0
+
+
+def strength_refusal(method: Method, settings: Any) -> str | None:
+    """Why what is trained has no strength with these settings, or None; see `HasStrength`."""
+    if not isinstance(method, HasStrength):
+        return f"what method {method.name} trains has no strength."
+    return method.strength_refusal(settings)
+
+
+def at_strength(method: Method, model: Model, strength: float | None) -> AbstractContextManager[None]:
+    """Inside, the model is as it is with this strength; None: as it is trained."""
+    if strength is None or strength == 1:
+        return nullcontext()
+    assert isinstance(method, HasStrength)
+    return method.at_strength(model, strength)
 
 
 def trained_encoders(family: Family, settings: Any) -> tuple[str, ...]:

@@ -100,6 +100,7 @@ class Lora(peft_method.PeftMethod):
     """
 
     name = "lora"
+    HAS_SCALE = True
     Config: ClassVar[type[BaseModel]] = LoraConfig
     FORMATS = ("diffusers", "peft", "comfyui", "kohya")
     REASONS: ClassVar[Mapping[str, str]] = {
@@ -149,6 +150,14 @@ class Lora(peft_method.PeftMethod):
     def changes_base(self, settings: LoraConfig) -> bool:
         """PiSSA and OLoRA take a part out of the weights."""
         return settings.initialisation in _CHANGES_BASE
+
+    def strength_refusal(self, settings: LoraConfig) -> str | None:
+        """Neither has DoRA a strength, nor what has taken a part out of the weights."""
+        if settings.dora:
+            return "only LoRA, LoHa and LoKr have a strength, DoRA has none."
+        if self.changes_base(settings):
+            return f"method.initialisation: {settings.initialisation} has moved a part of the base weights into the adapter."
+        return super().strength_refusal(settings)
 
     def start_batches(self, settings: LoraConfig) -> int:
         """EVA's."""

@@ -37,7 +37,7 @@ from ftk.run import Run, resolve
 from ftk.train import inputs, memory, placement
 from ftk.train import stage as train
 from ftk.train.build import build_trainer
-from ftk.train.sheet import cells
+from ftk.train.sheet import cells, cells_with_inputs
 
 CPU = torch.device("cpu")
 FAMILY = "foreign-edit"
@@ -502,6 +502,70 @@ def test_control_images_are_cached_as_the_pixels_of_their_bucket(make_run: Calla
             with Image.open(pictures / "controls" / f"{store.sample(number).key[0]}.png") as original:
                 assert np.array_equal(item["pixels"].permute(1, 2, 0).numpy(), np.asarray(original))
         assert store.controls(0) == []
+
+
+def prompted(make_run: Callable[..., Run], *prompts: dict[str, Any], **train: Any) -> Run:
+    """A run of the method that reads pixels, with these prompts."""
+    run = make_run("controls", {"name": "pixel-hint"}, train=train)
+    return run.with_config(
+        run.config.model_copy(
+            update={"sample": validate(type(run.config.sample), {**run.config.sample.model_dump(), "prompts": prompts}, "test")}
+        )
+    )
+
+
+def test_each_prompt_has_its_control_image_at_its_own_size_and_strength(
+    make_run: Callable[..., Run], pictures: Path, tmp_path: Path
+) -> None:
+    control = str(pictures / "controls/2.png")  # 80x48
+    shared = {"prompt": "make it blue", "controls": [control], "seed": 5}
+    run = prompted(
+        make_run, shared, {**shared, "size": "80x48"}, {**shared, "size": "80x48", "control_strength": 0}, steps=2,
+        learning_rate=0.1, checkpoint_every=2,
+    )  # fmt: skip
+    with closing(encode(run)) as store:
+        sizes = [tuple(store.prompt_images(each.key(), "controls")[0]["pixels"].shape) for each in run.config.sample.entries]
+        assert sizes == [(3, 64, 64), (3, 48, 80), (3, 48, 80)]
+    finished(run)
+    report = sample.run(run)
+    rows = cells_with_inputs(Path(report.grid))
+    while_training = cells_with_inputs(run.paths.run / "samples/step-00000002.png")
+    for number, size in enumerate([(64, 64), (80, 48), (80, 48)]):
+        (base, prompt, shown), (drawn, _, _) = rows[2 * number : 2 * number + 2]
+        (early, _, cached), scale = while_training[number], 192 // size[0] + bool(192 % size[0])
+        assert prompt == "make it blue"
+        # The sheets show the control images, those of the files and those of the cache alike.
+        assert {image.size for image in (base, drawn, early, *shown, *cached)} == {(size[0] * scale, size[1] * scale)}
+        assert np.array_equal(np.asarray(shown[0]), np.asarray(cached[0]))
+        assert np.abs(np.asarray(early).astype(int) - np.asarray(drawn).astype(int)).max() <= 1
+        # Without strength it is the base model, which is drawn without any control image.
+        is_base = np.abs(np.asarray(drawn).astype(int) - np.asarray(base).astype(int)).max() <= 1
+        assert is_base == (number == 2)
+    with Image.open(control) as original:
+        assert np.array_equal(np.asarray(rows[2][2][0].resize(original.size, Image.Resampling.NEAREST)), np.asarray(original))
+    # The card shows what its pictures were drawn from.
+    card = (run.paths.adapter / "README.md").read_text()
+    assert "| ![from](images/1-from-0.png) | ![1](images/1.png) | make it blue |" in card
+    with Image.open(run.paths.adapter / "images/1-from-0.png") as picture:
+        assert picture.size == while_training[1][2][0].size
+
+
+def test_a_prompt_without_its_control_image_or_at_another_size_is_refused_before_weights_are_read(
+    make_run: Callable[..., Run], pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "build_trainer", lambda run, *_, **__: inputs.open_inputs(run, CPU))
+    one = str(pictures / "controls/1.png")
+    encode(prompted(make_run, {"prompt": "x", "controls": [one], "width": 80})).close()
+
+    run = prompted(make_run, {"prompt": "x", "controls": [one]})
+    with pytest.raises(CacheError, match=r"sample.prompts.0: 'x' is not in the cache with these images at this size. Run `ftk"):
+        train.run(run, RunDelivery)
+    with pytest.raises(ConfigError, match=r"sample.prompts.0: 'x' has no control image"):
+        resolve(prompted(make_run, {"prompt": "x"}).config)
+    encode(run).close()
+    other = run.config.sample.model_copy(update={"width": 96})
+    with pytest.raises(CacheError, match=r"controls.0 is in the cache at 64x64 px, and its picture is to have 96x64 px. Run"):
+        train.run(run.with_config(run.config.model_copy(update={"sample": other})), RunDelivery)
 
 
 def test_a_method_that_reads_controls_says_what_is_missing(make_run: Callable[..., Run]) -> None:

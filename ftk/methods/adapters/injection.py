@@ -1,6 +1,7 @@
 """An adapter of PEFT inside a model: put in, read, set, folded into the weights, taken out."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ConfigError
@@ -77,6 +78,20 @@ def set_state(model: Any, tensors: "Mapping[str, torch.Tensor]", adapter: str = 
 
     outcome = set_peft_model_state_dict(model, dict(tensors), adapter_name=adapter)
     return list(outcome.unexpected_keys)
+
+
+@contextmanager
+def at_strength(models: Iterable[Any], strength: float) -> Iterator[None]:
+    """Inside, adapters that have a scale add so many times what they add otherwise."""
+    layers = [layer for model in models for layer in adapted(model).values() if ADAPTER in getattr(layer, "scaling", {})]
+    scales = [layer.scaling[ADAPTER] for layer in layers]
+    try:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling[ADAPTER] = strength * scale
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling[ADAPTER] = scale
 
 
 def merge(model: Any) -> None:

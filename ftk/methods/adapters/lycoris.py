@@ -22,6 +22,7 @@ class LycorisMethod(peft_method.PeftMethod):
     """A method that adds a product of factors; `settings.own` are the settings that only its PEFT class takes."""
 
     peft_class: str
+    HAS_SCALE = True
 
     def peft_config(self, component: TrainedComponent, names: Sequence[str], settings: Any) -> Any:
         """PEFT's settings."""

@@ -6,6 +6,7 @@ text encoder that is trained too gets one of its own.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -66,6 +67,9 @@ class PeftMethod(ABC):
     FORMATS: tuple[str, ...] = ("peft",)
     REASONS: ClassVar[Mapping[str, str]] = {}
     """Why a format is none of `FORMATS`, and what works."""
+
+    HAS_SCALE: ClassVar[bool] = False
+    """Whether what the adapter adds to a layer's output is in proportion to PEFT's `scaling`."""
 
     def refusal(self, layer: "torch.nn.Module") -> str | None:
         """Why the method cannot carry a layer; None if it can. Linear layers and convolutions, if it does not say otherwise."""
@@ -144,6 +148,18 @@ class PeftMethod(ABC):
     ) -> "torch.Tensor":
         """The family's: adapters are in the model itself."""
         return model.family.predict(model, noisy_BCHW, sigma_B, conditions)
+
+    def strength_refusal(self, settings: Any) -> str | None:
+        """A scale is all of it, and what it scales is the whole difference to the base."""
+        if not self.HAS_SCALE:
+            return f"only LoRA, LoHa and LoKr have a strength, {self.name} has none."
+        if settings.modules_to_save is not None:
+            return "the whole modules of method.modules_to_save have no strength."
+        return None
+
+    def at_strength(self, model: Model, strength: float) -> AbstractContextManager[None]:
+        """By PEFT's `scaling`, of the denoiser and of text encoders that are trained too."""
+        return injection.at_strength(model.components.values(), strength)
 
     def export(self, model: Model, settings: Any, export: Export) -> list[Path]:
         """A PEFT directory, with one of its own in it for each text encoder."""
