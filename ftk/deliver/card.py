@@ -134,8 +134,12 @@ def _python(base: str, usage: str) -> str:
 
 
 def _from_hub(lines: str, repository: str) -> str:
+    """What loads from a folder, from a repository: its folders are subfolders there, and its files are downloaded."""
     below = re.sub(rf'"{HERE}/(\w+)"', rf'"{repository}", subfolder="\1"', lines)
-    return below.replace(HERE, repository)
+    files = re.sub(rf'"{HERE}/([\w.-]+)"', rf'hf_hub_download("{repository}", "\1")', below)
+    if files != below:
+        files = files.replace("from safetensors", "from huggingface_hub import hf_hub_download\nfrom safetensors", 1)
+    return files.replace(HERE, repository)
 
 
 def merged_loading(mixed: Sequence[str] = ()) -> str:

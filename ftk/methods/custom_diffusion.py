@@ -11,7 +11,7 @@ The change of a layer can be delivered compressed, as the reference code does it
 values, as many as add up to a share of the sum of all. With `rank` a change of low rank is trained in the first place.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -23,7 +23,7 @@ from ftk.methods.adapters import attention_files, formats, injection, peft_direc
 from ftk.methods.adapters.targets import TrainedComponent
 from ftk.methods.base import CacheNeeds, Export, check_format
 from ftk.methods.lora import Factors, LoraConfig
-from ftk.models.base import DENOISER, Conditions, Family, Model, TargetGroup
+from ftk.models.base import DENOISER, Conditions, Family, Model
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +105,7 @@ class CustomDiffusion:
     def attach(self, model: Model, settings: CustomDiffusionConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
         """Thaw the matrices, or give them a LoRA; the first token's keys and values pass no gradient."""
         component = _component(model, settings)
-        layers = targets.select(component, targets.linear_or_convolution)
+        layers = _layers(component)
         if settings.rank is None:
             parameters = _thaw(component)
         else:
@@ -130,14 +130,13 @@ class CustomDiffusion:
         """The weights themselves, or a LoRA of what changed in them."""
         allowed = self.formats(settings)
         check_format(self.name, allowed, export.form, _REASONS if settings.is_whole else lora.METHOD.REASONS)
-        component = _component(model, settings)
         if settings.is_whole:
-            return [_write_whole(model, _layers(component), export)]
+            return [_write_whole(model, export)]
         if settings.energy is None:
             adapter = lora.adapter_of(model.denoiser, _as_lora(settings))
         else:
-            factors = {name: compressed(change, settings.energy) for name, change in _changes(component)}
-            adapter = lora.of_factors(component, factors)
+            factors = {name: compressed(change, settings.energy) for name, change in _changes(model.denoiser)}
+            adapter = lora.of_factors(_component(model, settings), factors)
         return lora.write({DENOISER: adapter}, model.family, export)
 
     def load_into(self, family: Family, pipeline: Any, directory: Path) -> Any:
@@ -174,10 +173,7 @@ def _component(model: Model, settings: CustomDiffusionConfig) -> TrainedComponen
 
 
 def _layers(component: TrainedComponent) -> list[str]:
-    """Names of the layers, adapted or not, in the model's order."""
-    group = targets.chosen(component)
-    assert isinstance(group, TargetGroup)
-    return targets.names_in_group(component, group)
+    return targets.select(component, targets.linear_or_convolution)
 
 
 def _thaw(component: TrainedComponent) -> "dict[str, torch.nn.Parameter]":
@@ -191,18 +187,18 @@ def _as_lora(settings: CustomDiffusionConfig) -> LoraConfig:
     return LoraConfig(targets=settings.targets, rank=settings.rank or 1)
 
 
-def _changes(component: TrainedComponent) -> "Iterator[tuple[str, torch.Tensor]]":
+def _changes(denoiser: Any) -> "Iterator[tuple[str, torch.Tensor]]":
     """What training has added to the weight of each layer, [out,in] fp32, by the layer's name."""
-    for name in _layers(component):
-        layer = component.module.get_submodule(name)
-        if hasattr(layer, "get_base_layer"):
-            yield name, layer.get_delta_weight(injection.ADAPTER).detach().float()
-        else:
-            weight = layer.weight.detach().float()
-            yield name, weight - layer.initial_values["weight"].to(weight)
+    for name, layer in injection.adapted(denoiser).items():
+        yield name, layer.get_delta_weight(injection.ADAPTER).detach().float()
+    for name in whole_modules.thawed(denoiser):
+        layer = denoiser.get_submodule(name)
+        weight = layer.weight.detach().float()
+        yield name, weight - layer.initial_values["weight"].to(weight)
 
 
-def _write_whole(model: Model, layers: Sequence[str], export: Export) -> Path:
+def _write_whole(model: Model, export: Export) -> Path:
+    layers = whole_modules.thawed(model.denoiser)
     if export.form == "diffusers":
         return attention_files.write(model.family, model.denoiser, layers, export.directory, export.metadata)
     names = model.family.adapter_names(export.form, DENOISER, model.denoiser)

@@ -273,10 +273,10 @@ def test_a_run_of_an_earlier_ftk_has_no_counts(about: Make) -> None:
     assert "held out" not in card.text(subject, "", [], 0)
 
 
-@pytest.mark.parametrize("name", ["lora", "oft", "lokr", "full", "loha"])
+@pytest.mark.parametrize("name", ["lora", "oft", "lokr", "full", "loha", "custom-diffusion"])
 def test_from_the_hub_the_repository_is_what_is_loaded(about: Make, name: str) -> None:
     subject = about(method={"name": name})
-    for form in subject.run.method.FORMATS:
+    for form in subject.run.formats:
         here, there = card.loading(subject, form), card.loading(subject, form, "ada/dog")
         assert "ada/dog" not in here
         assert card.HERE not in there
@@ -287,6 +287,15 @@ def test_a_text_encoder_lies_in_a_folder_of_the_repository(about: Make) -> None:
     subject = about(family="stable-diffusion", method={"name": "oft", "block_size": 4, "text_encoder": {}})
     there = card.loading(subject, "peft", "ada/dog")
     assert 'PeftModel.from_pretrained(pipeline.text_encoder, "ada/dog", subfolder="text_encoder")' in there
+
+
+def test_a_file_that_is_read_by_itself_is_downloaded_from_the_repository(about: Make) -> None:
+    there = card.loading(about(method={"name": "custom-diffusion"}), "diffusers", "ada/dog")
+    lines = there.splitlines()
+    assert lines.index("from huggingface_hub import hf_hub_download") < lines.index("from safetensors.torch import load_file")
+    assert 'weights = load_file(hf_hub_download("ada/dog", "custom_diffusion_weights.safetensors"))' in lines
+    unet = about(family="sdxl", method={"name": "custom-diffusion"})
+    assert 'load_attn_procs("ada/dog", weight_name=' in card.loading(unet, "diffusers", "ada/dog")
 
 
 @pytest.mark.parametrize(

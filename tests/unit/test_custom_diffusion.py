@@ -206,6 +206,17 @@ def test_the_file_of_a_transformer_holds_its_own_tensors(case: Callable[..., Cas
     assert all(torch.equal(tensors[name], parameter) for name, parameter in trained.parameters.items())
 
 
+@pytest.mark.parametrize("settings", [{}, {"energy": 0.6}, {"rank": 2, "energy": 0.6}])
+def test_what_sharding_makes_of_the_blocks_does_not_matter(
+    case: Callable[..., Case], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    plain, wrapped = case("qwen-image", **settings), case("qwen-image", **settings)
+    for block in wrapped.model.denoiser.transformer_blocks:
+        # As fully_shard does.
+        block.__class__ = type("FSDPBlock", (type(block),), {})
+    assert wrapped.export(tmp_path / "wrapped").read_bytes() == plain.export(tmp_path / "plain").read_bytes()
+
+
 def reference(change_OI: torch.Tensor, share: float) -> torch.Tensor:
     """What is left of a compressed change by the reference code, which adds up values until their share is passed."""
     u, s, v = torch.linalg.svd(change_OI)

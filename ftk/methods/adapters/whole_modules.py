@@ -110,6 +110,11 @@ def thaw(
     return parameters
 
 
+def thawed(model: Any) -> list[str]:
+    """Names of the modules that `thaw` has thawed, whatever wrappers (FSDP) have made of the blocks around them."""
+    return [name for name, module in model.named_modules() if hasattr(module, "initial_values")]
+
+
 def differences(model: Any, modules: Sequence[str], names: AdapterNames) -> "dict[str, torch.Tensor]":
     """What training has added to the parameters of thawed modules, fp32, as ComfyUI reads it: `LAYER.diff` and `LAYER.diff_b`.
 
