@@ -1,5 +1,6 @@
 """Adapters in files of other programs: every layer's change is what the program that wrote it computes."""
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,6 +39,7 @@ ORIGINAL = {
 """Of the tiny SDXL, with one ResNet a level."""
 
 
+@functools.cache
 def components(name: str, directory: Path) -> dict[str, Any]:
     family: Any = families.get(name)
     encoders = getattr(family, "trainable_encoders", ())

@@ -11,8 +11,8 @@ from PIL import Image, ImageFilter
 from ftk.demo import checker, drawing, world
 from ftk.demo.scenes import COLOURS, CREATURE, SHAPES, TEXTURES
 
-NUM_SCENES = 500
-NUM_DEGRADED = 300
+NUM_SCENES = 200
+NUM_DEGRADED = 100
 
 
 def degraded(image, seed):

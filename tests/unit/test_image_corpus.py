@@ -1,5 +1,6 @@
 """A corpus of odd image files: each ends as samples or as one named reject, and nothing raises."""
 
+import functools
 import io
 import struct
 import tracemalloc
@@ -268,6 +269,10 @@ GIVEN: dict[str, Case] = {
         }.items()
     },
 }
+
+
+# Several tests read each file.
+GIVEN = {name: (functools.cache(build), expected) for name, (build, expected) in GIVEN.items()}
 
 
 def test_the_corpus_is_large() -> None:
