@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from ftk import storage
+from ftk import locations, storage
 from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, SampleRow, ShardRecord
 from ftk.models import base as families
 from ftk.pipeline import dataset
@@ -64,6 +64,14 @@ def group_of(nodeid: str) -> str:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _short_waits() -> Iterator[None]:
+    """Between two tries at a remote file; there are as many tries as ever."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(locations, "REMOTE_WAIT_SECONDS", 0.001)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a family's tiny model, by the family's name; written on first use and only read afterwards."""
@@ -99,7 +107,7 @@ def ray_node() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def ray_cluster(ray_node: dict[str, Any]) -> Iterator[Any]:
     """A Ray head with no CPU and two nodes of two, as processes of this machine. A test that removes a node adds another."""
-    pytest.importorskip("ray", reason='needs Ray: pip install "ftk[ray]"')
+    ray = pytest.importorskip("ray", reason='needs Ray: pip install "ftk[ray]"')
     from ray.cluster_utils import Cluster
 
     # By default a node counts as lost after a quarter of a minute.
@@ -109,7 +117,25 @@ def ray_cluster(ray_node: dict[str, Any]) -> Iterator[Any]:
     for _ in range(2):
         cluster.add_node(**ray_node)
     yield cluster
+    ray.shutdown()
     cluster.shutdown()
+
+
+@pytest.fixture
+def ray_connection(ray_cluster: Any) -> None:
+    """This process is connected to the cluster. Each connection has workers of its own, which take seconds to start."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address=ray_cluster.address, log_to_driver=False)
+
+
+@pytest.fixture
+def no_ray_connection(ray_cluster: Any) -> None:
+    """This process is connected to no cluster, though there is one."""
+    import ray
+
+    ray.shutdown()
 
 
 @pytest.fixture

@@ -203,17 +203,12 @@ def test_two_processes_give_the_same_bytes_of_both_kinds_and_after_a_change(serv
     print("two processes: equal bytes, also of what a change adds")
 
 
-def test_ray_gives_the_bytes_of_the_local_engine(ftk, ray_cluster, scene, tmp_path):  # noqa: F811
-    import ray
-
+@pytest.mark.usefixtures("ray_connection")
+def test_ray_gives_the_bytes_of_the_local_engine(ftk, scene, tmp_path):  # noqa: F811
     cache = tmp_path / "cache"
-    try:
-        ray.init(address=ray_cluster.address, log_to_driver=False)
-        # Two units at once, of four that would fit: each process imports torch and loads the encoders.
-        engine = ["--set", "cache.engine=ray", "--set", "data.workers=2"]
-        done = report(ftk("cache", scene.first, *to(cache), *engine, "--json"))
-    finally:
-        ray.shutdown()
+    # Two units at once, of four that would fit: each process imports torch and loads the encoders.
+    engine = ["--set", "cache.engine=ray", "--set", "data.workers=2"]
+    done = report(ftk("cache", scene.first, *to(cache), *engine, "--json"))
     assert encoded(done) == (NUM_PICTURES, 17)
     assert files(cache) == files(scene.sealed)
 

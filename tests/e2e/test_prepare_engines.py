@@ -6,6 +6,7 @@ import threading
 import time
 
 import crashing_images
+import pytest
 from test_prepare_faults import hashes, odd_pictures, run_file_over  # noqa: F401 - a fixture
 
 from ftk.pipeline import images
@@ -31,11 +32,10 @@ def test_images_that_crash_hang_or_swell_a_worker_are_rejected_and_the_run_goes_
     assert report["num_samples"] + report["num_rejects"] == report["num_inputs"] == 17
 
 
+@pytest.mark.usefixtures("ray_connection")
 def test_ray_gives_the_bytes_of_the_local_engine_though_a_node_dies(
     ftk, ray_cluster, ray_node, workspace, odd_pictures, tmp_path  # noqa: F811
 ):  # fmt: skip
-    import ray
-
     for number in range(12):
         shutil.copy(odd_pictures / "001-hills.png", odd_pictures / f"more-{number:02d}.png")
         (odd_pictures / f"more-{number:02d}.txt").write_text(f"hills {number}")
@@ -55,14 +55,12 @@ def test_ray_gives_the_bytes_of_the_local_engine_though_a_node_dies(
 
     killer = threading.Thread(target=kill_after_the_first_shard)
     try:
-        ray.init(address=ray_cluster.address, log_to_driver=False)
         killer.start()
         result = ftk("prepare", run_file, "--set", "data.engine=ray", "--json")
         assert result.code == 0, result.err
         report = json.loads(result.out)
     finally:
         killer.join()
-        ray.shutdown()
         ray_cluster.add_node(**ray_node)
     assert 0 < killed_after[0] < report["num_shards"]
     assert hashes(tmp_path / "work/prepared") == hashes(tmp_path / "local/prepared")

@@ -22,7 +22,7 @@ import pytest
 import torch
 from servers import Fault, FaultServer, fault_server, s3_server
 
-from ftk import locations, storage
+from ftk import storage
 from ftk.cache import fetch, shards, view
 from ftk.cache.fetch import Download, RemoteShards, open_remote
 from ftk.cache.store import CacheStore
@@ -115,7 +115,6 @@ class _Gated(dict[str, bytes]):
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locations, "REMOTE_WAIT_SECONDS", 0.001)
     monkeypatch.setattr(fetch, "_ROOM_SECONDS", 0.001)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 

@@ -22,16 +22,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def connection(ray_cluster: Any) -> Iterator[None]:
-    """For tests that are not about connecting: each connection has worker processes of its own, which take seconds to start."""
-    import ray
-
-    ray.init(address=ray_cluster.address, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 def die_at_two(number: int) -> int:
     if number == 2:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -84,42 +74,7 @@ def note_pid_and_hang(directory: Path, _: int) -> None:
     time.sleep(600)
 
 
-def test_results_are_those_of_the_local_engine_and_a_pool_works_in_a_unit(
-    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import ray
-
-    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
-    units = range(4)
-    local = list(map_units("local", with_a_pool, units, workers=2))
-    assert sorted(map_units("ray", with_a_pool, units, workers=2)) == local
-    assert local[0] == (0, [0, 1, Lost(reason=RejectReason.WORKER_CRASHED, detail="killed by SIGKILL")])
-    assert not ray.is_initialized()
-
-
-def test_a_cluster_that_does_not_answer_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
-    def refuse(**_: Any) -> None:
-        raise ConnectionError("nobody there")
-
-    monkeypatch.setenv("RAY_ADDRESS", "nowhere:6379")
-    # It takes minutes to give up.
-    monkeypatch.setattr(ray, "init", refuse)
-    with pytest.raises(EnvironmentFault, match="RAY_ADDRESS nowhere:6379: nobody there"):
-        list(map_units("ray", abs, range(3), workers=1))
-
-
-def test_a_cluster_is_started_where_there_is_none(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
-    # Not the one of this file, nor any other that runs on this machine.
-    monkeypatch.setenv("RAY_ADDRESS", "local")
-    assert sorted(map_units("ray", abs, range(3), workers=4)) == [0, 1, 2]
-    assert not ray.is_initialized()
-
-
-@pytest.mark.usefixtures("connection")
+@pytest.mark.usefixtures("ray_connection")
 def test_a_connection_that_was_there_is_used_and_kept() -> None:
     import ray
 
@@ -127,7 +82,7 @@ def test_a_connection_that_was_there_is_used_and_kept() -> None:
     assert ray.is_initialized()
 
 
-@pytest.mark.usefixtures("connection")
+@pytest.mark.usefixtures("ray_connection")
 def test_an_error_of_ours_comes_out_as_itself() -> None:
     with pytest.raises(ConfigError, match="no one") as caught:
         list(map_units("ray", refuse_one, range(4), workers=1))
@@ -135,7 +90,7 @@ def test_an_error_of_ours_comes_out_as_itself() -> None:
     assert str(caught.value) == "no one"
 
 
-@pytest.mark.usefixtures("connection")
+@pytest.mark.usefixtures("ray_connection")
 def test_units_are_taken_as_they_are_needed() -> None:
     taken = 0
 
@@ -153,14 +108,14 @@ def test_units_are_taken_as_they_are_needed() -> None:
     results.close()  # type: ignore[attr-defined]
 
 
-@pytest.mark.usefixtures("connection")
+@pytest.mark.usefixtures("ray_connection")
 def test_a_unit_whose_process_dies_again_and_again_is_a_fault(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault, match=r"(?s)gave up on a unit of work.*tried 4 times"):
         list(map_units("ray", functools.partial(end_own_process, tmp_path), [0], workers=1))
     assert len(list(tmp_path.iterdir())) == 4
 
 
-@pytest.mark.usefixtures("connection")
+@pytest.mark.usefixtures("ray_connection")
 def test_units_that_are_left_behind_end_with_their_workers(tmp_path: Path) -> None:
     """Of two units one fails while the other's worker hangs."""
     with pytest.raises(ConfigError, match="enough"):
@@ -172,7 +127,7 @@ def test_units_that_are_left_behind_end_with_their_workers(tmp_path: Path) -> No
         time.sleep(0.05)
 
 
-@pytest.mark.usefixtures("connection")
+@pytest.mark.usefixtures("ray_connection")
 def test_every_unit_is_done_when_a_node_is_lost(ray_cluster: Any, ray_node: dict[str, Any], tmp_path: Path) -> None:
     node = next(iter(ray_cluster.worker_nodes))
     (tmp_path / "doomed").write_text(node.node_id)
@@ -190,3 +145,44 @@ def test_every_unit_is_done_when_a_node_is_lost(ray_cluster: Any, ray_node: dict
     assert results == list(range(16))
     # What the lost node had begun was begun again on the other.
     assert len(list(tmp_path.glob("*-*"))) > 16
+
+
+# Last: whoever connects waits for new workers.
+
+
+@pytest.mark.usefixtures("no_ray_connection")
+def test_results_are_those_of_the_local_engine_and_a_pool_works_in_a_unit(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
+    units = range(4)
+    local = list(map_units("local", with_a_pool, units, workers=2))
+    assert sorted(map_units("ray", with_a_pool, units, workers=2)) == local
+    assert local[0] == (0, [0, 1, Lost(reason=RejectReason.WORKER_CRASHED, detail="killed by SIGKILL")])
+    assert not ray.is_initialized()
+
+
+@pytest.mark.usefixtures("no_ray_connection")
+def test_a_cluster_that_does_not_answer_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def refuse(**_: Any) -> None:
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere:6379")
+    # It takes minutes to give up.
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(EnvironmentFault, match="RAY_ADDRESS nowhere:6379: nobody there"):
+        list(map_units("ray", abs, range(3), workers=1))
+
+
+@pytest.mark.usefixtures("no_ray_connection")
+def test_a_cluster_is_started_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    # Not the one of this file, nor any other that runs on this machine.
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert sorted(map_units("ray", abs, range(3), workers=4)) == [0, 1, 2]
+    assert not ray.is_initialized()

@@ -18,7 +18,6 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultServer]:
         return host == "localhost"
 
     monkeypatch.setattr(redirects, "_leads_inside", leads_inside)
-    monkeypatch.setattr(locations, "REMOTE_WAIT_SECONDS", 0.01)
     with fault_server() as server:
         server.files["/secret"] = b"secret"
         yield server

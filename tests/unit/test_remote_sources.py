@@ -58,7 +58,6 @@ def _seekable(location: str) -> bytes:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locations, "REMOTE_WAIT_SECONDS", 0.001)
     monkeypatch.setattr(locations, "_STREAM_BYTES", 4000)
     monkeypatch.setattr(locations, "_SEEK_BYTES", 3000)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
