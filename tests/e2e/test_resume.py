@@ -50,14 +50,13 @@ def kill_once_it_trains(run_file, checkpoints: Path, delay: float) -> bool:
     return running.wait() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_run_killed_three_times_ends_with_the_bytes_of_one_left_alone(ftk, cached, tmp_path, dropout):
-    run_file = cached(train=TRAIN, method={"name": "lora", "rank": 4, "dropout": dropout})
+def test_a_run_killed_three_times_ends_with_the_bytes_of_one_left_alone(ftk, cached, tmp_path):
+    run_file = cached(train=TRAIN, method={"name": "lora", "rank": 4, "dropout": 0.1})
     shutil.copytree(tmp_path / "work", tmp_path / "alone")
     assert ftk("train", run_file, "--workspace", tmp_path / "alone").code == 0
 
     run = tmp_path / "work/runs/test"
-    rng = random.Random(dropout)
+    rng = random.Random(1)
     kills = sum(kill_once_it_trains(run_file, run / "checkpoints", rng.uniform(0, 0.12)) for _ in range(3))
     assert kills == 3
     last = server().run("train", run_file, "--json")
