@@ -18,7 +18,8 @@ demo: setup
 	$(BIN)/ftk demo
 
 # Each process takes a whole group of tests (`group_of` in tests/conftest.py); contract/ and e2e/, which take longest, come first.
-PROCESSES ?= 2
+# One more than two cores: a quarter of the time a process waits for others that it has started, killed or stopped.
+PROCESSES ?= 3
 PYTEST = $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup --no-loadscope-reorder
 
 test: setup
