@@ -37,6 +37,7 @@ class RejectReason(StrEnum):
     CONTROL_MISSING = "control_missing"
     CONTROL_UNREADABLE = "control_unreadable"
     CONTROL_MISMATCHED = "control_mismatched"
+    CONTROL_NOT_MADE = "control_not_made"
     WORKER_CRASHED = "worker_crashed"
     WORKER_TIMED_OUT = "worker_timed_out"
     WORKER_OUT_OF_MEMORY = "worker_out_of_memory"

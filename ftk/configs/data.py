@@ -152,6 +152,17 @@ class SourceConfig(BaseModel):
         # Any key may be a setting of the kind of source, so a misspelt one would only be missed.
         return refuse_misspelt(tree, ("path",))
 
+    @model_validator(mode="before")
+    @classmethod
+    def _made_controls_stand_in_a_list(cls, tree: Any) -> Any:
+        given = tree if isinstance(tree, Mapping) else {}
+        if isinstance(given.get("controls"), Mapping):
+            raise ValueError("`controls` is a list: write [{make: canny}]")
+        references = given.get("references")
+        if any(isinstance(entry, Mapping) for entry in (references if isinstance(references, (list, tuple)) else [references])):
+            raise ValueError("`references` are given: an entry that says what to `make` stands under `controls`")
+        return tree
+
     @field_validator("repeats")
     @classmethod
     def _whole_repeats_are_integers(cls, value: int | float) -> int | float:
@@ -179,8 +190,28 @@ class SourceConfig(BaseModel):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What only this kind of source knows."""
-        return dict(self.model_extra or {})
+        """What only this kind of source knows; of `controls`, those that it finds."""
+        settings = dict(self.model_extra or {})
+        if self.made_controls:
+            settings["controls"] = [control for control in settings["controls"] if not isinstance(control, Mapping)]
+            if not settings["controls"]:
+                del settings["controls"]
+        return settings
+
+    @property
+    def made_controls(self) -> tuple[tuple[int, Mapping[str, Any]], ...]:
+        """Entries of `controls` that are made from the images, `{make: canny}`: each with its position in the list."""
+        controls = (self.model_extra or {}).get("controls")
+        entries = enumerate(controls if isinstance(controls, (list, tuple)) else ())
+        return tuple((position, control) for position, control in entries if isinstance(control, Mapping))
+
+    def place_of_control(self, number: int) -> str:
+        """What messages call the number-th of the control images and references that the source finds: `controls.0`."""
+        made = {position for position, _ in self.made_controls}
+        controls = (self.model_extra or {}).get("controls") or ()
+        places = [f"controls.{position}" for position in range(len(controls)) if position not in made]
+        places += [f"references.{position}" for position in range(len(self.references))]
+        return places[number]
 
     @property
     def overrides(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ftk.configs.schema import OF_SOURCES, RunConfig, SourceConfig
 from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, RejectReason, SampleRow, ShardRecord
 from ftk.errors import DatasetError
 from ftk.pipeline import light_webdataset
+from ftk.pipeline.conditions import base as conditions
 from ftk.pipeline.sources import base as sources
 
 SAMPLE_SCHEMA = pa.schema(
@@ -75,7 +76,10 @@ def _source_recipe(source: SourceConfig) -> dict[str, Any]:
     """What is optional only where it is there: a dataset without it has the recipe that it always had."""
     optional = {"references", *OF_SOURCES, "caption_settings"}
     unused = {name for name in optional if not getattr(source, name) and getattr(source, name) is not False}
-    return source.model_dump(mode="json", exclude=_NOT_THE_SAMPLES | unused)
+    plain = source.model_dump(mode="json", exclude=_NOT_THE_SAMPLES | unused)
+    for made in conditions.of(source):
+        plain["controls"][made.position] = made.plain
+    return plain
 
 
 def own_settings(source: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ Never imports torch.
 
 import contextlib
 import hashlib
+import io
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from ftk.contracts import RejectReason
 from ftk.models.components.geometry import ReferenceRule
 from ftk.pipeline import decode, resize
 from ftk.pipeline.buckets import Placement, cover, follow, largest_part, place, place_exactly, random_crops, share_out
+from ftk.pipeline.conditions.base import MadeControl
 from ftk.pipeline.decode import Opened, Unfit
 from ftk.pipeline.image_encoding import PNG, copied_suffix, encode, encoding_of
 from ftk.pipeline.perceptual import perceptual_hash
@@ -43,7 +45,7 @@ class ImageRecipe:
     """What decides the pixels, apart from the image: the part of the configuration that workers need.
 
     `sizes` are the buckets (width, height) of each edge, `exact_sizes` those that are named one by one, of which an image goes
-    to one; the rest is as in `DataConfig`.
+    to one; `made` are the control images that are made from each image; the rest is as in `DataConfig`.
     """
 
     sizes: tuple[tuple[tuple[int, int], ...], ...]
@@ -63,13 +65,14 @@ class ImageRecipe:
     exact_sizes: tuple[tuple[int, int], ...] = ()
     aspects: tuple[str, ...] = ()
     references: ReferenceRule | None = None
+    made: tuple[MadeControl, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageTask:
     """One image for a worker, with the mask, controls and references that belong to it.
 
-    `fetch_seconds`: how long reading them all may take, where that takes a network.
+    `made_at`: see `Record`. `fetch_seconds`: how long reading them all may take, where that takes a network.
     """
 
     image: Blob
@@ -77,6 +80,7 @@ class ImageTask:
     controls: tuple[Blob, ...]
     recipe: ImageRecipe
     references: tuple[Blob, ...] = ()
+    made_at: tuple[int, ...] | None = None
     fetch_seconds: float = locations.FETCH_SECONDS
 
     @property
@@ -191,7 +195,7 @@ def prepare_image(task: ImageTask) -> PreparedImage | ImageProblem:
     files = _read(task)
     contents = tuple(file.sha256 for file in files)
     try:
-        return _prepare(files, contents, task.recipe)
+        return _prepare(files, contents, task)
     except Unfit as unfit:
         return ImageProblem(reason=unfit.reason, detail=unfit.detail, contents=contents)
 
@@ -371,7 +375,8 @@ def _crops(
     return (placement,)
 
 
-def _prepare(files: list[_File], contents: tuple[str, ...], recipe: ImageRecipe) -> PreparedImage:
+def _prepare(files: list[_File], contents: tuple[str, ...], task: ImageTask) -> PreparedImage:
+    recipe = task.recipe
     opened = _open_all(files, recipe)
     image = opened[0]
     placements = _placements(image, contents[0], recipe)
@@ -382,7 +387,8 @@ def _prepare(files: list[_File], contents: tuple[str, ...], recipe: ImageRecipe)
         parts = [_part(file, picture, placement, recipe) for file, picture in zip(files, pictures, strict=True)]
         hashed = hashed or perceptual_hash(parts[0].resized)
         for cropped in _crops(placement, numbers, parts[0].resized, contents[0], recipe):
-            variants += [_variant(parts, image, cropped, flipped, recipe) for flipped in (False, True)[: 1 + recipe.flip]]
+            for flipped in (False, True)[: 1 + recipe.flip]:
+                variants.append(_with_made_controls(_variant(parts, image, cropped, flipped, recipe), task))
     return PreparedImage(
         width=image.width, height=image.height, contents=contents, perceptual_hash=hashed, variants=tuple(variants)
     )
@@ -438,6 +444,25 @@ def _variant(parts: list[_ResizedFile], image: Opened, placement: Placement, fli
         reference_ids=tuple(_part_id(part, placement, flipped, "png", recipe) for part in references),
         reference_sizes=tuple(part.resized.size for part in references),
     )
+
+
+def _with_made_controls(variant: Variant, task: ImageTask) -> Variant:
+    """The sample with the control images that are made from its own pixels among those that were found."""
+    if not task.recipe.made:
+        return variant
+    with Image.open(io.BytesIO(variant.data)) as image:
+        pixels_HWC = np.asarray(image.convert("RGB"))  # as they are stored, and will be seen: lossy formats change some
+    controls, control_ids = list(variant.controls), list(variant.control_ids)
+    for position, made in zip(task.made_at or [made.position for made in task.recipe.made], task.recipe.made, strict=True):
+        control_HWC = made.of(pixels_HWC, variant.image_id)
+        controls.insert(position, encode(decode.as_image(control_HWC), PNG))
+        control_ids.insert(position, _made_id(control_HWC))
+    return replace(variant, controls=tuple(controls), control_ids=tuple(control_ids))
+
+
+def _made_id(control_HWC: np.ndarray) -> str:
+    """Names the pixels themselves: what a user's function gives for equal input is not ours to know."""
+    return storage.digest(["made control", control_HWC.shape, hashlib.sha256(control_HWC.data).hexdigest()])
 
 
 def _copied_suffix(image: Opened, placement: Placement, recipe: ImageRecipe) -> str | None:

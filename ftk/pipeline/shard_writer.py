@@ -234,6 +234,7 @@ def _input_line(item: Record | Reject, contents: Sequence[str]) -> list[Any]:
     # Only where they are set: most records have none of them.
     extra: list[Any] = [[item.is_fallback, item.repeats]] if item.is_fallback or item.repeats != 1 else []
     extra += [] if item.num_references is None else [item.num_references]
+    extra += [] if item.made_at is None else [{"made_at": item.made_at}]
     return [
         *(item.identity.encode("utf-8", "surrogateescape").hex(), list(item.captions), len(item.controls), list(contents)),
         *extra,
@@ -451,6 +452,7 @@ def worked(
                     mask=item.mask,
                     controls=item.controls[:first],
                     references=item.controls[first:],
+                    made_at=item.made_at,
                     recipe=job.recipes[source.source_name],
                     fetch_seconds=_FETCH_SHARE * job.data.worker_seconds,
                 )

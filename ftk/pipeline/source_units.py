@@ -55,12 +55,15 @@ class SourceUnit:
         source = self.source.model_dump(mode="json", include={"repeats", "role", "trigger", "prefix", "suffix"})
         captions = data.captions.model_dump(mode="json")
         duplicates = sorted(self.duplicates.items())
-        shape = {name: value for name, value in asdict(recipe).items() if name not in ("references", "exact_sizes", "aspects")}
+        # The rest enters only where it is set: what was prepared without it keeps its fingerprint.
+        optional = ("references", "exact_sizes", "aspects", "made")
+        shape = {name: value for name, value in asdict(recipe).items() if name not in optional}
         parts = [self.source.source_name, source, captions, data.shard_samples, duplicates, shape]
         if self.source.references:
             assert recipe.references is not None
             parts.append([len(self.source.references), asdict(recipe.references)])
         parts += [{name: value} for name in ("exact_sizes", "aspects") if (value := getattr(recipe, name))]
+        parts += [{"made": [made.fingerprint for made in recipe.made]}] if recipe.made else []
         return storage.digest([PREPARED_SCHEMA, IMAGES_VERSION, CHECKS_VERSION, CAPTIONS_VERSION, *parts])
 
 

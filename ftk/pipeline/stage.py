@@ -22,6 +22,7 @@ from ftk.models.base import sizes_of
 from ftk.pipeline import caption_check, class_images, dataset, duplicates, images, prepare_report, shard_writer, source_units
 from ftk.pipeline.buckets import bucket_sizes
 from ftk.pipeline.class_images import ClassImages
+from ftk.pipeline.conditions import base as conditions
 from ftk.pipeline.dataset import own_settings
 from ftk.pipeline.engine import WHOLE, JobPart, WorkerPool, map_units
 from ftk.pipeline.reachability import Reachability
@@ -109,11 +110,15 @@ def _image_recipe(run: Run, source: SourceConfig) -> images.ImageRecipe:
     if small:
         raise SourceError(f"{where}: {small[0]} is smaller than one bucket step of {step} px.")
     exact = {size for each in data.resolutions if not isinstance(each, int) for size in sizes_of(run.family, each, where)}
-    settings = {name for name in images.ImageRecipe.__slots__ if name not in ("sizes", "exact_sizes", "references")}
+    settings = {name for name in images.ImageRecipe.__slots__ if name not in ("sizes", "exact_sizes", "references", "made")}
+    made = conditions.of(source)
+    for control in made:
+        control.maker()
     return images.ImageRecipe(
         sizes=tuple(tuple(bucket_sizes(edge, step, data.max_aspect)) for edge in edges),
         exact_sizes=tuple(sorted(exact)),
         references=run.family.references,
+        made=made,
         **data.model_dump(include=settings),
     )
 

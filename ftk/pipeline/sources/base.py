@@ -17,6 +17,7 @@ from ftk.configs import load
 from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject, UnmatchedCaption
 from ftk.errors import ConfigError
+from ftk.pipeline.conditions import base as conditions
 
 MOST_EXAMPLES = 100
 """Files that are named where more of them are counted."""
@@ -71,8 +72,9 @@ class Record:
     `identity` is stable and unique within the source (the relative path, the tar's name and the key), and may hold
     surrogate escapes for bytes that are no UTF-8. `captions` are as found: at least one, none empty. `controls` are
     followed by the source's references, see `parse`: by `num_references` of them, where that is not one for each that the
-    source names. `is_fallback`: the image has no caption of its own, and took the
-    source's. `repeats` multiplies the source's own.
+    source names. `made_at`: where among its control images those lie that are made from the image, if not where the source
+    lists them, because it found none or several in place of one before them. `is_fallback`: the image has no caption of its
+    own, and took the source's. `repeats` multiplies the source's own.
     """
 
     identity: str
@@ -81,6 +83,7 @@ class Record:
     mask: Blob | None = None
     controls: tuple[Blob, ...] = ()
     num_references: int | None = None
+    made_at: tuple[int, ...] | None = None
     is_fallback: bool = False
     repeats: int = 1
 
@@ -100,6 +103,7 @@ class Beside(TypedDict):
 
     controls: tuple[Blob, ...]
     num_references: int | None
+    made_at: tuple[int, ...] | None
 
 
 def beside(config: SourceConfig, found: Sequence[Sequence[Blob]]) -> Beside:
@@ -110,7 +114,18 @@ def beside(config: SourceConfig, found: Sequence[Sequence[Blob]]) -> Beside:
     return {
         "controls": tuple(blob for blobs in found for blob in blobs),
         "num_references": None if is_usual else num_references,
+        "made_at": _made_at(config, [len(blobs) for blobs in found[:first]]),
     }
+
+
+def _made_at(config: SourceConfig, numbers: Sequence[int]) -> tuple[int, ...] | None:
+    """See `Record`; `numbers`: how many control images were found for each that the source names."""
+    made = {position for position, _ in config.made_controls}
+    if not made or all(number == 1 for number in numbers):
+        return None
+    given = iter(numbers)
+    sizes = [1 if position in made else next(given) for position in range(len(made) + len(numbers))]
+    return tuple(sum(sizes[:position]) for position in sorted(made))
 
 
 class MayLack(BaseModel):
@@ -210,6 +225,9 @@ def parse(config: SourceConfig, place: str = "data.sources") -> tuple[Source, An
     # Both models at once, so that a misspelt key is compared with the common ones and with this kind's own.
     both = type("Source", (source.Settings, SourceConfig), fields)
     where, tree = f"source {config.source_name} ({name})", config.model_dump(exclude_unset=True)
+    if conditions.of(config):
+        # Its kind knows only the control images that it has to find.
+        tree = {**{key: value for key, value in tree.items() if key != "controls"}, **config.settings}
     settings: Any = load.validate(both, tree, where, prefix=f"{place}.")
     if getattr(settings, "optional", False) and not (settings.controls or config.references):
         raise ConfigError(f"{where}: `optional` has no effect without `controls` or `references`. Leave it out, or name some.")
@@ -245,6 +263,8 @@ def is_outside(name: str) -> bool:
 def _hidden(value: Any, place: Place) -> Any:
     if isinstance(value, str):
         return value if place.only_outside and not is_outside(value) else A_PLACE
+    if isinstance(value, Mapping) and "make" in value:
+        return dict(value)
     if isinstance(value, Mapping):
         return {key: _hidden(item, place) for key, item in value.items()}
     return [_hidden(item, place) for item in value] if isinstance(value, (list, tuple)) else value

@@ -342,8 +342,7 @@ def _record(config: SourceConfig, settings: FolderSettings, entry: Entry, fallba
         return reject(RejectReason.MASK_MISSING, "the folder under `masks` has no image of this name")
     if "" in controls and not settings.optional:
         # By its number: where the folder lies is no part of a dataset, and two can have the same name.
-        number, num_controls = controls.index(""), len(controls) - len(config.references)
-        which = f"controls.{number}" if number < num_controls else f"references.{number - num_controls}"
+        which = config.place_of_control(controls.index(""))
         return reject(RejectReason.CONTROL_MISSING, f"the folder under `{which}` has no image of this name")
     return Record(
         identity=relative,
