@@ -121,6 +121,7 @@ def _totals(summary: "PreparedSummary") -> Any:
         "copied": f"{summary.num_copied:,} as they were",
         "flipped": f"{summary.num_flipped:,}",
         "masks, controls": f"{summary.num_masks:,}, {summary.num_controls:,}",
+        **({"control images": ", ".join(f"{kind}: {n:,}" for kind, n in summary.controls.items())} if summary.controls else {}),
         "empty masks": f"{summary.num_empty_masks:,} black all over",
         "long captions": f"{summary.num_long_captions:,}",
         "cut wildcards": f"{summary.num_cut_wildcards:,} images with more variants than were taken",

@@ -2,15 +2,16 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ftk.configs.schema import DataConfig, RunConfig
+from ftk import storage
+from ftk.configs.schema import DataConfig, RunConfig, SourceConfig
 from ftk.contracts import PreparedManifest, Reject, RejectReason, ShardRecord
 from ftk.errors import SourceError, TooManyRejects
-from ftk.pipeline import caption_check, images
+from ftk.pipeline import caption_check, control_kinds, images, shard_writer
 from ftk.pipeline.engine import Lost
 from ftk.pipeline.outcomes import Reused
 from ftk.pipeline.reachability import Reachability
@@ -24,7 +25,7 @@ _BYTES_A_PIXEL = {"auto": 0.6, "jpeg": 0.6, "png": 2.0, "webp": 1.3}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareReport:
-    """What `ftk prepare` did; `buckets` maps WIDTHxHEIGHT to samples.
+    """What `ftk prepare` did; `buckets` maps WIDTHxHEIGHT to samples, `controls` kinds to control images.
 
     `num_shards_missing` is of a part of a job array that ended before the others: the dataset is sealed by the last.
     `fallback_captions` are images that took their source's `caption:`, `unmatched_captions` text files that are no image's
@@ -48,6 +49,7 @@ class PrepareReport:
     num_unmatched_captions: int
     num_cut_wildcards: int
     buckets: dict[str, int]
+    controls: dict[str, int]
     directory: str
     rejects: list[dict[str, str]]
     fallback_captions: list[str]
@@ -70,12 +72,13 @@ def of_dataset(directory: Path, manifest: PreparedManifest, num_reused: int) -> 
         num_shards=len(manifest.shards),
         num_shards_reused=num_reused,
         num_shards_missing=0,
+        controls=_controls(directory, manifest.shards, manifest.recipe),
         directory=str(directory),
         rejects=[_plain(reject) for reject in rejects],
     )
 
 
-def of_part(directory: Path, made: Sequence[Made], num_missing: int, notes: Notes) -> PrepareReport:
+def of_part(directory: Path, recipe: Mapping[str, Any], made: Sequence[Made], num_missing: int, notes: Notes) -> PrepareReport:
     """The report on the shards that are there while other parts are still at work; duplicates are found at the end."""
     shards = [shard for unit in made for shard in unit.shards]
     rejects = [reject for shard in shards for reject in shard.rejects]
@@ -98,11 +101,20 @@ def of_part(directory: Path, made: Sequence[Made], num_missing: int, notes: Note
         num_near_duplicates=0,
         num_empty_masks=sum(len(shard.empty_masks) for shard in shards),
         buckets=dict(sorted(buckets.items())),
+        controls=_controls(directory, shards, recipe),
         directory=str(directory),
         rejects=[_plain(reject) for reject in rejects],
         caption_findings=[],
         **{**of_captions, "unmatched_captions": [asdict(one) for one in notes.unmatched_captions]},
     )
+
+
+def _controls(directory: Path, shards: Sequence[ShardRecord], recipe: Mapping[str, Any]) -> dict[str, int]:
+    """Control images by kind; no table is read where no source has any."""
+    if not any(source.get("controls") for source in recipe["sources"].values()):
+        return {}
+    tables = (storage.read_table(shard_writer.shard_files(directory, shard.name)[1], control_kinds.COLUMNS) for shard in shards)
+    return control_kinds.count_tables(tables, recipe)
 
 
 def notes_of(shards: Sequence[ShardRecord], notes: Notes) -> dict[str, Any]:
@@ -207,11 +219,18 @@ class Estimate:
         self.notes = Notes()
         self._num_upscaled = self._num_pixels = self._num_fallback_captions = 0
         self._buckets: Counter[str] = Counter()
+        self._controls: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
 
-    def add(self, item: Record | Reject | Reused, probe: images.Probe | images.ImageProblem | Lost | None) -> None:
-        """Count an input: `probe` is what its header says, or why it has no sample."""
+    def add(
+        self,
+        item: Record | Reject | Reused,
+        probe: images.Probe | images.ImageProblem | Lost | None,
+        source: SourceConfig,
+    ) -> None:
+        """Count an input of a source: `probe` is what its header says, or why it has no sample."""
         if isinstance(probe, images.Probe):
+            self._add_controls(item, len(probe.placements), source)
             self._num_fallback_captions += isinstance(item, Record) and item.is_fallback
             self._buckets.update(f"{place.bucket_width}x{place.bucket_height}" for place in probe.placements)
             self._num_upscaled += sum(place.upscales(probe.width, probe.height) for place in probe.placements)
@@ -220,6 +239,12 @@ class Estimate:
         problem = item if isinstance(item, Reject) else probe
         assert problem is not None
         self._rejected[problem.reason.value] += 1
+
+    def _add_controls(self, item: Record | Reject | Reused, num_samples: int, source: SourceConfig) -> None:
+        assert isinstance(item, Record)
+        num_references = len(source.references) if item.num_references is None else item.num_references
+        num_controls = len(item.controls) - num_references + len(source.made_controls)
+        self._controls += control_kinds.count(num_samples, num_samples * num_controls, source.model_extra or {})
 
     def report(self, image_format: str) -> dict[str, Any]:
         """The counts, under the names that the report of a real run has."""
@@ -236,4 +261,5 @@ class Estimate:
             "hints": list(self.notes.hints),
             "estimated_bytes": round(self._num_pixels * _BYTES_A_PIXEL[image_format]),
             "buckets": dict(sorted(self._buckets.items())),
+            "controls": dict(sorted(self._controls.items())),
         }

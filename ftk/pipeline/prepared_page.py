@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from ftk.contracts import PreparedManifest, Reject, SampleRow, ShardRecord
-from ftk.pipeline import page_parts, prepared_summary
+from ftk.pipeline import control_kinds, page_parts, prepared_summary
 from ftk.pipeline.dataset import PreparedDataset
 from ftk.progress import track
 
@@ -22,6 +22,7 @@ _SHEET_OF_A_BUCKET, _SHEET_OF_ALL, _SHEET_LEAST = 24, 360, 4
 _MOST_REJECTS = 500
 _MOST_PAIRS = 100
 _THUMBNAIL_PX = 192
+_CONTROL_PX = 128
 # To show an image its whole shard is read and verified; of a larger dataset some shards are shown, so that it takes a minute.
 _READ_BYTES = 4 << 30
 
@@ -55,10 +56,11 @@ def page(dataset: PreparedDataset) -> tuple[prepared_summary.PreparedSummary, by
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Card:
-    """One sample as the page shows it; `image` is a data URI."""
+    """One sample as the page shows it; `image` is a data URI, and `controls` are those of control images, each with a label."""
 
     row: SampleRow
     image: str
+    controls: list[tuple[str, str]]
     captions: list[str]
     badges: list[str]
     loss: float
@@ -136,10 +138,24 @@ def _card(dataset: PreparedDataset, row: SampleRow) -> _Card:
     return _Card(
         row=row,
         image=thumbnail,
+        controls=_controls(dataset, row),
         captions=page_parts.shortened(row.captions),
         badges=[badge for badge, is_set in flags.items() if is_set],
         loss=1 - row.bucket_width * row.bucket_height / (row.resize_width * row.resize_height),
     )
+
+
+def _controls(dataset: PreparedDataset, row: SampleRow) -> list[tuple[str, str]]:
+    source = prepared_summary.source_settings(dataset.manifest, row.source)
+    labels = control_kinds.labels(source)
+    if source.get("optional") or len(labels) != row.num_controls:
+        # An image may lack some, or have several of one kind: which of them these are is not known.
+        labels = [f"control {number}" for number in range(row.num_controls)]
+    thumbnails = []
+    for data in dataset.control_bytes(row):
+        with Image.open(io.BytesIO(data)) as image:
+            thumbnails.append(page_parts.thumbnail(image, _CONTROL_PX))
+    return list(zip(labels, thumbnails, strict=True))
 
 
 def _pair_cards(

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from ftk import storage
 from ftk.contracts import CaptionFinding, PreparedManifest, Reject, ShardRecord, UnmatchedCaption
 from ftk.errors import DatasetError
+from ftk.pipeline import control_kinds
 from ftk.pipeline.dataset import PreparedDataset, own_settings
 from ftk.progress import track
 
@@ -85,9 +86,9 @@ class PreparedSummary:
 
     `crop_loss`: the share of a resized image's pixels that its crop leaves out. `num_duplicates` counts samples whose file
     equals an earlier one, `num_near_duplicates` those that look like one; `duplicates` are the first of both, where `bits`
-    is -1 for equal files. `num_controls` counts samples that have control images, `num_empty_masks` those whose mask is
-    black all over. `fallback_captions` are the first images that took their source's `caption:`, `unmatched_captions` the
-    first text files that are no image's caption.
+    is -1 for equal files. `num_controls` counts samples that have control images, `controls` these images by their kind,
+    and `num_empty_masks` samples whose mask is black all over. `fallback_captions` are the first images that took their
+    source's `caption:`, `unmatched_captions` the first text files that are no image's caption.
     """
 
     directory: str
@@ -103,6 +104,7 @@ class PreparedSummary:
     num_masks: int
     num_empty_masks: int
     num_controls: int
+    controls: dict[str, int]
     num_long_captions: int
     num_duplicates: int
     num_near_duplicates: int
@@ -150,6 +152,7 @@ class Scan:
     """What one pass over the tables gives; `shard_of` says where the samples lie that were asked for."""
 
     counts: Counter[str] = field(default_factory=Counter)
+    controls: Counter[str] = field(default_factory=Counter)
     sources: Counter[tuple[str, str, int | float]] = field(default_factory=Counter)
     captions_a_sample: Counter[int] = field(default_factory=Counter)
     leading_tags: Counter[str] = field(default_factory=Counter)
@@ -199,6 +202,9 @@ def scan(dataset: PreparedDataset, wanted: Collection[str] = ()) -> Scan:
             # A shard holds samples of one source.
             source = table["source"][0].as_py() if len(table) else None
             scan.add(table, caption_settings(dataset.manifest, source).get("tag_separator") or ",")
+            settings = source_settings(dataset.manifest, source or "")
+            controls = control_kinds.count(len(table), _sum(table["num_controls"]), settings)
+            scan.controls.update(controls)
             found = table["key"].filter(pc.is_in(table["key"], value_set=keys))
             scan.shard_of.update(dict.fromkeys(found.to_pylist(), shard.name))
             progress.advance(1)
@@ -255,6 +261,7 @@ def summary(dataset: PreparedDataset, scan: Scan, pairs: list[dict[str, Any]]) -
         num_flipped=scan.counts["flipped"],
         num_masks=scan.counts["masks"],
         num_controls=scan.counts["controls"],
+        controls=dict(sorted(scan.controls.items())),
         num_long_captions=manifest.num_long_captions,
         num_duplicates=manifest.num_duplicates,
         num_near_duplicates=manifest.num_near_duplicates,

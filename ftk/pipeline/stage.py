@@ -62,7 +62,9 @@ def run(run: Run, part: JobPart = WHOLE) -> prepare_report.PrepareReport:
         _look_again(job, equal, planned)
         made = [unit for unit in planned.made if unit is not None]
         if len(made) < len(planned.made):
-            return prepare_report.of_part(job.directory, made, len(planned.made) - len(made), planned.notes)
+            return prepare_report.of_part(
+                job.directory, dataset.recipe(config), made, len(planned.made) - len(made), planned.notes
+            )
         manifest = _seal(job, config, [shard for unit in made for shard in unit.shards], planned.notes)
     report = prepare_report.of_dataset(job.directory, manifest, sum(unit.num_reused for unit in made))
     prepare_report.warn_of_empty_masks(manifest, config)
@@ -143,7 +145,7 @@ def dry_run(run: Run, part: JobPart = WHOLE) -> dict[str, Any]:
                 if reachability.stopped:
                     raise reachability.error()
                 progress.advance(1)
-                estimate.add(item, probe)
+                estimate.add(item, probe, unit.source)
             estimate.num_inputs += num_inputs
             estimate.num_shards += max(1, -(-num_inputs // data.shard_samples))
     return {

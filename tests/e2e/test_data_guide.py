@@ -23,6 +23,7 @@ from servers import fault_server, s3_server
 from ftk.cli.app import app
 from ftk.configs.schema import CaptionsConfig, DataConfig, GenerateConfig, RunConfig, SourceConfig
 from ftk.contracts import RejectReason, SampleRow
+from ftk.pipeline.conditions import base as conditions
 from ftk.pipeline.dataset import PreparedDataset
 from ftk.pipeline.sources import base as sources
 
@@ -265,6 +266,7 @@ LOCAL = [name for name in EXAMPLES if name not in ("remote", "big")]
 def test_an_example_gives_what_the_guide_says(name, ftk, pictures, tmp_path, monkeypatch):
     _build(name, pictures, tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
     result = ftk("prepare", "run.yaml", "--set", "data.workers=2")
     assert result.code == 0, result.err
     _check(name, tmp_path)
@@ -351,12 +353,22 @@ OPTIONS = {
     "captions": CaptionsConfig,
     "generate": GenerateConfig,
     **{name: sources.get(name).Settings for name in sources.available()},
+    **{
+        name.replace("-", "_"): conditions.get(name).Settings
+        for name in conditions.available()
+        if conditions.get(name).Settings.model_fields
+    },
 }
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_every_option_is_listed_with_its_default_and_none_that_is_not_there(kind):
     assert _options(kind) == {name: _default(OPTIONS[kind], name) for name in OPTIONS[kind].model_fields}
+
+
+def test_every_kind_of_control_image_is_listed():
+    listed = [_code(name)[0] for name, _ in _table(GUIDE, "| `make` | control image |")]
+    assert sorted(listed) == sorted([*conditions.available(), "module:function"])
 
 
 def test_only_kinds_of_options_that_exist_are_listed():

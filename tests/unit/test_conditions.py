@@ -293,9 +293,9 @@ def test_references_are_not_made_from_the_image() -> None:
 
 
 def test_a_source_that_only_makes_its_controls_lacks_none() -> None:
+    run = _run("photos", [{"make": "canny"}], optional=True)
     with pytest.raises(ConfigError, match="`optional` has no effect"):
-        dataset.recipe(_run("photos", [{"make": "canny"}], optional=True).config)
-        source_units.look(_run("photos", [{"make": "canny"}], optional=True).config.data)
+        stage.check(run)
 
 
 def test_class_images_that_are_drawn_can_have_made_controls() -> None:
