@@ -18,7 +18,7 @@ from ftk.configs.schema import SourceConfig
 from ftk.contracts import Reject, RejectReason
 from ftk.errors import ConfigError, SourceError
 from ftk.pipeline.sources import folder as folder_source
-from ftk.pipeline.sources.base import Notes, Partition, Record
+from ftk.pipeline.sources.base import Notes, Partition, Record, parse
 from ftk.pipeline.sources.folder import SOURCE, FolderSettings
 
 
@@ -451,6 +451,41 @@ def test_masks_and_controls_lie_in_folders_of_their_own(tmp_path: Path) -> None:
         assert record.mask is not None
         assert record.mask.read().decode() == f"masks {name}"
         assert [control.read().decode() for control in record.controls] == [f"depth {name}", f"edges {name}"]
+
+
+@pytest.mark.parametrize("folder", ["control", "control/sub"], ids=["flat", "nested"])
+def test_numbered_control_images_are_found_in_their_order_as_musubi_tuner_finds_them(tmp_path: Path, folder: str) -> None:
+    for name in ("a.jpg", "a_1.jpg", "b.jpg", "c.jpg"):
+        _put(tmp_path / "photos", f"sub/{name}")
+    for name in ("a_0.png", "a_2.png", "a_10.webp", "a_1.png", "b.png", "b_0.png", "c_0001.png", "c_0000.png", "c_x.png"):
+        _put(tmp_path / folder, name, caption=None)
+        (tmp_path / folder / name).write_text(name)
+    records = _records(tmp_path / "photos", controls=(str(tmp_path / "control"),))
+    found = {item.identity: [blob.read().decode() for blob in item.controls] for item in records if isinstance(item, Record)}
+    assert found == {
+        # a_1.png has the name of another image, and b.png that of its own.
+        "sub/a.jpg": ["a_0.png", "a_2.png", "a_10.webp"],
+        "sub/a_1.jpg": ["a_1.png"],
+        "sub/b.jpg": ["b.png"],
+        "sub/c.jpg": ["c_0000.png", "c_0001.png"],
+    }
+    (before,) = _partitions(tmp_path / "photos", 9, controls=(str(tmp_path / "control"),))
+    (tmp_path / folder / "c_0001.png").write_text("another")
+    (after,) = _partitions(tmp_path / "photos", 9, controls=(str(tmp_path / "control"),))
+    assert before.signature != after.signature
+
+
+def test_numbered_files_are_several_references_and_no_masks(tmp_path: Path) -> None:
+    _put(tmp_path / "photos", "a.jpg")
+    for name in ("a_0.png", "a_1.png"):
+        _put(tmp_path / "others", name, caption=None)
+    others = str(tmp_path / "others")
+    config = SourceConfig(path=str(tmp_path / "photos"), references=(others,))
+    source, settings = parse(config)
+    (item,) = source.read(config, settings, next(source.partitions(config, settings, 2)))
+    assert isinstance(item, Record)
+    assert (len(item.controls), item.num_references) == (2, 2)
+    assert _bad(tmp_path / "photos", masks=others).reason == RejectReason.MASK_MISSING
 
 
 def test_an_image_without_its_mask_or_control_is_rejected(tmp_path: Path) -> None:

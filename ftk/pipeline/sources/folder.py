@@ -29,11 +29,13 @@ TABLES = frozenset({"metadata.jsonl", "metadata.csv", "metadata.parquet"})
 DRAWN_RECORD = "generated.json"
 """What class images were drawn with: it lies beside them, and is no caption."""
 _MOST_NAMED = 3
+_NUMBERED = re.compile(r"(.*[^/])_([0-9]{1,9})", re.DOTALL)
+"""One of several control images of an image: its name, and the number."""
 _KNOWN_NAMES = frozenset({*TABLES, DRAWN_RECORD})
 
-Entry = tuple[str, str | None, str | None, tuple[str, ...]]
+Entry = tuple[str, str | None, str | None, tuple[str | tuple[str, ...], ...]]
 """An image in a partition: its path below the source's folder, its sidecar's or None, and below their own folders its
-mask's (None where none is asked for) and its controls'; empty where one is missing."""
+mask's (None where none is asked for) and its controls'; empty where one is missing, and several where they are numbered."""
 
 
 def _suffixes(value: Any) -> Any:
@@ -272,14 +274,23 @@ def _images(
         captions_of = listing.captions(f"{directory}/" if directory else "", settings, images, candidates)
         # Images of one stem count once: they share their masks.
         alike = Counter(folded(stem) for stem in {_stem(file.relative) for file in images})
+        image_names = {posixpath.basename(_stem(file.relative)) for file in images}
         for file in images:
             sidecar = captions_of.get(file.relative)
             is_alone = alike[folded(_stem(file.relative))] == 1
-            companies = [companion.find(file.relative, is_alone) for companion in companions]
-            names = ["" if each is None else each.relative for each in companies]
+            matches = [companion.find(file.relative, is_alone) for companion in companions]
+            numbered = [
+                () if match or (settings.masks and not number) else companions[number].find_numbered(file.relative, image_names)
+                for number, match in enumerate(matches)
+            ]
+            names: list[Any] = [
+                match.relative if match else tuple(each.relative for each in others) or ""
+                for match, others in zip(matches, numbered, strict=True)
+            ]
             mask = names.pop(0) if settings.masks else None
             entry = (file.relative, sidecar.relative if sidecar else None, mask, tuple(names))
-            yield entry, [each.signature if each else None for each in (file, sidecar, *companies)]
+            files_of_image = (file, sidecar, *matches, *(each for others in numbered for each in others))
+            yield entry, [each.signature if each else None for each in files_of_image]
 
 
 def _may_be_image(file: File, settings: FolderSettings) -> bool:
@@ -351,14 +362,12 @@ def _record(config: SourceConfig, settings: FolderSettings, entry: Entry, fallba
         is_fallback=not texts,
         repeats=folder.repeats if folder else 1,
         mask=Blob(location=locations.join(str(settings.masks), mask)) if mask else None,
-        **beside(
-            config,
-            [
-                [Blob(location=locations.join(folder, name))] if name else []
-                for folder, name in zip(settings.controls, controls, strict=True)
-            ],
-        ),
+        **beside(config, [_blobs(folder, names) for folder, names in zip(settings.controls, controls, strict=True)]),
     )
+
+
+def _blobs(folder: str, names: str | tuple[str, ...]) -> list[Blob]:
+    return [Blob(location=locations.join(folder, name)) for name in ((names,) if isinstance(names, str) else names) if name]
 
 
 def _captions(
@@ -399,8 +408,11 @@ class _Companions:
         self._folded_paths: dict[str, list[str]] = {}
         self._folded_names: dict[str, list[str]] = {}
         self._users: dict[str, tuple[str, bool]] = {}
+        self._numbered: dict[str, list[tuple[int, str]]] = {}
         for file in self._images():
             stem = _stem(file.relative)
+            if number := _NUMBERED.fullmatch(stem):
+                self._numbered.setdefault(number[1], []).append((int(number[2]), stem))
             if stem in self._files:
                 both = " and ".join(locations.printable(name) for name in (self._files[stem].relative, file.relative))
                 raise SourceError(
@@ -421,10 +433,23 @@ class _Companions:
         stem = _stem(image)
         exact = next((base for base in (stem, image) if base in self._files), None)
         match = exact or self._alike(stem, image, is_alone)
-        if match is None:
-            return None
-        user, is_its_own = self._users.setdefault(match, (stem, exact is not None))
-        if user != stem and is_its_own and exact is None:
+        return None if match is None else self._taken(match, stem, exact is not None)
+
+    def find_numbered(self, image: str, names: Collection[str]) -> list[File]:
+        """Those of an image that has none of its own name: NAME_0, NAME_1 and so on, in this order.
+
+        Args:
+            names: of all images of its folder: what has the name of another image belongs to that.
+        """
+        stem = _stem(image)
+        named = self._numbered.get(stem) or self._numbered.get(posixpath.basename(stem), [])
+        matches = [self._taken(each, stem, False) for _, each in sorted(named) if posixpath.basename(each) not in names]
+        return [match for match in matches if match is not None]
+
+    def _taken(self, match: str, stem: str, is_exact: bool) -> File | None:
+        """The file, now that of the image; None if it has the exact name of another."""
+        user, is_its_own = self._users.setdefault(match, (stem, is_exact))
+        if user != stem and is_its_own and not is_exact:
             return None
         if user != stem:
             mask, one, two = (locations.printable(name) for name in (self._files[match].relative, user, stem))
