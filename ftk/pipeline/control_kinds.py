@@ -21,7 +21,14 @@ def labels(source: Mapping[str, Any]) -> list[str]:
 def _label(entry: Any) -> str:
     if not isinstance(entry, Mapping):
         return GIVEN if entry == A_PLACE else str(entry)
-    return ", ".join([str(entry["make"]), *(f"{name} {value}" for name, value in entry.items() if name != "make")])
+    settings = (f"{name} {_plain(value)}" for name, value in entry.items() if name != "make")
+    return ", ".join([str(entry["make"]), *settings])
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(map(_plain, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def count(num_samples: int, num_controls: int, source: Mapping[str, Any]) -> Counter[str]:
