@@ -382,7 +382,7 @@ def _decode(task: tuple[ImageItem, pictures.File]) -> npt.NDArray[np.uint8]:
     """[H,W,3] of an image, [H,W,1] of a mask, 8 bits."""
     picture, file = task
     if file is None:
-        return np.asarray(prompt_images.load(Path(picture.key), picture.width, picture.height))
+        return np.asarray(prompt_images.load(Path(picture.key), picture.width, picture.height, picture.made))
     with Image.open(io.BytesIO(file if isinstance(file, bytes) else file.read())) as image:
         pixels = np.asarray(image.convert("L" if picture.is_mask else "RGB"))
     return pixels[..., None] if picture.is_mask else pixels

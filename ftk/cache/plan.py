@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from ftk import storage
 from ftk.methods.base import CacheNeeds
 from ftk.models.components.geometry import LatentGeometry
+from ftk.pipeline.conditions.base import MadeControl
 from ftk.pipeline.dataset import REFERENCE_FIELDS
 
 IMAGE_COLUMNS = [
@@ -28,7 +29,8 @@ Form = Literal["latents", "mask", "pixels"]
 class ImageItem:
     """An image, control image, reference or mask to encode: where it lies, and its size in pixels.
 
-    In the prepared dataset it is a part of a sample in a shard; of a prompt's image `shard` is empty and `key` its file.
+    In the prepared dataset it is a part of a sample in a shard; of a prompt's image `shard` is empty and `key` its file, from
+    which a control image is `made`, or which it is itself.
     """
 
     id: str
@@ -38,6 +40,7 @@ class ImageItem:
     width: int
     height: int
     form: Form = "latents"
+    made: MadeControl | None = None
 
     @property
     def is_mask(self) -> bool:

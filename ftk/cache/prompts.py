@@ -43,8 +43,8 @@ def of(run: Run, model: Path) -> Prompts:
         if entry.controls:
             size, is_latents = (drawn.width, drawn.height), run.needs.controls == "latents"
             controls = tuple(
-                _item(prompt_images.find(path, size, f"{place}.controls.{number}"), f"control{number}")
-                for number, path in enumerate(entry.controls)
+                _item(prompt_images.find_control(control, size, f"{place}.controls.{number}"), f"control{number}")
+                for number, control in enumerate(entry.controls)
             )
             prompts.controls[key] = controls if is_latents else tuple(map(plan.as_pixels, controls))
         prompts.texts[key] = _text(entry.prompt, _seen_by_texts(run, prompts, key))
@@ -65,4 +65,4 @@ def _text(caption: str | None, references: tuple[ImageItem, ...]) -> TextItem:
 
 
 def _item(image: prompt_images.PromptImage, part: str) -> ImageItem:
-    return ImageItem(image.id, "", str(image.path), part, image.width, image.height)
+    return ImageItem(image.id, "", str(image.path), part, image.width, image.height, made=image.made)

@@ -22,7 +22,7 @@ _SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|AKIA[0-9A-Z]{12,}|ghp_[A-Za-z
 
 
 # Parts of a mistake's place that name no setting, but a validator or one type of several.
-_BRANCH = re.compile(r"^(function-|literal\[|constrained-|tuple\[|list\[)|^(int|float|str|bool|none)$")
+_BRANCH = re.compile(r"^(function-|literal\[|constrained-|tuple\[|list\[|dict\[)|^(int|float|str|bool|none)$")
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -33,7 +33,9 @@ class PromptConfig(Section):
 
     prompt: str
     references: tuple[str, ...] = Field(default=(), description="files of input images, for an edit model")
-    controls: tuple[str, ...] = Field(default=(), description="files of control images, for a method that reads them")
+    controls: tuple[str | dict[str, Any], ...] = Field(
+        default=(), description="control images, for a method that reads them: files, or {make: canny, from: FILE}"
+    )
     control_strength: float = Field(default=1.0, ge=0, le=10, description="factor on what the control images add")
     negative_prompt: str | None = Field(default=None, description="instead of sample.negative_prompt, and so on below")
     width: int | None = Field(default=None, ge=16, description="px; `size: 768x1024` sets both sides")

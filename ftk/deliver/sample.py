@@ -164,7 +164,7 @@ def _prompt_images(run: Run, directory: Path, device: torch.device, dtype: torch
     vae = run.family.load_vae(directory, torch.float32, device) if prompts.images else None
 
     def picture(item: ImageItem) -> Image.Image:
-        return prompt_images.load(Path(item.key), item.width, item.height)
+        return prompt_images.load(Path(item.key), item.width, item.height, item.made)
 
     def tensor(item: ImageItem) -> torch.Tensor:
         pixels_BCHW = torch.from_numpy(np.array(picture(item))).permute(2, 0, 1)[None].float() / 127.5 - 1.0

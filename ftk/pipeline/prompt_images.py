@@ -1,16 +1,21 @@
 """Images of `sample.prompts`: what an edit model or a control network is shown for a sample image. In no dataset."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ftk import locations, storage
-from ftk.errors import ConfigError
+from ftk.errors import ConfigError, did_you_mean
 from ftk.models.components.geometry import ReferenceRule
 from ftk.pipeline import decode
 from ftk.pipeline.buckets import cover
+from ftk.pipeline.conditions import base as conditions
+from ftk.pipeline.conditions.base import MadeControl
 from ftk.pipeline.decode import Unfit
 from ftk.pipeline.images import IMAGES_VERSION
 from ftk.pipeline.render import Rendering
@@ -21,12 +26,16 @@ _MAX_PIXELS = 200_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptImage:
-    """An image file, and the size in pixels at which the model sees it. `id` names its content at this size."""
+    """An image file, and the size in pixels at which the model sees it, or what is `made` from it at this size.
+
+    `id` names the content at this size.
+    """
 
     id: str
     path: Path
     width: int
     height: int
+    made: MadeControl | None = None
 
 
 def find(path: str, size: ReferenceRule | tuple[int, int], setting: str) -> PromptImage:
@@ -47,20 +56,53 @@ def find(path: str, size: ReferenceRule | tuple[int, int], setting: str) -> Prom
         reason = error.detail if isinstance(error, Unfit) else error.strerror or str(error)
         raise ConfigError(f"{setting}: {path} cannot be read as an image: {reason}. Name an image file.") from None
     width, height = size.size(opened.width, opened.height) if isinstance(size, ReferenceRule) else size
-    content = hashlib.sha256(data).hexdigest()
-    return PromptImage(
-        id=storage.digest(["prompt image", IMAGES_VERSION, content, width, height]), path=place, width=width, height=height
-    )
+    return PromptImage(id=storage.digest(_named(data, width, height)), path=place, width=width, height=height)
 
 
-def load(path: Path, width: int, height: int) -> Image.Image:
-    """The image upright, in sRGB on white, resized to cover this size and cropped at its centre.
+def find_control(control: str | Mapping[str, Any], size: tuple[int, int], setting: str) -> PromptImage:
+    """Open the header of a control image, or of the image that one is made from: `{make: canny, from: FILE}`.
+
+    Args:
+        size: (width, height) of the sample image.
+        setting: what messages call the place of the control image.
+
+    Raises:
+        ConfigError: the image is missing, or cannot be read; there is no such kind, or a setting is wrong.
+    """
+    if isinstance(control, str):
+        return find(control, size, setting)
+    path = control.get("from")
+    if not isinstance(path, str):
+        meant = next((hint for key in control if key != "from" and (hint := did_you_mean(str(key), ["from"]))), "")
+        raise ConfigError(f"{setting}: say which image it is made from: {{make: canny, from: FILE}}.{meant}")
+    made = conditions.parse({key: value for key, value in control.items() if key != "from"}, setting)
+    made.maker()
+    image = find(path, size, f"{setting}.from")
+    return replace(image, id=storage.digest([image.id, made.fingerprint]), made=made)
+
+
+def load(path: Path, width: int, height: int, made: MadeControl | None = None) -> Image.Image:
+    """The image upright, in sRGB on white, resized to cover this size and cropped at its centre; or what is made from that.
 
     A reference has been given a size of nearly its own aspect ratio: of it, next to nothing is cropped.
+
+    Raises:
+        ConfigError: a control image could not be made.
     """
-    opened = decode.open_image(path.read_bytes())
+    data = path.read_bytes()
+    opened = decode.open_image(data)
     rendering = Rendering(opened, is_mask=False, background=_BACKGROUND, linear=False, max_pixels=_MAX_PIXELS)
     placement = cover(opened.width, opened.height, (width, height))
     resized = rendering.at(placement.resize_width, placement.resize_height)
     left, top = placement.crop_x, placement.crop_y
-    return resized.crop((left, top, left + width, top + height))
+    cropped = resized.crop((left, top, left + width, top + height))
+    if made is None:
+        return cropped
+    try:
+        return decode.as_image(made.of(np.asarray(cropped), storage.digest(_named(data, width, height))))
+    except Unfit as error:
+        raise ConfigError(f"sample.prompts: {path}: {error.detail}. Correct the function, or name a file.") from None
+
+
+def _named(data: bytes, width: int, height: int) -> list[Any]:
+    return ["prompt image", IMAGES_VERSION, hashlib.sha256(data).hexdigest(), width, height]

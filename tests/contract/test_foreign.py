@@ -550,6 +550,30 @@ def test_each_prompt_has_its_control_image_at_its_own_size_and_strength(
         assert picture.size == while_training[1][2][0].size
 
 
+def test_control_images_that_are_made_train_and_draw_as_those_that_are_given(
+    make_run: Callable[..., Run], pictures: Path
+) -> None:
+    blocks, photo = {"make": "blocks", "size": 16}, str(pictures / "controls/2.png")
+    prompts = [{"prompt": "x", "controls": [{**blocks, "from": photo}]}, {"prompt": "x", "controls": [photo]}]
+    config = make_run("controls", {"name": "pixel-hint"}, source={"controls": [blocks]}).config
+    tree = {**config.model_dump(), "sample": {**config.sample.model_dump(), "prompts": prompts}}
+    run = resolve(validate(RunConfig, tree, "the test"))
+    with closing(encode(run)) as store:
+        dataset = PreparedDataset.open(run.paths.prepared)
+        made = {row.key: dataset.control_bytes(row) for row in dataset.rows()}
+        for number in range(len(store)):
+            (item,), (data,) = store.control_items(number), made[store.sample(number).key]
+            assert np.array_equal(item["pixels"].permute(1, 2, 0).numpy(), np.asarray(Image.open(io.BytesIO(data))))
+        of_prompt, plain = (
+            store.prompt_images(entry.key(), "controls")[0]["pixels"].permute(1, 2, 0).numpy()
+            for entry in run.config.sample.entries
+        )
+    means = plain.reshape(4, 16, 4, 16, 3).mean(axis=(1, 3))
+    assert np.abs(of_prompt.reshape(4, 16, 4, 16, 3) - means[:, None, :, None]).max() <= 0.5
+    finished(run)
+    assert len(cells_with_inputs(Path(sample.run(run).grid))) == 4
+
+
 def test_a_prompt_without_its_control_image_or_at_another_size_is_refused_before_weights_are_read(
     make_run: Callable[..., Run], pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

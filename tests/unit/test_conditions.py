@@ -20,7 +20,7 @@ from ftk.configs import load
 from ftk.configs.schema import RunConfig
 from ftk.contracts import Reject, RejectReason
 from ftk.errors import ConfigError
-from ftk.pipeline import dataset, images, source_units, stage
+from ftk.pipeline import dataset, images, prompt_images, source_units, stage
 from ftk.pipeline.conditions import base as conditions
 from ftk.pipeline.images import ImageProblem, PreparedImage, prepare_image
 from ftk.pipeline.reachability import Reachability
@@ -340,6 +340,49 @@ def test_shards_are_made_again_when_the_file_of_the_function_changes(function: F
     assert _fingerprint(run) == before
     (tmp_path / "modules/changing.py").write_text("def make(image, settings):\n    return 255 - image\n")
     assert _fingerprint(run) != before
+
+
+# --- For sample images ---
+
+
+def test_a_prompts_control_image_is_made_of_its_file_as_it_is_shown(tmp_path: Path, function: Function) -> None:
+    _photo(200, 90).save(tmp_path / "photo.png")
+    entry = {"make": "canny", "from": str(tmp_path / "photo.png")}
+    plain = prompt_images.find(str(tmp_path / "photo.png"), (64, 48), "controls.0")
+    made = prompt_images.find_control(entry, (64, 48), "controls.0")
+    shown, edges = (np.asarray(prompt_images.load(each.path, each.width, each.height, each.made)) for each in (plain, made))
+    assert (edges == cv2.Canny(shown, 100, 200)[:, :, None]).all()
+    others = [{**entry, "low": 50}, {**entry, "make": "grayscale"}, {**entry, "make": function("return image")}]
+    assert len({plain.id, made.id, *(prompt_images.find_control(each, (64, 48), "").id for each in others)}) == 5
+    assert prompt_images.find_control(str(tmp_path / "photo.png"), (64, 48), "controls.0") == plain
+
+
+@pytest.mark.parametrize(
+    ("entry", "match"),
+    [
+        ({"make": "canny"}, r"controls.0: say which image it is made from: \{make: canny, from: FILE\}"),
+        ({"make": "canny", "form": "a.png"}, "Did you mean `from`"),
+        ({"make": "canny", "from": "gone.png"}, "controls.0.from: gone.png cannot be read as an image"),
+        ({"make": "cany", "from": "photo.png"}, "controls.0: there is no kind 'cany'. Did you mean `canny`"),
+        ({"from": "photo.png"}, "controls.0: an entry with settings says what to make"),
+        ({"make": "no_such_module_of_mine:depth", "from": "photo.png"}, "no_such_module_of_mine cannot be imported"),
+    ],
+)
+def test_mistakes_in_a_prompts_made_control_are_named(
+    entry: dict[str, Any], match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _photo().save("photo.png")
+    with pytest.raises(ConfigError, match=match):
+        prompt_images.find_control(entry, (64, 64), "sample.prompts.0.controls.0")
+
+
+def test_a_prompt_whose_function_fails_says_so(tmp_path: Path, function: Function) -> None:
+    _photo().save(tmp_path / "photo.png")
+    entry = {"make": function("raise ValueError('no pose here')"), "from": str(tmp_path / "photo.png")}
+    made = prompt_images.find_control(entry, (64, 64), "controls.0")
+    with pytest.raises(ConfigError, match=r"photo\.png: .*make: ValueError: no pose here"):
+        prompt_images.load(made.path, made.width, made.height, made.made)
 
 
 # --- Where they go ---
