@@ -38,6 +38,7 @@ class RejectReason(StrEnum):
     CONTROL_UNREADABLE = "control_unreadable"
     CONTROL_MISMATCHED = "control_mismatched"
     CONTROL_NOT_MADE = "control_not_made"
+    TOO_MANY_REFERENCES = "too_many_references"
     WORKER_CRASHED = "worker_crashed"
     WORKER_TIMED_OUT = "worker_timed_out"
     WORKER_OUT_OF_MEMORY = "worker_out_of_memory"
@@ -78,7 +79,8 @@ class SampleRow:
     """One prepared sample; sizes in pixels, `width` and `height` those of the original after its EXIF orientation.
 
     `content_sha256` is of the file's bytes; `image_id` names the pixels that the sample holds (content and geometry), and so
-    do `mask_id` (empty when there is no mask), `control_ids`, and `reference_ids` of an edit model's input images.
+    do `mask_id` (empty when there is no mask), `control_ids`, and `reference_ids` of an edit model's input images. `seen_ids`
+    are of these at the size at which the text encoder sees them, where that is another size.
     `perceptual_hash` is 64 bits as 16 hex digits, of the whole image: images that look alike differ in few bits. `flipped`:
     mirrored after the crop. `copied`: the source's own bytes.
     """
@@ -109,6 +111,9 @@ class SampleRow:
     reference_ids: list[str] = field(default_factory=list)
     reference_widths: list[int] = field(default_factory=list)
     reference_heights: list[int] = field(default_factory=list)
+    seen_ids: list[str] = field(default_factory=list)
+    seen_widths: list[int] = field(default_factory=list)
+    seen_heights: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +185,8 @@ class CacheManifest:
 
     `encoders` maps `latents` and `texts` to the parts of their fingerprint, so that a mismatch can be shown part by part.
     `prompts` maps prompts to items of `texts`; `prompt_images` maps those that have images to `references` and `controls`,
-    items of `latents`, and is left out of the file where it is empty. `tables` maps `samples`, `latents`, `texts` and `shards`
+    items of `latents`, and `shared_texts` maps those whose text begins with states of its references to these, an item of
+    `texts`; both are left out of the file where they are empty. `tables` maps `samples`, `latents`, `texts` and `shards`
     to the BLAKE3 of the Parquet file; `digest` is the BLAKE3 of this file with an empty `digest`.
     """
 
@@ -198,6 +204,7 @@ class CacheManifest:
     tables: dict[str, str]
     digest: str = ""
     prompt_images: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    shared_texts: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,9 +212,10 @@ class CachedSample:
     """One row of the samples' table: which cached items a training sample consists of, and its geometry in pixels.
 
     `latents`, `controls` and `mask` (empty when there is none) are items of `latents`; `texts` has an item of `texts` for
-    each caption and `text_lengths` their tokens. Sizes, crop and flip are those of the prepared sample. The last four are
-    columns of caches with references alone: items of `latents`, their sides in pixels, and the empty caption beside them,
-    which is "" where texts do not depend on references.
+    each caption and `text_lengths` their tokens. Sizes, crop and flip are those of the prepared sample. The last five are
+    columns of caches with references alone: items of `latents`, their sides in pixels, the empty caption beside them, which
+    is "" where texts do not depend on references, and the item of `texts` that all texts of these references begin with, which
+    is "" where they have nothing in common.
     """
 
     key: str
@@ -231,3 +239,4 @@ class CachedSample:
     reference_widths: list[int] = field(default_factory=list)
     reference_heights: list[int] = field(default_factory=list)
     empty_text: str = ""
+    shared_text: str = ""

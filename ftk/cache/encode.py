@@ -32,7 +32,7 @@ from ftk.configs.load import default_workers
 from ftk.configs.schema import CacheConfig, ModelConfig
 from ftk.errors import CacheError, ConfigError, EnvironmentFault
 from ftk.models import base as models
-from ftk.models.base import AddsTokens, Family
+from ftk.models.base import AddsTokens, Family, SharesTexts
 from ftk.pipeline import prompt_images
 from ftk.pipeline.dataset import PreparedDataset
 from ftk.pipeline.engine import worker_place
@@ -142,13 +142,24 @@ class _Encoder:
     def _texts(self, texts: Sequence[tuple[TextItem, Sequence[npt.NDArray[np.uint8]]]]) -> list[Tensors]:
         dtype = getattr(torch, self.job.config.stored_text_dtype)
         captions = [text.caption for text, _ in texts]
+        parts = [text.part for text, _ in texts]
         references = [[self._pixels_of(image_HWC) for image_HWC in images] for _, images in texts]
         # Most families' texts see no references, and those take none.
         encoded = self.family.encode_texts(self.component, captions, *((references,) if any(references) else ()))
+        stored = map(self._stored, encoded, parts, references)
         return [
             {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in item.items()}
-            for item in encoded
+            for item in stored
         ]
+
+    def _stored(self, item: Tensors, part: str, references: Sequence[torch.Tensor]) -> Tensors:
+        """What is stored of a text: all of it, or its states before or after those that its references share."""
+        if part == "whole":
+            return item
+        assert isinstance(self.family, SharesTexts)
+        shared = self.family.shared_tokens(self.component, references)
+        # A copy: a view would keep the whole text in memory.
+        return {name: (tensor[:shared] if part == "shared" else tensor[shared:]).clone() for name, tensor in item.items()}
 
     def _pixels_of(self, image_HWC: npt.NDArray[np.uint8]) -> torch.Tensor:
         """[3,H,W] in [-1, 1], of a reference that the text encoder sees."""
@@ -333,9 +344,13 @@ def _picture_batches(encoder: _Encoder, unit: Unit[ImageItem]) -> list[Sequence[
 
 
 def _text_batches(encoder: _Encoder, unit: Unit[TextItem]) -> list[_Batch]:
-    """Captions of like length together: a batch is as long as its longest."""
+    """Captions of like length together: a batch is as long as its longest. Those beside the same references come first."""
     lengths = encoder.family.text_lengths(encoder.component, [text.caption for text in unit.items])
-    ordered = sorted(zip(lengths, unit.items, strict=True), key=lambda pair: (pair[0], pair[1].id))
+    lengths = [length + _shared_tokens(encoder, text) for length, text in zip(lengths, unit.items, strict=True)]
+    ordered = sorted(
+        zip(lengths, unit.items, strict=True),
+        key=lambda pair: ([each.id for each in pair[1].references], pair[0], pair[1].id),
+    )
     batches: list[_Batch] = []
     batch: list[TextItem] = []
     for length, text in ordered:
@@ -348,6 +363,14 @@ def _text_batches(encoder: _Encoder, unit: Unit[TextItem]) -> list[_Batch]:
             batch = []
         batch.append(text)
     return [*batches, _Batch(unit.number, tuple(batch))]
+
+
+def _shared_tokens(encoder: _Encoder, text: TextItem) -> int:
+    """What the references of a text add to its length, by their sizes alone."""
+    if not (text.references and isinstance(encoder.family, SharesTexts)):
+        return 0
+    outlines = [torch.empty(3, each.height, each.width, device="meta") for each in text.references]
+    return encoder.family.shared_tokens(encoder.component, outlines)
 
 
 def _with_references(task: tuple[_Encoder, _Batch]) -> _Batch:

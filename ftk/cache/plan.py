@@ -12,13 +12,15 @@ from ftk import storage
 from ftk.methods.base import CacheNeeds
 from ftk.models.components.geometry import LatentGeometry
 from ftk.pipeline.conditions.base import MadeControl
-from ftk.pipeline.dataset import REFERENCE_FIELDS
+from ftk.pipeline.dataset import REFERENCE_FIELDS, SEEN_FIELDS
 
 IMAGE_COLUMNS = [
     *("key", "shard", "bucket_width", "bucket_height", "image_id", "num_controls", "control_ids", "has_mask", "mask_id"),
 ]
 
 _REFERENCE_COLUMNS = [column.name for column in REFERENCE_FIELDS]
+_SEEN_COLUMNS = [column.name for column in SEEN_FIELDS]
+_SEEN = (_SEEN_COLUMNS[0], _REFERENCE_COLUMNS[0])
 _TOKENS_OF_A_TEMPLATE = 8
 _BYTES_A_TOKEN = 4
 Form = Literal["latents", "mask", "pixels"]
@@ -52,12 +54,14 @@ class ImageItem:
 class TextItem:
     """A caption, what stands for none, or a prompt; with the references that the text encoder sees beside it, if any.
 
-    `caption` is None for no text at all: see `Family.unconditional`.
+    `caption` is None for no text at all: see `Family.unconditional`. `part` says what is stored of it, where the first states
+    depend on the references alone: these (`shared`), or the rest (`own`).
     """
 
     id: str
     caption: str | None
     references: tuple[ImageItem, ...] = ()
+    part: Literal["whole", "shared", "own"] = "whole"
 
 
 Item = TypeVar("Item", ImageItem, TextItem)
@@ -74,6 +78,20 @@ class Unit(Generic[Item]):
 def text_id(caption: str | None, references: Sequence[str] = ()) -> str:
     """Names a caption, or no text, with the ids of the references that its encoding depends on: equal ones are stored once."""
     return storage.digest(["text", caption, *([list(references)] if references else [])])
+
+
+def shared_text_id(references: Sequence[str]) -> str:
+    """Names what all texts beside these references begin with; "" where there are none."""
+    return storage.digest(["shared text", list(references)]) if references else ""
+
+
+def text_items(caption: str | None, references: tuple[ImageItem, ...], *, is_split: bool) -> list[TextItem]:
+    """What is stored of a caption beside these references; what it shares with other captions comes first."""
+    ids = [each.id for each in references]
+    if not (references and is_split):
+        return [TextItem(text_id(caption, ids), caption, references)]
+    shared = TextItem(shared_text_id(ids), "", references, part="shared")
+    return [shared, TextItem(text_id(caption, ids), caption, references, part="own")]
 
 
 def pixels_id(image: str) -> str:
@@ -97,15 +115,21 @@ def needed_texts(captions: pa.ChunkedArray, prompts: Iterable[TextItem], dropped
     yield from _each_once([*(TextItem(text_id(caption), caption) for caption in [*distinct, dropped]), *prompts])
 
 
-def needed_texts_of_edits(tables: Iterable[pa.Table], prompts: Iterable[TextItem], dropped: str | None) -> Iterator[TextItem]:
-    """The same where texts depend on references: each sample's captions, and the dropped one, beside its own references."""
+def needed_texts_of_edits(
+    tables: Iterable[pa.Table], prompts: Iterable[TextItem], dropped: str | None, *, is_split: bool
+) -> Iterator[TextItem]:
+    """The same where texts depend on references: each sample's captions, and the dropped one, beside its own references.
+
+    Args:
+        is_split: whether what texts of the same references begin with is an item of its own.
+    """
 
     def all_of() -> Iterator[TextItem]:
         for table in tables:
-            for row in table.select([*IMAGE_COLUMNS, "captions", *_REFERENCE_COLUMNS]).to_pylist():
-                references = tuple(_references(row))
+            for row in table.select([*IMAGE_COLUMNS, "captions", *_REFERENCE_COLUMNS, *_SEEN_COLUMNS]).to_pylist():
+                references = tuple(_seen(row))
                 for caption in [*row["captions"], dropped]:
-                    yield TextItem(text_id(caption, [each.id for each in references]), caption, references)
+                    yield from text_items(caption, references, is_split=is_split)
         yield TextItem(text_id(dropped), dropped)
         yield from prompts
 
@@ -137,10 +161,23 @@ def as_pixels(image: ImageItem) -> ImageItem:
     return replace(image, id=pixels_id(image.id), form="pixels")
 
 
+def seen_ids(table: pa.Table) -> list[list[str]]:
+    """Of each sample, the ids of its references as its texts depend on them."""
+    return [seen or references for seen, references in zip(*(table[name].to_pylist() for name in _SEEN), strict=True)]
+
+
 def _references(row: Mapping[str, Any]) -> Iterator[ImageItem]:
-    columns = zip(*(row[name] for name in _REFERENCE_COLUMNS), strict=True)
-    for number, (reference, width, height) in enumerate(columns):
-        yield ImageItem(reference, row["shard"], row["key"], f"reference{number}", width, height)
+    yield from _beside(row, _REFERENCE_COLUMNS, "reference")
+
+
+def _seen(row: Mapping[str, Any]) -> Iterator[ImageItem]:
+    """The references at the size at which the text encoder sees them."""
+    yield from _beside(row, _SEEN_COLUMNS, "seen") if row[_SEEN_COLUMNS[0]] else _references(row)
+
+
+def _beside(row: Mapping[str, Any], names: Sequence[str], part: str) -> Iterator[ImageItem]:
+    for number, (item, width, height) in enumerate(zip(*(row[name] for name in names), strict=True)):
+        yield ImageItem(item, row["shard"], row["key"], f"{part}{number}", width, height)
 
 
 def _each_once(items: Iterable[Item]) -> Iterator[Item]:

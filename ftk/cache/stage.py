@@ -22,6 +22,7 @@ from ftk.cache.shards import KINDS, Damage, Receipt
 from ftk.configs.load import default_workers
 from ftk.contracts import CacheManifest
 from ftk.errors import CacheError, DatasetError
+from ftk.models.base import SharesTexts
 from ftk.pipeline.dataset import PreparedDataset, recipes, without_places
 from ftk.pipeline.engine import WHOLE, JobPart, map_units
 from ftk.progress import ProgressBar, human_bytes, plain_text, track
@@ -118,6 +119,11 @@ class _Work:
         return rule is not None and rule.in_texts and self.dataset.has_references
 
     @property
+    def texts_are_split(self) -> bool:
+        """Whether what texts of the same references begin with is stored once."""
+        return self.texts_see_references and isinstance(self.run.family, SharesTexts)
+
+    @property
     def dropped_text(self) -> str | None:
         """What a sample trains on without its caption."""
         return self.run.dropped_text(self.model)
@@ -125,8 +131,10 @@ class _Work:
     def needed_texts(self) -> Iterator[plan.TextItem]:
         """Every text, in the order in which shards are cut."""
         if self.texts_see_references:
-            return plan.needed_texts_of_edits(self.dataset.tables(), self.prompts.texts.values(), self.dropped_text)
-        return plan.needed_texts(self.captions, self.prompts.texts.values(), self.dropped_text)
+            return plan.needed_texts_of_edits(
+                self.dataset.tables(), self.prompts.items, self.dropped_text, is_split=self.texts_are_split
+            )
+        return plan.needed_texts(self.captions, self.prompts.items, self.dropped_text)
 
 
 def run(run: Run, part: JobPart = WHOLE) -> CacheReport:
@@ -381,6 +389,7 @@ def _seal(work: _Work) -> dict[str, pa.Table]:
         "empty_text": plan.text_id(work.dropped_text),
         "prompts": {key: item.id for key, item in work.prompts.texts.items()},
         "prompt_images": _prompt_images(work.prompts),
+        "shared_texts": {key: item.id for key, item in work.prompts.shared.items()},
     }
     view.commit(work.directory, tables, facts)
     return tables
@@ -403,6 +412,11 @@ def _samples(work: _Work, texts: pa.Table) -> pa.Table:
     distinct = per_caption.dictionary_encode()
     rows = pc.index_in(distinct.dictionary, value_set=texts["id"].combine_chunks())
     lengths = texts["length"].combine_chunks().take(rows).take(distinct.indices)
+    shared = _shared_texts(work, table)
+    if work.texts_are_split:
+        counts = texts["length"].combine_chunks().take(pc.index_in(shared, value_set=texts["id"].combine_chunks()))
+        per_sample = pa.array(pc.fill_null(counts, 0).to_numpy().repeat(captions.value_lengths().to_numpy()), lengths.type)
+        lengths = pc.add(lengths, per_sample)
     offsets = pa.array(np.concatenate([[0], np.cumsum(captions.value_lengths().to_numpy())]), pa.int32())
     columns = {
         "latents": table["image_id"],
@@ -414,6 +428,7 @@ def _samples(work: _Work, texts: pa.Table) -> pa.Table:
     schema = view.sample_schema(table["repeats"].type, has_references=work.dataset.has_references)
     if work.dataset.has_references:
         columns |= {"references": table["reference_ids"], "empty_text": _empty_texts(work, table)}
+        columns["shared_text"] = shared
     return pa.table([columns.get(entry.name, table[entry.name] if entry.name not in columns else None) for entry in schema],
                     schema=schema)  # fmt: skip
 
@@ -421,7 +436,7 @@ def _samples(work: _Work, texts: pa.Table) -> pa.Table:
 def _text_ids(work: _Work, captions: pa.ListArray, table: pa.Table) -> pa.Array:
     """The item of each caption of each sample, one after another."""
     if work.texts_see_references:
-        pairs = zip(captions.to_pylist(), table["reference_ids"].to_pylist(), strict=True)
+        pairs = zip(captions.to_pylist(), plan.seen_ids(table), strict=True)
         return pa.array([plan.text_id(each, references) for own, references in pairs for each in own], pa.string())
     flat = captions.flatten().dictionary_encode()
     ids = pa.array([plan.text_id(caption) for caption in flat.dictionary.to_pylist()], pa.string())
@@ -433,8 +448,14 @@ def _empty_texts(work: _Work, table: pa.Table) -> pa.Array:
     if not work.texts_see_references:
         return pa.array([""] * len(table), pa.string())
     dropped = work.dropped_text
-    rows = table["reference_ids"].to_pylist()
-    return pa.array([plan.text_id(dropped, references) for references in rows], pa.string())
+    return pa.array([plan.text_id(dropped, references) for references in plan.seen_ids(table)], pa.string())
+
+
+def _shared_texts(work: _Work, table: pa.Table) -> pa.Array:
+    """What the texts of each sample begin with; "" where it is in them."""
+    if not work.texts_are_split:
+        return pa.array([""] * len(table), pa.string())
+    return pa.array([plan.shared_text_id(references) for references in plan.seen_ids(table)], pa.string())
 
 
 def _report_of_part(work: _Work, num_left: int) -> CacheReport:

@@ -225,9 +225,11 @@ class CacheStore:
         """Turn the ids that samples and the manifest name into rows, with one look-up for each kind."""
         latents, texts, table = self._items["latents"], self._items["texts"], self.table
         has_mask = pc.not_equal(table["mask"], "")
-        named = pa.array(list(dict.fromkeys([self.manifest.empty_text, *self.manifest.prompts.values()])), pa.string())
+        prompts = [*self.manifest.prompts.values(), *self.manifest.shared_texts.values()]
+        named = pa.array(list(dict.fromkeys([self.manifest.empty_text, *prompts])), pa.string())
         masked = table["mask"].filter(has_mask)
-        references, empties = (self._optional(name) for name in ("references", "empty_text"))
+        references, empties, shared = (self._optional(name) for name in ("references", "empty_text", "shared_text"))
+        has_shared = pc.not_equal(shared, "")
         parts = [ids for each in self.manifest.prompt_images.values() for ids in each.values()]
         prompt_images = pa.array([item for ids in parts for item in ids], pa.string())
         self._latents, masks, self._controls, self._references, prompt_image_rows = latents.rows(
@@ -237,9 +239,11 @@ class CacheStore:
             pc.list_flatten(references),
             prompt_images,
         )
-        self._texts, named_rows, self._empties = texts.rows(
-            pc.list_flatten(table["texts"]), named, empties.filter(pc.not_equal(empties, ""))
+        self._texts, named_rows, self._empties, shared_rows = texts.rows(
+            pc.list_flatten(table["texts"]), named, empties.filter(pc.not_equal(empties, "")), shared.filter(has_shared)
         )
+        self._shared = np.full(len(table), -1, dtype=np.int32)
+        self._shared[has_shared.to_numpy()] = shared_rows
         self._first_reference = _starts(references)
         self._prompt_images = dict(zip(prompt_images.to_pylist(), prompt_image_rows.tolist(), strict=True))
         self._masks = np.full(len(table), -1, dtype=np.int32)
@@ -250,7 +254,7 @@ class CacheStore:
             "latents": sum(
                 int((rows < 0).sum()) for rows in (self._latents, masks, self._controls, self._references, prompt_image_rows)
             ),
-            "texts": sum(int((rows < 0).sum()) for rows in (self._texts, named_rows, self._empties)),
+            "texts": sum(int((rows < 0).sum()) for rows in (self._texts, named_rows, self._empties, shared_rows)),
         }
         if any(missing.values()):
             listed = ", ".join(f"{count:,} {kind}" for kind, count in missing.items() if count)
@@ -314,7 +318,7 @@ class CacheStore:
         """The family's tensors of one of a sample's captions, unpadded; for Qwen-Image `embeds` [L,D]."""
         if not 0 <= caption < self.num_texts(number):
             raise IndexError(f"sample {number} has {self.num_texts(number)} captions; there is no caption {caption}")
-        return self._read("texts", int(self._texts[self._first_text[number] + caption]))
+        return self._read_text(int(self._texts[self._first_text[number] + caption]), int(self._shared[number]))
 
     def num_texts(self, number: int) -> int:
         """How many captions a sample has."""
@@ -322,11 +326,14 @@ class CacheStore:
 
     def empty_text(self, number: int = 0) -> dict[str, torch.Tensor]:
         """The empty caption, beside the references of a sample where texts depend on them."""
-        return self._read("texts", int(self._empties[number]) if len(self._empties) else self._named[self.manifest.empty_text])
+        if not len(self._empties):
+            return self._read("texts", self._named[self.manifest.empty_text])
+        return self._read_text(int(self._empties[number]), int(self._shared[number]))
 
     def prompt(self, key: str) -> dict[str, torch.Tensor]:
         """A prompt of the run file, by `PromptConfig.key`; `KeyError` when it is not cached."""
-        return self._read("texts", self._named[self.manifest.prompts[key]])
+        shared = self.manifest.shared_texts.get(key)
+        return self._read_text(self._named[self.manifest.prompts[key]], -1 if shared is None else self._named[shared])
 
     def prompt_images(self, key: str, part: str) -> list[dict[str, torch.Tensor]]:
         """The `references` or `controls` of a prompt, as items of `latents`."""
@@ -344,9 +351,9 @@ class CacheStore:
     def named(self, kind: str) -> pa.Array:
         """The ids that samples, or the manifest, name, each once, in the order of the samples."""
         if kind == "texts":
-            empties = self._optional("empty_text")
+            beside = [self._optional(name) for name in ("empty_text", "shared_text")]
             columns = [pc.list_flatten(self.table["texts"]), pa.chunked_array([pa.array(list(self._named), pa.string())]),
-                       empties.filter(pc.not_equal(empties, ""))]  # fmt: skip
+                       *(column.filter(pc.not_equal(column, "")) for column in beside)]  # fmt: skip
         else:
             masks = self.table["mask"].filter(pc.not_equal(self.table["mask"], ""))
             prompt_images = pa.chunked_array([pa.array(list(self._prompt_images), pa.string())])
@@ -372,7 +379,7 @@ class CacheStore:
             references = self._references[self._first_reference[number] : self._first_reference[number + 1]]
             pictures = [self._latents[number], self._masks[number], *controls, *references]
             wanted |= dict.fromkeys(int(self._items["latents"].shards[row]) for row in pictures if row >= 0)
-            wanted |= dict.fromkeys(int(self._items["texts"].shards[row]) for row in texts)
+            wanted |= dict.fromkeys(int(self._items["texts"].shards[row]) for row in (*texts, self._shared[number]) if row >= 0)
         self._files.ahead(list(wanted))
 
     def close(self) -> None:
@@ -380,6 +387,14 @@ class CacheStore:
         self._files.close()
         with self._lock:
             self._open.clear()
+
+    def _read_text(self, row: int, shared: int) -> dict[str, torch.Tensor]:
+        """A text, with what it shares with others of the same references in front."""
+        own = self._read("texts", row)
+        if shared < 0:
+            return own
+        first = self._read("texts", shared)
+        return {name: torch.cat([first[name], tensor]) for name, tensor in own.items()}
 
     def _read(self, kind: str, row: int) -> dict[str, torch.Tensor]:
         items = self._items[kind]

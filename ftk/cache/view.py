@@ -40,6 +40,7 @@ REFERENCE_FIELDS = [
     pa.field("reference_widths", pa.list_(pa.int32())),
     pa.field("reference_heights", pa.list_(pa.int32())),
     pa.field("empty_text", pa.string()),
+    pa.field("shared_text", pa.string()),
 ]
 """Columns of the samples' table of caches with references; others do not have them."""
 
@@ -132,8 +133,9 @@ def _digest(manifest: CacheManifest) -> str:
 def _plain(manifest: CacheManifest) -> dict[str, Any]:
     """What the file holds. A cache without prompts' images has the same bytes as one of a version that knew none."""
     plain = dataclasses.asdict(manifest)
-    if not manifest.prompt_images:
-        del plain["prompt_images"]
+    for name in ("prompt_images", "shared_texts"):
+        if not plain[name]:
+            del plain[name]
     return plain
 
 

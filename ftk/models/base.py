@@ -337,6 +337,18 @@ class EditsImages(Protocol):
 
 
 @runtime_checkable
+class SharesTexts(Protocol):
+    """A family whose texts begin with states that depend on their references alone: those are cached once for all captions."""
+
+    def shared_tokens(self, encoder: Any, references: "Sequence[torch.Tensor]") -> int:
+        """How many of the first states of each tensor of `encode_texts` these are; no model runs.
+
+        Args:
+            references: of one text, [3,H,W] in [-1, 1] as `encode_texts` is given them.
+        """
+
+
+@runtime_checkable
 class AddsTokens(Protocol):
     """A family whose tokenizer and embeddings can be given new words: `CacheNeeds.placeholder_tokens`."""
 

@@ -7,7 +7,9 @@ Shape legend: B batch, C latent channels (16), H W latent cells, N = H W / 4 ima
 """
 
 import copy
+import inspect
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +84,7 @@ class QwenImage:
     pads_texts = False
     text_token_bytes = 7168
     latent_components = ("vae",)
-    text_components = ("text_encoder", "tokenizer")
+    text_components: tuple[str, ...] = ("text_encoder", "tokenizer")
     denoiser_components = ("transformer", "scheduler")
     denoiser_attribute = "transformer"
     sigma_defaults: Mapping[str, Any] = {}
@@ -202,7 +204,7 @@ class QwenImage:
 
     def load_text_encoder(
         self, directory: Path, dtype: "torch.dtype", device: "torch.device", place: PutOnDevice = move
-    ) -> QwenTextEncoder:
+    ) -> Any:
         """Qwen2.5-VL. Its RoPE frequencies stay in fp32: a second `.to(dtype)` would round them to bf16."""
         import torch
         from transformers import Qwen2_5_VLForConditionalGeneration
@@ -246,7 +248,7 @@ class QwenImage:
             ).last_hidden_state
         return [{"embeds": row[: len(kept)].clone()} for row, kept in zip(hidden_BLD, ids, strict=True)]
 
-    def text_lengths(self, encoder: QwenTextEncoder, captions: Sequence[str]) -> list[int]:
+    def text_lengths(self, encoder: Any, captions: Sequence[str]) -> list[int]:
         """Caption and the template's end, 5 tokens, after the cut."""
         return [len(row) for row in self._caption_ids(encoder, captions)]
 
@@ -340,18 +342,24 @@ class QwenImage:
     def predict(
         self, model: Model, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
     ) -> "torch.Tensor":
-        """Velocity n - x: 2x2 patches in, 2x2 patches out, all images of the batch of one size."""
+        """Velocity n - x: 2x2 patches in, 2x2 patches out, all images of the batch of one size.
+
+        Behind the image's tokens stand those of its references, of an edit model.
+        """
+        import torch
+
         batch, _, height, width = noisy_BCHW.shape
+        images = (noisy_BCHW, *conditions.references)
         output_BND = model.denoiser(
-            hidden_states=flow_matching.pack(noisy_BCHW),
+            hidden_states=torch.cat([flow_matching.pack(image) for image in images], dim=1),
             # The pipeline hands over (1000 sigma) / 1000, in fp32: the same roundings, so the same bits.
             timestep=(sigma_B.float() * 1000) / 1000,
             encoder_hidden_states=conditions.texts["embeds"],
             encoder_hidden_states_mask=conditions.texts["mask"],
-            img_shapes=[[(1, height // 2, width // 2)]] * batch,
+            img_shapes=[[(1, image.shape[-2] // 2, image.shape[-1] // 2) for image in images]] * batch,
             return_dict=False,
         )[0].float()
-        return flow_matching.unpack(output_BND, height, width)
+        return flow_matching.unpack(output_BND[:, : (height // 2) * (width // 2)], height, width)
 
     def adapter_names(self, form: str, component: str, module: Any) -> AdapterNames:
         """diffusers' names: ComfyUI knows them after `diffusion_model.`, musubi-tuner after `lora_unet_` with `_` for `.`."""
@@ -392,34 +400,45 @@ class QwenImage:
 
     def tiny(self, directory: Path) -> None:
         """About 92k denoiser parameters and 3 MB on disk; real latent statistics, the real template of 34 tokens."""
-        import torch
-        from diffusers import (
-            AutoencoderKLQwenImage,
-            FlowMatchEulerDiscreteScheduler,
-            QwenImagePipeline,
-            QwenImageTransformer2DModel,
-        )
-        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+        from diffusers import QwenImagePipeline
 
-        hide_progress_bars()
-        tokenizer = _tiny_tokenizer()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            transformer = QwenImageTransformer2DModel(
-                patch_size=2, in_channels=64, out_channels=16, num_layers=2, attention_head_dim=16,
-                num_attention_heads=2, joint_attention_dim=16, guidance_embeds=False, axes_dims_rope=(8, 4, 4),
-            )  # fmt: skip
-            vae = AutoencoderKLQwenImage(
-                base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temperal_downsample=[False, True, True]
-            )
-            text_encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**_tiny_text_config(len(tokenizer))))
-        scheduler = FlowMatchEulerDiscreteScheduler(
-            base_image_seq_len=256, max_image_seq_len=8192, base_shift=0.5, max_shift=0.9, shift=1.0,
-            shift_terminal=0.02, time_shift_type="exponential", use_dynamic_shifting=True,
+        tokenizer = tiny_tokenizer(TEMPLATE, PREFIX_TOKENS)
+        write_tiny(directory, QwenImagePipeline, tokenizer, tiny_text_config(len(tokenizer)))
+
+
+def write_tiny(
+    directory: Path, pipeline_class: Any, tokenizer: Any, text_config: Mapping[str, Any], **transformer_settings: Any
+) -> None:
+    """A complete small random model of a pipeline in the Diffusers layout; what reads images is left to the caller."""
+    import torch
+    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    hide_progress_bars()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformer = QwenImageTransformer2DModel(
+            patch_size=2, in_channels=64, out_channels=16, num_layers=2, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=16, guidance_embeds=False, axes_dims_rope=(8, 4, 4),
+            **transformer_settings,
         )  # fmt: skip
-        QwenImagePipeline(
-            scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
-        ).save_pretrained(directory)
+        vae = AutoencoderKLQwenImage(
+            base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temperal_downsample=[False, True, True]
+        )
+        text_encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**text_config))
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        base_image_seq_len=256, max_image_seq_len=8192, base_shift=0.5, max_shift=0.9, shift=1.0,
+        shift_terminal=0.02, time_shift_type="exponential", use_dynamic_shifting=True,
+    )  # fmt: skip
+    parts = {"processor": None} if "processor" in inspect.signature(pipeline_class.__init__).parameters else {}
+    pipeline = pipeline_class(
+        scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer, **parts
+    )
+    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL if parts else level)  # it would complain of a processor that is None
+    pipeline.save_pretrained(directory)
+    logger.setLevel(level)
 
 
 def _adapter_inputs(block: Any, stream: str, dtype: "torch.dtype") -> float:
@@ -505,7 +524,7 @@ def _check_statistics(directory: Path) -> None:
     kl_vae.check_statistics(path, tree, tree.get("z_dim", 16))
 
 
-def _tiny_tokenizer() -> Any:
+def tiny_tokenizer(template: str, prefix_tokens: int) -> Any:
     """A BPE trained on the template alone, so that each of its words is one token, as in Qwen's own vocabulary."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
@@ -525,22 +544,25 @@ def _tiny_tokenizer() -> Any:
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    bpe.train_from_iterator([TEMPLATE.replace("<|im_start|>", "").replace("<|im_end|>", "")], trainer)
-    trained = json.loads(bpe.to_str())["model"]
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
                "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
                "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
+    words = template
+    for token in special:
+        words = words.replace(token, "")
+    bpe.train_from_iterator([words], trainer)
+    trained = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=trained["vocab"],
         merges=[tuple(merge) for merge in trained["merges"]],
         additional_special_tokens=special,
     )
-    prefix = tokenizer(TEMPLATE.split("{}")[0])["input_ids"]
-    assert len(prefix) == PREFIX_TOKENS, f"the tiny tokenizer's prefix has {len(prefix)} tokens"
+    ids = tokenizer(template.split("{}")[0])["input_ids"]
+    assert len(ids) == prefix_tokens, f"the tiny tokenizer's prefix has {len(ids)} tokens"
     return tokenizer
 
 
-def _tiny_text_config(vocabulary: int) -> dict[str, Any]:
+def tiny_text_config(vocabulary: int) -> dict[str, Any]:
     return {
         "text_config": {
             "bos_token_id": None, "eos_token_id": None,

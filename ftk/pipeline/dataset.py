@@ -16,6 +16,7 @@ from ftk import storage
 from ftk.configs.schema import OF_SOURCES, RunConfig, SourceConfig
 from ftk.contracts import PREPARED_SCHEMA, PreparedManifest, Reject, RejectReason, SampleRow, ShardRecord
 from ftk.errors import DatasetError
+from ftk.models.components.geometry import ReferenceRule
 from ftk.pipeline import light_webdataset
 from ftk.pipeline.conditions import base as conditions
 from ftk.pipeline.sources import base as sources
@@ -47,6 +48,12 @@ REFERENCE_FIELDS = [
     pa.field("reference_heights", pa.list_(pa.int32())),
 ]
 """Of datasets whose sources name references; the tables of others do not have these columns."""
+SEEN_FIELDS = [
+    pa.field("seen_ids", pa.list_(pa.string())),
+    pa.field("seen_widths", pa.list_(pa.int32())),
+    pa.field("seen_heights", pa.list_(pa.int32())),
+]
+"""Of shards whose references the text encoder sees at another size than the VAE; see `ReferenceRule.seen_area`."""
 _PART_REPEATS = pa.field("repeats", pa.float64())
 """In the tables of a source whose repeats are not whole."""
 REJECT_SCHEMA = pa.schema([pa.field(name, pa.string()) for name in ("source", "path", "reason", "detail")])
@@ -118,9 +125,10 @@ def recipes(config: RunConfig, stored: Mapping[str, Any]) -> tuple[dict[str, Any
     return expected, found
 
 
-def sample_table(rows: Sequence[SampleRow], *, has_references: bool = False) -> pa.Table:
-    """The rows as an Arrow table, with the columns of references where the source names some."""
-    schema = pa.schema([*SAMPLE_SCHEMA, *(REFERENCE_FIELDS if has_references else [])])
+def sample_table(rows: Sequence[SampleRow], references: ReferenceRule | None = None) -> pa.Table:
+    """The rows as an Arrow table, with the columns of references where the source names some, whose rule is given then."""
+    extra = [*(REFERENCE_FIELDS if references else []), *(SEEN_FIELDS if references and references.seen_area else [])]
+    schema = pa.schema([*SAMPLE_SCHEMA, *extra])
     if any(isinstance(row.repeats, float) for row in rows):
         schema = _with_part_repeats(schema)
     return pa.Table.from_pylist([asdict(row) for row in rows], schema=schema)
@@ -133,9 +141,8 @@ def _with_part_repeats(schema: pa.Schema) -> pa.Schema:
 def plain_row(row: SampleRow) -> dict[str, Any]:
     """The row as JSON values: what lies beside the sample in its tar. Nothing of references where it has none."""
     plain = asdict(row)
-    if not row.reference_ids:
-        for column in REFERENCE_FIELDS:
-            del plain[column.name]
+    for column in [*(REFERENCE_FIELDS if not row.reference_ids else []), *(SEEN_FIELDS if not row.seen_ids else [])]:
+        del plain[column.name]
     return plain
 
 
@@ -219,20 +226,21 @@ class PreparedDataset:
                 f"{path} is damaged: it does not have its checksum. Run `ftk prepare RUN.yaml` again: it makes this shard anew."
             )
         table = storage.read_table(path)
-        schemas = [SAMPLE_SCHEMA, pa.schema([*SAMPLE_SCHEMA, *REFERENCE_FIELDS])]
+        schemas = [SAMPLE_SCHEMA]
+        for fields in (REFERENCE_FIELDS, SEEN_FIELDS):
+            schemas.append(pa.schema([*schemas[-1], *fields]))
         if not any(table.schema.equals(schema) for schema in (*schemas, *map(_with_part_repeats, schemas))):
             raise DatasetError(f"{path} has other columns than this ftk reads. Delete it and run `ftk prepare RUN.yaml` again.")
         if any(name != shard.name for name in pc.unique(table["shard"]).to_pylist()):
             raise DatasetError(f"{path} has samples of another shard. Delete it and run `ftk prepare RUN.yaml` again.")
-        if not self.has_references or REFERENCE_FIELDS[0].name in table.column_names:
-            return table
-        for column in REFERENCE_FIELDS:
-            table = table.append_column(column, pa.array([[]] * len(table), column.type))
+        for column in [*REFERENCE_FIELDS, *SEEN_FIELDS] if self.has_references else []:
+            if column.name not in table.column_names:
+                table = table.append_column(column, pa.array([[]] * len(table), column.type))
         return table
 
     @property
     def has_references(self) -> bool:
-        """Whether a source names references: `tables` then have the columns of `REFERENCE_FIELDS`."""
+        """Whether a source names references: `tables` then have the columns of `REFERENCE_FIELDS` and `SEEN_FIELDS`."""
         return any(source.get("references") for source in self.manifest.recipe.get("sources", {}).values())
 
     def rejects(self) -> list[Reject]:
@@ -246,7 +254,7 @@ class PreparedDataset:
         return rows
 
     def tables(self) -> Iterator[pa.Table]:
-        """The samples shard by shard, in order: the columns of `SAMPLE_SCHEMA`, and of `REFERENCE_FIELDS` if there are any.
+        """The samples shard by shard, in order: the columns of `SAMPLE_SCHEMA`, and those of references if there are any.
 
         `repeats` are floats in all of them if a source has repeats that are not whole.
         """
@@ -275,7 +283,7 @@ class PreparedDataset:
         return [self.span(row.shard, row.key, f"reference{number}").read() for number in range(len(row.reference_ids))]
 
     def span(self, shard: str, key: str, part: str) -> "Span":
-        """Where a sample's `image`, `mask`, `controlN` or `referenceN` lies; the shard is verified before its first use."""
+        """Where a sample's `image`, `mask`, `controlN`, `referenceN` or `seenN` lies; the shard is verified first."""
         index = self._index(shard)
         suffixes = IMAGE_SUFFIXES if part == "image" else (f"{part}.png",)
         path = self.directory / "shards" / f"{shard}.tar"

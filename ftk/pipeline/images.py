@@ -96,7 +96,8 @@ class Variant:
 
     `flipped`: mirrored after the crop. `copied`: the source's own bytes. Mask (8-bit gray) and controls (RGB) have the same
     size and are PNG files; `mask_id` is empty when there is no mask, and `has_empty_mask` says that it is black all over.
-    References (RGB, PNG) have sizes of their own.
+    References (RGB, PNG) have sizes of their own; `seen` are the same images at the size at which the text encoder sees them,
+    where that is another one.
     """
 
     placement: Placement
@@ -113,6 +114,9 @@ class Variant:
     references: tuple[bytes, ...]
     reference_ids: tuple[str, ...]
     reference_sizes: tuple[tuple[int, int], ...]
+    seen: tuple[bytes, ...] = ()
+    seen_ids: tuple[str, ...] = ()
+    seen_sizes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,11 +181,13 @@ _MISSING = {
     "mask": RejectReason.MASK_MISSING,
     "control": RejectReason.CONTROL_MISSING,
     "reference": RejectReason.CONTROL_MISSING,
+    "seen": RejectReason.CONTROL_MISSING,
 }
 _UNREADABLE = {
     "mask": RejectReason.MASK_UNREADABLE,
     "control": RejectReason.CONTROL_UNREADABLE,
     "reference": RejectReason.CONTROL_UNREADABLE,
+    "seen": RejectReason.CONTROL_UNREADABLE,
 }
 _MISMATCHED = {"mask": RejectReason.MASK_MISMATCHED, "control": RejectReason.CONTROL_MISMATCHED}
 
@@ -256,6 +262,7 @@ def _read_file(kind: str, blob: Blob, seconds: float) -> _File:
 
 def _open_all(files: list[_File], recipe: ImageRecipe) -> list[Opened]:
     """The headers of all files of a task, checked; the image comes first."""
+    _check_number(sum(file.kind == "reference" for file in files), recipe)
     opened: list[Opened] = []
     for file in files:
         with _blaming(file):
@@ -269,6 +276,12 @@ def _open_all(files: list[_File], recipe: ImageRecipe) -> list[Opened]:
     if shortest < recipe.min_size:
         raise Unfit(RejectReason.TOO_SMALL, f"its shorter side, {shortest} px, is below data.min_size {recipe.min_size}")
     return opened
+
+
+def _check_number(num_references: int, recipe: ImageRecipe) -> None:
+    most = recipe.references.most if recipe.references else None
+    if most is not None and num_references > most:
+        raise Unfit(RejectReason.TOO_MANY_REFERENCES, f"it has {num_references} references, and the model takes {most} at most")
 
 
 @contextlib.contextmanager
@@ -380,11 +393,13 @@ def _prepare(files: list[_File], contents: tuple[str, ...], task: ImageTask) -> 
     opened = _open_all(files, recipe)
     image = opened[0]
     placements = _placements(image, contents[0], recipe)
-    pictures = [_picture(file, one, recipe) for file, one in zip(files, opened, strict=True)]
+    pictures = [(file, _picture(file, one, recipe)) for file, one in zip(files, opened, strict=True)]
+    if recipe.references and recipe.references.seen_area:
+        pictures += [(replace(file, kind="seen"), picture) for file, picture in pictures if file.kind == "reference"]
     variants: list[Variant] = []
     hashed = ""
     for placement, numbers in placements.items():
-        parts = [_part(file, picture, placement, recipe) for file, picture in zip(files, pictures, strict=True)]
+        parts = [_part(file, picture, placement, recipe) for file, picture in pictures]
         hashed = hashed or perceptual_hash(parts[0].resized)
         for cropped in _crops(placement, numbers, parts[0].resized, contents[0], recipe):
             for flipped in (False, True)[: 1 + recipe.flip]:
@@ -424,8 +439,8 @@ def _variant(parts: list[_ResizedFile], image: Opened, placement: Placement, fli
     suffix = None if flipped else _copied_suffix(image, placement, recipe)
     data = parts[0].file.data if suffix else encode(_cut(parts[0], placement, flipped, recipe), encoding)
     stored = "copy" if suffix else f"{encoding.image_format} {encoding.quality}"
-    masks, controls, references = (
-        [part for part in parts if part.file.kind == kind] for kind in ("mask", "control", "reference")
+    masks, controls, references, seen = (
+        [part for part in parts if part.file.kind == kind] for kind in ("mask", "control", "reference", "seen")
     )
     mask = _cut(masks[0], placement, flipped, recipe) if masks else None
     return Variant(
@@ -443,6 +458,9 @@ def _variant(parts: list[_ResizedFile], image: Opened, placement: Placement, fli
         references=tuple(encode(_cut(part, placement, flipped, recipe), PNG) for part in references),
         reference_ids=tuple(_part_id(part, placement, flipped, "png", recipe) for part in references),
         reference_sizes=tuple(part.resized.size for part in references),
+        seen=tuple(encode(_cut(part, placement, flipped, recipe), PNG) for part in seen),
+        seen_ids=tuple(_part_id(part, placement, flipped, "png", recipe) for part in seen),
+        seen_sizes=tuple(part.resized.size for part in seen),
     )
 
 
@@ -472,10 +490,11 @@ def _copied_suffix(image: Opened, placement: Placement, recipe: ImageRecipe) -> 
 
 def _placement(kind: str, width: int, height: int, leader: Placement, recipe: ImageRecipe) -> Placement:
     """Where an image of these sides goes: a reference to a size of its own, uncropped; all others where their image goes."""
-    if kind != "reference":
+    if kind not in ("reference", "seen"):
         return follow(leader, width, height)
     assert recipe.references is not None
-    width, height = recipe.references.size(width, height)
+    size = recipe.references.seen_size if kind == "seen" else recipe.references.size
+    width, height = size(width, height)
     return Placement(bucket_width=width, bucket_height=height, resize_width=width, resize_height=height, crop_x=0, crop_y=0)
 
 

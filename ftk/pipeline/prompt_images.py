@@ -1,7 +1,7 @@
 """Images of `sample.prompts`: what an edit model or a control network is shown for a sample image. In no dataset."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from PIL import Image
 
 from ftk import locations, storage
 from ftk.errors import ConfigError, did_you_mean
-from ftk.models.components.geometry import ReferenceRule
 from ftk.pipeline import decode
 from ftk.pipeline.buckets import cover
 from ftk.pipeline.conditions import base as conditions
@@ -38,11 +37,11 @@ class PromptImage:
     made: MadeControl | None = None
 
 
-def find(path: str, size: ReferenceRule | tuple[int, int], setting: str) -> PromptImage:
+def find(path: str, size: Callable[[int, int], tuple[int, int]] | tuple[int, int], setting: str) -> PromptImage:
     """Open an image's header.
 
     Args:
-        size: the rule for references; (width, height) of the sample image for a control image.
+        size: of references, what gives theirs from the file's; (width, height) of the sample image for a control image.
         setting: what messages call the place of the path.
 
     Raises:
@@ -55,7 +54,7 @@ def find(path: str, size: ReferenceRule | tuple[int, int], setting: str) -> Prom
     except (OSError, Unfit) as error:
         reason = error.detail if isinstance(error, Unfit) else error.strerror or str(error)
         raise ConfigError(f"{setting}: {path} cannot be read as an image: {reason}. Name an image file.") from None
-    width, height = size.size(opened.width, opened.height) if isinstance(size, ReferenceRule) else size
+    width, height = size(opened.width, opened.height) if callable(size) else size
     return PromptImage(id=storage.digest(_named(data, width, height)), path=place, width=width, height=height)
 
 

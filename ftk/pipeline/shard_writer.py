@@ -419,7 +419,8 @@ def _make_shard(
             advance(1)
         if reachability.stopped and not shard.num_made:
             raise reachability.error()  # nothing new: what is there stays
-    storage.commit_table(table_path, dataset.sample_table(shard.rows, has_references=bool(unit.source.references)))
+    rule = job.recipes[unit.source.source_name].references if unit.source.references else None
+    storage.commit_table(table_path, dataset.sample_table(shard.rows, rule))
     record = shard.record(is_last=not piece.inputs.has_more())
     _commit_receipt(job, unit, record, shard.kept_outcomes)
     return record
@@ -497,6 +498,9 @@ def _rows(shard: _Shard, record: Record, prepared: images.PreparedImage) -> Iter
             reference_ids=list(variant.reference_ids),
             reference_widths=[width for width, _ in variant.reference_sizes],
             reference_heights=[height for _, height in variant.reference_sizes],
+            seen_ids=list(variant.seen_ids),
+            seen_widths=[width for width, _ in variant.seen_sizes],
+            seen_heights=[height for _, height in variant.seen_sizes],
             **asdict(variant.placement),
         )
         yield row, variant
@@ -519,6 +523,7 @@ def _members(row: SampleRow, variant: images.Variant) -> list[tuple[str, bytes]]
         members.append(("mask.png", variant.mask))
     members += [(f"control{number}.png", control) for number, control in enumerate(variant.controls)]
     members += [(f"reference{number}.png", reference) for number, reference in enumerate(variant.references)]
+    members += [(f"seen{number}.png", seen) for number, seen in enumerate(variant.seen)]
     members.append(("json", json.dumps(dataset.plain_row(row), sort_keys=True, ensure_ascii=False).encode()))
     return members
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import control_images
+import denoisers
 import pytest
 import torch
 
@@ -27,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 TRAIN = TrainConfig(learning_rate=1e-2, ema_decay=0.9, precision="bf16")
 PAIRS = [
     (family, name)
-    for family in families.available()
+    for family in denoisers.families_of_each()
     for name in methods.available()
     if control_images.knows(family, name, SETTINGS.get(name, {}))
 ]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import control_images
+import denoisers
 import pytest
 import torch
 from safetensors import safe_open
@@ -65,7 +66,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "custom-diffusion": {"whole": {}, "rank": {"rank": 2}},
     "full": {"all": {}, "attention": {"targets": "attention"}, "list": {"targets": ("to_q.weight",)}},
 }
-FAMILIES = families.available()
+FAMILIES = denoisers.families_of_each()
 # Noise on the trained parameters that moves a tiny model visibly and leaves it finite.
 NOISE = {"full": 0.02, "loha": 0.3}
 # Those that draw nothing, some with one family alone: equal starts whatever the seed.

@@ -45,9 +45,9 @@ def vae_folder(request: pytest.FixtureRequest, vae_folders: dict[str, Path]) -> 
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text encoder with grouped heads and wide weights, so that positions and attention matter to every value."""
     folder = tmp_path_factory.mktemp("text")
-    tokenizer = with_blank_lines(qwen_image._tiny_tokenizer())
+    tokenizer = with_blank_lines(qwen_image.tiny_tokenizer(TEMPLATE, PREFIX_TOKENS))
     tokenizer.save_pretrained(folder / "tokenizer")
-    config = qwen_image._tiny_text_config(len(tokenizer))
+    config = qwen_image.tiny_text_config(len(tokenizer))
     config["text_config"] |= {
         "hidden_size": 64, "intermediate_size": 336, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "initializer_range": 0.05,

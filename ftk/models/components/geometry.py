@@ -54,12 +54,16 @@ class ReferenceRule:
         area: px; each reference is scaled to about this area, keeping its aspect ratio. None: it keeps its own size.
         sizes: (width, height) of which the one with the nearest aspect ratio is taken, in place of `area`.
         in_texts: whether the text encoder sees the references too: a text then depends on them.
+        seen_area: px; about the area at which it sees them, where that is not the size above.
+        most: how many a sample may have; None: any number.
     """
 
     multiple: int
     area: int | None = None
     sizes: tuple[tuple[int, int], ...] = ()
     in_texts: bool = False
+    seen_area: int | None = None
+    most: int | None = None
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) in pixels of a reference whose file has these sides."""
@@ -68,8 +72,15 @@ class ReferenceRule:
             return min(self.sizes, key=lambda size: abs(size[0] / size[1] - ratio))
         if self.area is None:
             return self._at_least_one(width // self.multiple), self._at_least_one(height // self.multiple)
+        return self._of_area(self.area, ratio)
+
+    def seen_size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) in pixels at which the text encoder sees such a reference."""
+        return self.size(width, height) if self.seen_area is None else self._of_area(self.seen_area, width / height)
+
+    def _of_area(self, area: int, ratio: float) -> tuple[int, int]:
         # As diffusers' `calculate_dimensions` of the Qwen-Image edit pipelines: the height comes from the unrounded width.
-        exact_width = (self.area * ratio) ** 0.5
+        exact_width = (area * ratio) ** 0.5
         exact_height = exact_width / ratio
         return (
             self._at_least_one(round(exact_width / self.multiple)),
