@@ -151,8 +151,12 @@ def _added(config: RunConfig) -> list[mixing.AddedAdapter]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _PromptImages:
-    """The images of one prompt, as `Conditions` has them, in a batch of one; and as the sheet shows them."""
+    """The images of one prompt, as `Conditions` has them, in a batch of one; and as the sheet shows them.
 
+    `texts` are the pipeline's arguments in place of prompt and negative prompt, where these depend on the references.
+    """
+
+    texts: Mapping[str, Any] = field(default_factory=dict)
     references: tuple[torch.Tensor, ...] = ()
     controls: tuple[torch.Tensor, ...] = ()
     shown: Inputs = field(default_factory=dict)
@@ -167,22 +171,52 @@ def _prompt_images(run: Run, directory: Path, device: torch.device, dtype: torch
         return prompt_images.load(Path(item.key), item.width, item.height, item.made)
 
     def tensor(item: ImageItem) -> torch.Tensor:
-        pixels_BCHW = torch.from_numpy(np.array(picture(item))).permute(2, 0, 1)[None].float() / 127.5 - 1.0
+        pixels_BCHW = _pixels(item)
         encoded = pixels_BCHW if item.form == "pixels" else run.family.encode_images(vae, pixels_BCHW)[0]
         return encoded.to(device, dtype)
 
     every = []
+    texts = _texts_of_references(run, directory, prompts, device, dtype)
     for entry in run.config.sample.entries:
         references, controls = (part.get(entry.key(), ()) for part in (prompts.references, prompts.controls))
         shown = {"reference": list(map(picture, references)), "control": list(map(picture, controls))}
         every.append(
             _PromptImages(
+                texts=texts.get(entry.key(), {}),
                 references=tuple(map(tensor, references)),
                 controls=tuple(map(tensor, controls)),
                 shown={kind: pictures for kind, pictures in shown.items() if pictures},
             )
         )
     return every
+
+
+def _texts_of_references(
+    run: Run, directory: Path, prompts: cached_prompts.Prompts, device: torch.device, dtype: torch.dtype
+) -> dict[str, dict[str, Any]]:
+    """By `PromptConfig.key`, the pipeline's arguments for the texts of prompts whose references the text encoder sees."""
+    if not prompts.seen:
+        return {}
+    encoder = run.family.load_text_encoder(directory, dtype, device)
+    arguments: dict[str, dict[str, Any]] = {}
+    for entry in run.config.sample.entries:
+        if entry.key() not in prompts.seen:
+            continue
+        seen = [_pixels(item)[0].to(device) for item in prompts.seen[entry.key()]]
+        negative = run.negative_prompt(directory, entry)
+        items = run.family.encode_texts(encoder, [entry.prompt, *([] if negative is None else [negative])], [seen, seen])
+        arguments[entry.key()] = {
+            f"{prefix}{name}": value
+            for prefix, item in zip(("", "negative_"), items, strict=False)
+            for name, value in run.family.pipeline_texts(item).items()
+        }
+    return arguments
+
+
+def _pixels(item: ImageItem) -> torch.Tensor:
+    """[1,3,H,W] in [-1, 1]."""
+    picture = np.array(prompt_images.load(Path(item.key), item.width, item.height))
+    return torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,10 +237,12 @@ class _Column:
         if strengths:
             own = {mixing.OWN: entry.strength} if entry.strength is not None and mixing.OWN in strengths else {}
             mixing.set_strengths(pipeline, {**strengths, **own})
-        arguments: dict[str, Any] = {"prompt": entry.prompt}
+        arguments: dict[str, Any] = dict(given.texts) or {"prompt": entry.prompt}
         negative = self.run.negative_prompt(self.directory, entry)
-        if drawn.has_negative and negative is not None:
+        if drawn.has_negative and negative is not None and not given.texts:
             arguments["negative_prompt"] = negative
+        if not drawn.has_negative:
+            arguments = {name: value for name, value in arguments.items() if not name.startswith("negative_")}
         arguments |= image_arguments(self.run, entry, given.references, given.controls)
         image = generate(pipeline, self.run, arguments, position)
         self.progress.advance(1)

@@ -305,8 +305,8 @@ class _EditPipeline:
         for prefix in ("", "negative_"):
             prompt = options.pop(f"{prefix}prompt", None)
             if prompt is not None:
-                embeds, mask = self.encode_prompt(prompt)  # type: ignore[attr-defined]
-                options |= {f"{prefix}prompt_embeds": embeds, f"{prefix}prompt_embeds_mask": mask}
+                embeds_BLD, mask_BL = self._get_qwen_prompt_embeds(prompt)
+                options |= {f"{prefix}prompt_embeds": embeds_BLD, f"{prefix}prompt_embeds_mask": mask_BL}
         parts = {name: part for name, part in self.components.items() if name != "processor"}  # type: ignore[attr-defined]
 
         class Uncut(QwenImagePipeline):  # type: ignore[misc]

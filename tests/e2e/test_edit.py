@@ -17,6 +17,7 @@ from PIL import Image
 from ftk.cache.store import CacheStore
 from ftk.models import base as models
 from ftk.pipeline.dataset import PreparedDataset
+from ftk.train import sheet
 
 CPU = torch.device("cpu")
 FAMILY = "qwen-image-edit-plus"
@@ -133,6 +134,20 @@ def test_training_sees_references_and_their_texts(workspace: Path) -> None:
     report = json.loads((workspace / "work" / "runs" / "edit" / "report.json").read_text())
     assert report["step"] == 4
     assert (workspace / "work" / "runs" / "edit" / "samples" / "step-00000004.png").is_file()
+
+
+def test_drawing_with_the_adapter_shows_what_training_showed_last(workspace: Path, ftk) -> None:
+    result = ftk("sample", workspace / "run.yaml", "--json")
+    assert result.code == 0, result.err
+    samples = workspace / "work" / "runs" / "edit" / "samples"
+    drawn = {prompt: [] for prompt in ("make it blue", "a dog")}
+    for picture, prompt in sheet.cells(samples / "base-and-adapter.png"):
+        drawn[prompt].append(np.asarray(picture).astype(int))
+    trained = {prompt: np.asarray(picture) for picture, prompt in sheet.cells(samples / "step-00000004.png")}
+    for prompt, pictures in drawn.items():
+        assert len(pictures) >= 2
+        assert np.abs(pictures[-1] - trained[prompt]).max() <= 2
+    assert "prompt_embeds_mask" not in result.err
 
 
 def test_kill_and_resume_give_the_same_bytes(workspace: Path, ftk, tmp_path: Path) -> None:
