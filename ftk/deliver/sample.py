@@ -215,7 +215,7 @@ def _texts_of_references(
 
 def _pixels(item: ImageItem) -> torch.Tensor:
     """[1,3,H,W] in [-1, 1]."""
-    picture = np.array(prompt_images.load(Path(item.key), item.width, item.height))
+    picture = np.array(prompt_images.load(Path(item.key), item.width, item.height, item.made))
     return torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1.0
 
 
