@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,9 +30,10 @@ from ftk.cache.offload import placement
 from ftk.cache.plan import ImageItem, TextItem, Unit
 from ftk.configs.load import default_workers
 from ftk.configs.schema import CacheConfig, ModelConfig
-from ftk.errors import CacheError, ConfigError, EnvironmentFault
+from ftk.errors import CacheError, EnvironmentFault
 from ftk.models import base as models
 from ftk.models.base import AddsTokens, Family, SharesTexts
+from ftk.models.components.placeholders import Placeholders
 from ftk.pipeline import prompt_images
 from ftk.pipeline.dataset import PreparedDataset
 from ftk.pipeline.engine import worker_place
@@ -66,7 +67,7 @@ class EncodeJob:
     prepared: Path
     config: CacheConfig
     workers: int
-    placeholder_tokens: Mapping[str, str] = field(default_factory=dict)
+    placeholder_tokens: Placeholders = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -128,7 +129,9 @@ class _Encoder:
             place = None if job.placeholder_tokens else placement(job.config.offload, device)
             options = {"place": place} if place else {}
             component = family.load_text_encoder(job.model, getattr(torch, job.config.text_dtype), device, **options)
-            _add_tokens(family, component, job.placeholder_tokens)
+            if job.placeholder_tokens:
+                assert isinstance(family, AddsTokens)
+                family.add_tokens(component, job.placeholder_tokens)
         return cls(job, family, component, device)
 
     def encode(self, batch: _Batch) -> list[Tensors]:
@@ -211,14 +214,6 @@ class _Encoder:
     @staticmethod
     def _describe(key: tuple[int, ...]) -> str:
         return f"image of {key[1]}x{key[0]} px" if len(key) > 1 else "caption"
-
-
-def _add_tokens(family: Family, encoder: Any, tokens: Mapping[str, str]) -> None:
-    if not tokens:
-        return
-    if not isinstance(family, AddsTokens):
-        raise ConfigError(f"{family.name}: its text encoder cannot be given new words, such as {next(iter(tokens))!r}.")
-    family.add_tokens(encoder, tokens)
 
 
 _loaded: dict[str, _Encoder] = {}

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def encoder_parts(kind: str, run: Run, directory: Path | None, full: bool | None
     else:
         parts |= {"dtype": config.text_dtype, "stored": config.stored_text_dtype, **family.text_options()}
         if run.needs.placeholder_tokens:
-            parts["placeholder_tokens"] = dict(run.needs.placeholder_tokens)
+            parts["placeholder_tokens"] = {word: asdict(each) for word, each in run.needs.placeholder_tokens.items()}
     if directory is not None:
         components = family.latent_components if kind == "latents" else family.text_components
         full = config.full_hash if full is None else full

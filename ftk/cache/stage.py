@@ -21,7 +21,8 @@ from ftk.cache.prompts import Prompts
 from ftk.cache.shards import KINDS, Damage, Receipt
 from ftk.configs.load import default_workers
 from ftk.contracts import CacheManifest
-from ftk.errors import CacheError, DatasetError
+from ftk.errors import CacheError, ConfigError, DatasetError
+from ftk.models import base as models
 from ftk.models.base import SharesTexts
 from ftk.pipeline.dataset import PreparedDataset, recipes, without_places
 from ftk.pipeline.engine import WHOLE, JobPart, map_units
@@ -195,11 +196,12 @@ def _plan(run: Run, directory: Path) -> _Work:
     if not dataset.manifest.num_samples:
         raise CacheError(f"{dataset.directory} holds no samples. Run `ftk prepare RUN.yaml` with images that can be used.")
     model = run.locate((*family.latent_components, *family.text_components))
-    previous = _previous(directory)
-    kinds = {kind: _look(run, model, directory, kind, previous) for kind in KINDS}
     tables = list(dataset.tables())
     captions = pa.chunked_array([chunk for table in tables for chunk in table["captions"].chunks], pa.list_(pa.string()))
     _check_needs(run, tables)
+    _check_tokens(run, model, captions)
+    previous = _previous(directory)
+    kinds = {kind: _look(run, model, directory, kind, previous) for kind in KINDS}
     work = _Work(
         run=run,
         model=model,
@@ -227,6 +229,29 @@ def _check_needs(run: Run, tables: Sequence[pa.Table]) -> None:
             f"method {run.method.name} needs class images, and {run.paths.prepared} has none. Add a source with `role: class` "
             f"to data.sources, and run `ftk prepare RUN.yaml`."
         )
+
+
+def _check_tokens(run: Run, model: Path, captions: pa.ChunkedArray) -> None:
+    """Refuse new words that the tokenizers cannot be given, or that nothing teaches.
+
+    Raises:
+        ConfigError: so, or `cache.offload` asks for an embedding table that is not in one piece.
+        CacheError: a word stands in no caption.
+    """
+    tokens = run.needs.placeholder_tokens
+    models.check_tokens(run.family, model, tokens)
+    if tokens and run.config.cache.offload == "layers":
+        raise ConfigError(
+            f"cache.offload: layers does not go with new words ({next(iter(tokens))!r}), which need the whole text encoder in "
+            f"memory. Leave it out."
+        )
+    flat = pc.list_flatten(captions)
+    for word in tokens:
+        if not pc.any(pc.match_substring(flat, word)).as_py():
+            raise CacheError(
+                f"the new word {word!r} stands in no caption of {run.paths.prepared}, so nothing would be learned of it. "
+                f"Write it into the captions, for example with `trigger: {word}` or a template, and run `ftk prepare RUN.yaml`."
+            )
 
 
 def _previous(directory: Path) -> CacheManifest | None:
@@ -328,7 +353,7 @@ def _encode(work: _Work, kind: _Kind, part: JobPart) -> None:
     job = EncodeJob(
         kind=kind.kind,
         base=work.run.config.model,
-        placeholder_tokens=dict(work.run.needs.placeholder_tokens),
+        placeholder_tokens=work.run.needs.placeholder_tokens,
         model=work.model.resolve(),
         folder=kind.folder.resolve(),
         prepared=work.dataset.directory.resolve(),
@@ -481,7 +506,9 @@ def _texts_cut(work: _Work, stored: pa.Table) -> list[tuple[str, int]]:
     texts_cut: list[tuple[str, int]] = []
     for start in range(0, len(captions), _TOKENISED_AT_ONCE):
         batch = captions[start : start + _TOKENISED_AT_ONCE]
-        counts = work.run.family.tokens_cut(work.model, batch)
+        # Only a family that adds tokens takes them.
+        tokens = [work.run.needs.placeholder_tokens] if work.run.needs.placeholder_tokens else []
+        counts = work.run.family.tokens_cut(work.model, batch, *tokens)
         texts_cut += [(caption, count) for caption, count in zip(batch, counts, strict=True) if count]
     return texts_cut
 

@@ -14,6 +14,7 @@ from ftk.configs import load
 from ftk.configs.schema import MethodConfig
 from ftk.errors import ConfigError
 from ftk.models.base import DENOISER, Conditions, Family, Model, TrainsEncoders
+from ftk.models.components.placeholders import Placeholders
 
 if TYPE_CHECKING:
     import torch
@@ -29,12 +30,12 @@ class CacheNeeds:
 
     Attributes:
         controls: how control images are stored: as latents of the VAE, or as the pixels that a control network reads.
-        placeholder_tokens: new words of the captions, each with the word whose embedding it starts from.
+        placeholder_tokens: new words of the captions, with the number of their vectors and what these start from.
         class_images: whether there must be samples with `role: class`.
     """
 
     controls: ControlForm = "latents"
-    placeholder_tokens: Mapping[str, str] = field(default_factory=dict)
+    placeholder_tokens: Placeholders = field(default_factory=dict)
     class_images: bool = False
 
 

@@ -21,7 +21,9 @@ from ftk.configs import load
 from ftk.configs.resolutions import NATIVE, parse_size
 from ftk.configs.schema import ModelConfig
 from ftk.errors import ConfigError
+from ftk.models.components import placeholders
 from ftk.models.components.geometry import LatentGeometry, ReferenceRule, nearest_multiple
+from ftk.models.components.placeholders import Placeholders
 from ftk.models.components.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -350,13 +352,27 @@ class SharesTexts(Protocol):
 
 @runtime_checkable
 class AddsTokens(Protocol):
-    """A family whose tokenizer and embeddings can be given new words: `CacheNeeds.placeholder_tokens`."""
+    """A family whose tokenizers and embedding tables can be given new words: `CacheNeeds.placeholder_tokens`.
 
-    def add_tokens(self, encoder: Any, tokens: Mapping[str, str]) -> None:
-        """Add each token to what `load_text_encoder` returned; its embedding starts as that of the word it maps to.
+    `components/placeholders.py` has what they are. Its text items then hold the token ids (`input_ids`, `input_ids_2`), and
+    `tokens_cut` takes the new words as a third argument.
+    """
+
+    token_encoders: Mapping[str, str]
+    """The folder of each text encoder's tokenizer, by the encoder's name in the diffusers pipeline."""
+
+    def tokenizer_with(self, directory: Path, encoder: str, tokens: Placeholders) -> Any:
+        """The tokenizer of a text encoder with new words added; no weights are read.
 
         Raises:
-            ConfigError: the tokenizer has the token already, or the word is not one token.
+            ConfigError: it has one of the words already.
+        """
+
+    def add_tokens(self, encoder: Any, tokens: Placeholders) -> None:
+        """Add new words to what `load_text_encoder` returned.
+
+        Raises:
+            ConfigError: a tokenizer has one of them already, or a word starts from more tokens than it has vectors.
         """
 
 
@@ -439,6 +455,26 @@ def published_names(family: Family, directory: Path) -> Mapping[str, str]:
 def original_names(family: Family, denoiser: Any) -> Mapping[str, str]:
     """See `HasOriginalNames`; nothing of a family whose names were never others."""
     return family.original_names(denoiser) if isinstance(family, HasOriginalNames) else {}
+
+
+def check_tokens(family: Family, directory: Path, tokens: Placeholders) -> None:
+    """Refuse new words that the tokenizers of a model cannot be given; no weights are read.
+
+    Raises:
+        ConfigError: see `AddsTokens`, or the family's tokenizer takes no new words at all.
+    """
+    if not tokens:
+        return
+    if not isinstance(family, AddsTokens):
+        able = [name for name in available() if isinstance(get(name), AddsTokens)]
+        raise ConfigError(
+            f"{family.name}: its text encoder cannot be given new words, such as {next(iter(tokens))!r}. Families that can: "
+            f"{', '.join(able)}."
+        )
+    for encoder in family.token_encoders:
+        tokenizer = family.tokenizer_with(directory, encoder, tokens)
+        for word, placeholder in tokens.items():
+            placeholders.start_ids(tokenizer, word, placeholder)
 
 
 def encoded(model: Model, texts: Texts) -> Texts:

@@ -11,7 +11,7 @@ import inspect
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field
 
 from ftk.errors import ModelError
 from ftk.models.base import Activations, AdapterNames, Conditions, FamilyConfig, Model, PutOnDevice, TargetGroup, move
-from ftk.models.components import configuration, flow_matching, kl_vae
+from ftk.models.components import configuration, flow_matching, kl_vae, placeholders
 from ftk.models.components.geometry import LatentGeometry, ReferenceRule
 from ftk.models.components.loading import (
     check_pipeline,
@@ -31,6 +31,7 @@ from ftk.models.components.loading import (
     outline,
     reading,
 )
+from ftk.models.components.placeholders import Placeholder, Placeholders
 from ftk.models.components.schedule import NoiseSchedule
 from ftk.models.components.single_file import Layout
 from ftk.models.components.weights import Tensor
@@ -65,17 +66,21 @@ class QwenTextEncoder:
     """What `encode_texts` needs in memory.
 
     `prefix` holds the keys and values of the template's first tokens, `prefix_ids`, a batch of one: they come before the
-    caption, and in a causal model nothing after them changes them.
+    caption, and in a causal model nothing after them changes them. `new_words` are those that were added.
     """
 
     tokenizer: Any
     model: Any
     prefix_ids: list[int]
     prefix: Any
+    new_words: dict[str, Placeholder] = field(default_factory=dict)
 
 
 class QwenImage:
-    """The text-to-image model. Text item: `embeds` [L,D], the normed last hidden state after the template's prefix."""
+    """The text-to-image model. Text item: `embeds` [L,D], the normed last hidden state after the template's prefix.
+
+    With new words also `input_ids` [L], the tokens that they are the states of.
+    """
 
     name = "qwen-image"
     Config: ClassVar[type[BaseModel]] = QwenImageConfig
@@ -87,6 +92,7 @@ class QwenImage:
     text_components: tuple[str, ...] = ("text_encoder", "tokenizer")
     denoiser_components = ("transformer", "scheduler")
     denoiser_attribute = "transformer"
+    token_encoders: Mapping[str, str] = {"text_encoder": "tokenizer"}
     sigma_defaults: Mapping[str, Any] = {}
     native_sizes = NATIVE_SIZES
     references: ReferenceRule | None = None
@@ -246,16 +252,38 @@ class QwenImage:
             hidden_BLD = encoder.model.model.language_model(
                 input_ids=pad_sequence(ids, batch_first=True).to(encoder.model.device), past_key_values=prefix
             ).last_hidden_state
-        return [{"embeds": row[: len(kept)].clone()} for row, kept in zip(hidden_BLD, ids, strict=True)]
+        items = [{"embeds": row[: len(kept)].clone()} for row, kept in zip(hidden_BLD, ids, strict=True)]
+        if encoder.new_words:
+            return [
+                {**item, "input_ids": kept.to(hidden_BLD.device, torch.int32)} for item, kept in zip(items, ids, strict=True)
+            ]
+        return items
 
     def text_lengths(self, encoder: Any, captions: Sequence[str]) -> list[int]:
         """Caption and the template's end, 5 tokens, after the cut."""
         return [len(row) for row in self._caption_ids(encoder, captions)]
 
-    def tokens_cut(self, directory: Path, captions: Sequence[str]) -> list[int]:
+    def tokens_cut(self, directory: Path, captions: Sequence[str], tokens: Placeholders | None = None) -> list[int]:
         """The template's end is cut first."""
-        rows = self._tokenizer(directory)([TEMPLATE.format(caption) for caption in captions], verbose=False)["input_ids"]
+        tokenizer = self.tokenizer_with(directory, "text_encoder", tokens or {})
+        rows = tokenizer(self._prompts(tokenizer, captions), verbose=False)["input_ids"]
         return [max(0, len(row) - PREFIX_TOKENS - self.max_text_tokens) for row in rows]
+
+    def tokenizer_with(self, directory: Path, encoder: str, tokens: Placeholders) -> Any:
+        """Qwen2Tokenizer."""
+        tokenizer = self._tokenizer(directory)
+        placeholders.add(tokenizer, tokens, takes_space=True)
+        return tokenizer
+
+    def add_tokens(self, encoder: QwenTextEncoder, tokens: Placeholders) -> None:
+        """To the tokenizer and the embedding table, which has spare rows in the real model."""
+        placeholders.add_to_encoder(encoder.tokenizer, encoder.model, tokens, takes_space=True)
+        encoder.new_words.update(tokens)
+
+    @staticmethod
+    def _prompts(tokenizer: Any, captions: Sequence[str]) -> list[str]:
+        """Captions in the template."""
+        return [TEMPLATE.format(caption) for caption in placeholders.expanded(tokenizer, captions)]
 
     @staticmethod
     def _tokenizer(directory: Path) -> Any:
@@ -280,7 +308,7 @@ class QwenImage:
     def _caption_ids(self, encoder: QwenTextEncoder, captions: Sequence[str]) -> list[list[int]]:
         """Token ids of each caption and of what the template has after it, cut to `max_text_tokens`."""
         rows = encoder.tokenizer(
-            [TEMPLATE.format(caption) for caption in captions],
+            self._prompts(encoder.tokenizer, captions),
             max_length=self.max_text_tokens + PREFIX_TOKENS,
             truncation=True,
         )["input_ids"]
@@ -328,16 +356,16 @@ class QwenImage:
         )
 
     def collate_texts(self, texts: Sequence[Mapping[str, "torch.Tensor"]]) -> dict[str, "torch.Tensor | None"]:
-        """`embeds` [B,L,D] zero-padded to the longest, `mask` [B,L] bool or None."""
+        """`embeds` [B,L,D] zero-padded to the longest, `mask` [B,L] bool or None; `input_ids` [B,L] of texts that have them."""
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        embeds = [text["embeds"] for text in texts]
-        lengths = torch.tensor([len(item) for item in embeds])
-        if len(set(lengths.tolist())) == 1:
-            return {"embeds": torch.stack(embeds), "mask": None}
-        padded_BLD = pad_sequence(embeds, batch_first=True)
-        return {"embeds": padded_BLD, "mask": torch.arange(padded_BLD.shape[1])[None, :] < lengths[:, None]}
+        lengths = torch.tensor([len(text["embeds"]) for text in texts])
+        padded: dict[str, torch.Tensor | None] = {
+            name: pad_sequence([text[name] for text in texts], batch_first=True) for name in texts[0]
+        }
+        is_full = len(set(lengths.tolist())) == 1
+        return {**padded, "mask": None if is_full else torch.arange(int(lengths.max()))[None, :] < lengths[:, None]}
 
     def predict(
         self, model: Model, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions

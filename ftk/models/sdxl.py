@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ConfigError, ModelError
 from ftk.models.base import Activations, Conditions, Model, PutOnDevice, Texts, move
-from ftk.models.components import clip, configuration, kl_vae, latent_diffusion, unet
+from ftk.models.components import clip, configuration, kl_vae, latent_diffusion, placeholders, unet
 from ftk.models.components.geometry import SampleGeometry
 from ftk.models.components.loading import check_pipeline, check_vocabulary, hide_progress_bars, load_pipeline
+from ftk.models.components.placeholders import Placeholders
 from ftk.models.components.single_file import Layout
 from ftk.models.components.weights import Tensor
 
@@ -159,10 +160,10 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
         """CLIPTextModel, or CLIPTextModelWithProjection for the second."""
         return clip.load_trainable(directory, name, dtype, device, has_projection=name == "text_encoder_2")
 
-    def add_tokens(self, encoder: TextEncoders, tokens: Mapping[str, str]) -> None:
+    def add_tokens(self, encoder: TextEncoders, tokens: Placeholders) -> None:
         """To both tokenizers and both embedding tables."""
         for tokenizer, model in zip(encoder.tokenizers, encoder.models, strict=True):
-            clip.add_tokens(tokenizer, model, tokens)
+            placeholders.add_to_encoder(tokenizer, model, tokens)
 
     def encode_tokens(self, encoders: Mapping[str, Any], texts: Texts) -> dict[str, "torch.Tensor | None"]:
         """`embeds` and `pooled` from the token ids of both; zeros for those that are no text."""

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ModelError
 from ftk.models.base import Activations, Conditions, Model, PutOnDevice, Texts, move
-from ftk.models.components import clip, configuration, kl_vae, latent_diffusion, unet
+from ftk.models.components import clip, configuration, kl_vae, latent_diffusion, placeholders, unet
 from ftk.models.components.loading import check_pipeline, check_vocabulary, hide_progress_bars, load_pipeline
+from ftk.models.components.placeholders import Placeholders
 from ftk.models.components.single_file import Layout, shaped
 from ftk.models.components.weights import Tensor
 
@@ -114,9 +115,9 @@ class StableDiffusion(latent_diffusion.LatentDiffusion):
         """CLIPTextModel."""
         return clip.load_trainable(directory, name, dtype, device)
 
-    def add_tokens(self, encoder: ClipTextEncoder, tokens: Mapping[str, str]) -> None:
+    def add_tokens(self, encoder: ClipTextEncoder, tokens: Placeholders) -> None:
         """To the tokenizer and the embedding table."""
-        clip.add_tokens(encoder.tokenizer, encoder.model, tokens)
+        placeholders.add_to_encoder(encoder.tokenizer, encoder.model, tokens)
 
     def encode_tokens(self, encoders: Mapping[str, Any], texts: Texts) -> dict[str, "torch.Tensor | None"]:
         """`embeds` from `input_ids`."""

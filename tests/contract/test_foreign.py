@@ -630,38 +630,103 @@ def test_sigmas_are_drawn_as_the_family_draws_them_unless_the_run_says_otherwise
     assert make_run(train={"sigma": {"shift": 1.5}}).config.train.sigma.shift == 1.5
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("family_name", ["stable-diffusion", "sdxl"])
-def test_new_words_are_encoded_as_textual_inversion_encodes_them(
-    make_run: Callable[..., Run], tiny_models: Callable[[str], Path], pictures: Path, family_name: str, tmp_path: Path
-) -> None:
+@pytest.fixture
+def run_with_words(make_run: Callable[..., Run], tiny_models: Callable[[str], Path], tmp_path: Path) -> Callable[..., Run]:
+    """A run over one picture, whose caption is `x <thing> x`, of a method that asks for new words."""
     folder = tmp_path / "words"
     folder.mkdir()
     Image.new("RGB", (64, 64), "red").save(folder / "a.png")
     (folder / "a.txt").write_text("x <thing> x")
-    base = {"family": family_name, "path": str(tiny_models(family_name))}
-    method = {"name": "new-words", "words": {"<thing>": "!"}, "rank": 2}
 
-    def run_with(method: dict[str, Any], name: str) -> Run:
-        run = make_run("controls", method, name, model=base, source={"path": str(folder), "controls": []})
+    def make(family_name: str, words: dict[str, str | None], **settings: Any) -> Run:
+        base = {"family": family_name, "path": str(tiny_models(family_name))}
+        method = {"name": "new-words", "words": words, "rank": 2, **settings} if words else {"name": "lora", "rank": 2}
+        run = make_run("controls", method, model=base, source={"path": str(folder), "controls": []})
         return resolve(run.config.model_copy(update={"sample": run.config.sample.model_copy(update={"prompts": ()})}))
 
-    with closing(encode(run_with(method, "new"))) as store:
+    return make
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("vectors", [1, 3])
+@pytest.mark.parametrize("family_name", ["stable-diffusion", "sdxl"])
+def test_new_words_are_encoded_as_textual_inversion_encodes_them(
+    run_with_words: Callable[..., Run], family_name: str, vectors: int
+) -> None:
+    run = run_with_words(family_name, {"<thing>": "!"}, vectors=vectors)
+    with closing(encode(run)) as store:
         ours = store.text(0)
-    pipeline = models.get(family_name).pipeline(Path(base["path"]), torch.float32, CPU)
-    for number, (tokenizer, encoder) in enumerate(
-        (getattr(pipeline, f"tokenizer{end}"), getattr(pipeline, f"text_encoder{end}"))
-        for end in (("", "_2") if family_name == "sdxl" else ("",))
-    ):
+    pipeline = models.get(family_name).pipeline(Path(run.config.model.path), torch.float32, CPU)
+    for end in ("", "_2") if family_name == "sdxl" else ("",):
+        tokenizer, encoder = (getattr(pipeline, f"{name}{end}") for name in ("tokenizer", "text_encoder"))
         start = tokenizer("!", add_special_tokens=False)["input_ids"][0]
         vector = encoder.get_input_embeddings().weight[start].clone()
-        pipeline.load_textual_inversion({"<thing>": vector}, token="<thing>", tokenizer=tokenizer, text_encoder=encoder)
-        ids = ours["input_ids" if not number else "input_ids_2"]
-        assert tokenizer.convert_tokens_to_ids("<thing>") in ids.tolist()
-    theirs = pipeline.encode_prompt("x <thing> x", device=CPU, num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
-    torch.testing.assert_close(ours["embeds"], theirs[0], atol=1e-5, rtol=0)
-    plain = cache.run(run_with({"name": "lora", "rank": 2}, "plain"))
-    assert plain.num_texts_encoded > 0, "other words are other texts"
+        learned = {"<thing>": vector.expand(vectors, -1)}
+        pipeline.load_textual_inversion(learned, tokenizer=tokenizer, text_encoder=encoder)
+        first = tokenizer.convert_tokens_to_ids("<thing>")
+        assert ours[f"input_ids{end}"].tolist()[2 : 2 + vectors] == list(range(first, first + vectors))
+    theirs = pipeline.encode_prompt("x <thing> x", device=CPU, num_images_per_prompt=1, do_classifier_free_guidance=False)
+    torch.testing.assert_close(ours["embeds"], theirs[0][0], atol=1e-5, rtol=0)
+    if family_name == "sdxl":
+        torch.testing.assert_close(ours["pooled"], theirs[2][0], atol=1e-5, rtol=0)
+
+
+def test_a_cache_with_new_words_is_another_than_one_without(run_with_words: Callable[..., Run]) -> None:
+    plain, words = run_with_words("qwen-image", {}), run_with_words("qwen-image", {"<thing>": None})
+    encode(plain).close()
+    with closing(inputs.open_cache(plain)) as store:
+        assert store.text(0).keys() == {"embeds"}
+    with pytest.raises(CacheError, match=r"texts.placeholder_tokens: expected .*<thing>.*, found nothing"):
+        inputs.open_cache(words)
+    assert cache.run(words).num_texts_encoded > 0, "other words are other texts"
+    with closing(inputs.open_cache(words)) as store:
+        text = store.text(0)
+        assert text["input_ids"].shape == text["embeds"].shape[:1]
+    for other in (
+        plain,
+        run_with_words("qwen-image", {"<thing>": "the"}),
+        run_with_words("qwen-image", {"<thing>": None}, vectors=2),
+    ):
+        with pytest.raises(CacheError, match=r"texts.placeholder_tokens.*expected .*, found "):
+            inputs.open_cache(other)
+    assert cache.run(plain).num_texts_encoded == 0, "the texts without are still there"
+
+
+@pytest.mark.parametrize(
+    ("family_name", "words", "message"),
+    [
+        ("sdxl", {"<thing>": "!", "x": "!"}, r"the model's tokenizer has the word 'x' already"),
+        ("qwen-image", {"<thing>": None, "background": None}, r"the model's tokenizer has the word 'background' already"),
+        ("qwen-image", {"<|im_end|>": None}, r"the model's tokenizer has the word '<\|im_end\|>' already"),
+        ("stable-diffusion", {"<thing>": "ab"}, r"'<thing>' has 1 vector and starts from 'ab', .* 2 tokens. Give it 2 vectors"),
+        ("stable-diffusion", {"<thing>": None, "<thing>s": None}, r"'<thing>' is part of '<thing>s'"),
+        ("stable-diffusion", {"<Thing>": None}, r"'<Thing>' has capital letters.* Write '<thing>'"),
+        ("stable-diffusion", {"a thing": None}, r"'a thing' is not a new word: .* no spaces"),
+        ("stable-diffusion", {"<thing>": None, "<other>": None}, r"the new word '<other>' stands in no caption of"),
+        (FAMILY, {"<thing>": None}, r"foreign-edit: its text encoder cannot be given new words, such as '<thing>'"),
+    ],
+)  # fmt: skip
+def test_new_words_that_cannot_be_learned_are_refused_before_any_weights_are_read(
+    run_with_words: Callable[..., Run], model: Path, family_name: str, words: dict[str, str | None], message: str,
+    monkeypatch: pytest.MonkeyPatch, tiny_models: Callable[[str], Path],
+) -> None:  # fmt: skip
+    run = run_with_words(family_name if family_name != FAMILY else "sdxl", words)
+    if family_name == FAMILY:
+        tree = run.config.model_dump() | {"model": {"family": FAMILY, "path": str(model)}}
+        run = resolve(validate(RunConfig, tree, "the test"))
+    prepare.run(run)
+    monkeypatch.setattr("ftk.cache.fingerprint.weights_digest", lambda *_: pytest.fail("weights are read"))
+    for stage in (cache.run, cache.dry_run):
+        with pytest.raises((ConfigError, CacheError), match=message):
+            stage(run)
+
+
+def test_an_offloaded_text_encoder_takes_no_new_words(run_with_words: Callable[..., Run]) -> None:
+    run = run_with_words("qwen-image", {"<thing>": None})
+    config = run.config.model_copy(update={"cache": run.config.cache.model_copy(update={"offload": "layers"})})
+    prepare.run(run)
+    with pytest.raises(ConfigError, match=r"cache.offload: layers does not go with new words"):
+        cache.run(run.with_config(config))
 
 
 def test_class_images_that_a_method_needs_are_asked_for(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ConfigError, ModelError
 from ftk.models.base import AdapterNames, TargetGroup
-from ftk.models.components import configuration
+from ftk.models.components import configuration, placeholders
 from ftk.models.components.loading import load_component, outline, reading
 
 if TYPE_CHECKING:
@@ -77,7 +77,11 @@ def load_tokenizer(directory: Path, name: str) -> Any:
 def tokenised(tokenizer: Any, captions: Sequence[str], device: "torch.device", windows: int = 1) -> "dict[str, torch.Tensor]":
     """`input_ids` and `attention_mask`, each [B,77 N], cut and padded by the tokenizer's own rule, as the pipelines do."""
     encoding = tokenizer(
-        list(captions), padding="max_length", max_length=_WINDOW * windows + 2, truncation=True, return_tensors="pt"
+        placeholders.expanded(tokenizer, captions),
+        padding="max_length",
+        max_length=_WINDOW * windows + 2,
+        truncation=True,
+        return_tensors="pt",
     ).to(device)
     ids_BL, mask_BL = encoding["input_ids"], encoding["attention_mask"]
     if windows > 1:
@@ -121,7 +125,8 @@ def joined(states_WLD: "torch.Tensor", batch: int) -> "torch.Tensor":
 def tokens_cut(tokenizer: Any, captions: Sequence[str], windows: int = 1) -> list[int]:
     """How many tokens of each caption `tokenised` leaves out."""
     most = _WINDOW * windows + 2
-    return [max(0, len(ids) - most) for ids in tokenizer(list(captions), verbose=False)["input_ids"]]
+    texts = placeholders.expanded(tokenizer, captions)
+    return [max(0, len(ids) - most) for ids in tokenizer(texts, verbose=False)["input_ids"]]
 
 
 def hidden_state(states: "Sequence[torch.Tensor]", from_end: int, skip: int) -> "torch.Tensor":
@@ -160,30 +165,6 @@ def adapter_names(form: str, component: str, encoders: Sequence[str]) -> Adapter
         factors=LORA_FACTORS,
         is_read=lambda name: form != "kohya" or ".layers." in name,
     )
-
-
-def add_tokens(tokenizer: Any, model: Any, tokens: Mapping[str, str]) -> None:
-    """Add words to a tokenizer and rows to the embedding table of its model; each starts as the row of another word.
-
-    As `load_textual_inversion` of diffusers, which adds a token and resizes the table for each embedding.
-
-    Raises:
-        ConfigError: the tokenizer has the token already, or the word is not one token.
-    """
-    import torch
-
-    for token, word in tokens.items():
-        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
-            raise ConfigError(
-                f"the word {word!r}, from which the token {token!r} starts, is {len(ids)} tokens. Name a word of one token."
-            )
-        if not tokenizer.add_tokens(token):
-            raise ConfigError(f"the tokenizer has the token {token!r} already. Choose another.")
-        model.resize_token_embeddings(len(tokenizer))
-        table = model.get_input_embeddings().weight
-        with torch.no_grad():
-            table[tokenizer.convert_tokens_to_ids(token)] = table[ids[0]]
 
 
 def flops(directory: Path) -> float:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from ftk.models.base import AdapterNames, FamilyConfig
-from ftk.models.components import clip, kl_vae, unet
+from ftk.models.components import clip, kl_vae, placeholders, unet
 from ftk.models.components.geometry import ReferenceRule
+from ftk.models.components.placeholders import Placeholders
 from ftk.models.components.schedule import NoiseSchedule
 from ftk.models.components.single_file import Layout
 
@@ -104,11 +105,22 @@ class LatentDiffusion:
         """Always the most: texts are padded."""
         return [self.max_text_tokens] * len(captions)
 
-    def tokens_cut(self, directory: Path, captions: Sequence[str]) -> list[int]:
+    def tokens_cut(self, directory: Path, captions: Sequence[str], tokens: Placeholders | None = None) -> list[int]:
         """By the tokenizer that makes most of each."""
-        names = [name for name in self.text_components if name.startswith("tokenizer")]
-        counts = [clip.tokens_cut(clip.load_tokenizer(directory, name), captions, self.text_windows) for name in names]
+        tokenizers = [self.tokenizer_with(directory, name, tokens or {}) for name in self.token_encoders]
+        counts = [clip.tokens_cut(tokenizer, captions, self.text_windows) for tokenizer in tokenizers]
         return [max(each) for each in zip(*counts, strict=True)]
+
+    @property
+    def token_encoders(self) -> Mapping[str, str]:
+        """All text encoders."""
+        return {name: name.replace("text_encoder", "tokenizer") for name in self.trainable_encoders}
+
+    def tokenizer_with(self, directory: Path, encoder: str, tokens: Placeholders) -> Any:
+        """CLIPTokenizer."""
+        tokenizer = clip.load_tokenizer(directory, self.token_encoders[encoder])
+        placeholders.add(tokenizer, tokens)
+        return tokenizer
 
     def load_denoiser(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
         """UNet2DConditionModel, frozen."""
