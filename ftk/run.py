@@ -13,7 +13,7 @@ from ftk.methods import base as methods
 from ftk.methods.adapters.targets import check_group
 from ftk.methods.base import CacheNeeds, HasControls, Method
 from ftk.models import base as models
-from ftk.models.base import Family
+from ftk.models.base import AddsTokens, Family
 from ftk.models.components import model_folder
 
 _ANY_SAMPLING = frozenset({"shift", "minimum", "maximum", "continuous", "stratified", "weighting"})
@@ -109,7 +109,10 @@ class Run:
     @property
     def trained_components(self) -> tuple[str, ...]:
         """The folders that training reads."""
-        return (*self.family.denoiser_components, *self.encoders)
+        tokenizers: tuple[str, ...] = ()
+        if self.needs.placeholder_tokens and isinstance(self.family, AddsTokens):
+            tokenizers = tuple(self.family.token_encoders.values())
+        return (*self.family.denoiser_components, *self.encoders, *tokenizers)
 
     def locate(self, components: Sequence[str]) -> Path:
         """The local folder with these components of the base model; see `model_folder.locate`."""

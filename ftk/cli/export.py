@@ -36,7 +36,8 @@ def choice_of(best: bool, step: int | None, dtype: str | None) -> "Choice":
 def export(
     run_file: RunFile,
     form: Annotated[
-        str | None, typer.Option("--format", help="diffusers, peft, comfyui, kohya or lycoris; the method's own by default.")
+        str | None,
+        typer.Option("--format", help="diffusers, peft, comfyui, kohya, lycoris or a1111; the method's own by default."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where the files go; exports/FORMAT of the run by default.")

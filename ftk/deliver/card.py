@@ -108,6 +108,8 @@ def how_to_load(method: Method, settings: Any, family: Family, base: str, form: 
     Args:
         base: the base model's Hub id, or the name of its folder.
     """
+    if isinstance(method, methods.HasReaders) and (reading := method.reading(settings, form)) is not None:
+        return reading
     first = methods.formats(method, settings)[0]
     if form in _OTHER_READERS:
         return "\n\n".join([_OTHER_READERS[form], *(_not_for_diffusers(settings, first) if form == "comfyui" else [])])

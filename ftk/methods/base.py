@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from ftk.configs import load
 from ftk.configs.schema import MethodConfig
 from ftk.errors import ConfigError
-from ftk.models.base import DENOISER, Conditions, Family, Model, TrainsEncoders
+from ftk.models.base import DENOISER, Conditions, Family, Model, Texts, TrainsEncoders
 from ftk.models.components.placeholders import Placeholders
 
 if TYPE_CHECKING:
@@ -148,6 +148,22 @@ class HasThawedModules(Protocol):
 
     def thaw(self, model: Model, settings: Any) -> None:
         """Have those require gradients, before the base is quantised; `attach` is called later."""
+
+
+@runtime_checkable
+class HasReaders(Protocol):
+    """A method whose files for other programs are not loaded as a LoRA's are."""
+
+    def reading(self, settings: Any, form: str) -> str | None:
+        """Markdown: how a delivery in this format is loaded; None where `usage` says it."""
+
+
+@runtime_checkable
+class HasTexts(Protocol):
+    """A method that changes what the texts say to the denoiser, without their encoder."""
+
+    def texts(self, model: Model, texts: Texts) -> Texts:
+        """Collated texts, encoded, as its `predict` has the model read them."""
 
 
 @runtime_checkable

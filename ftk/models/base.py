@@ -77,6 +77,7 @@ class Model:
     Attributes:
         encoders: text encoders that are trained too, by the names of the diffusers pipeline. Captions pass through them.
         extras: networks that a method adds beside the model (a ControlNet, an embedding table), by names of its own.
+        directory: where it was loaded from, for what is beside its weights: tokenizers.
     """
 
     family: "Family"
@@ -84,6 +85,7 @@ class Model:
     denoiser: Any
     encoders: dict[str, Any] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
+    directory: Path | None = None
 
     @property
     def components(self) -> dict[str, Any]:
@@ -312,19 +314,24 @@ class Family(Protocol):
 
 
 @runtime_checkable
-class TrainsEncoders(Protocol):
-    """A family whose text encoders can be trained with the denoiser: its text items hold the token ids too."""
-
-    trainable_encoders: tuple[str, ...]
-    """The components, as the diffusers pipeline calls them; all are trained together."""
-    encoder_targets: Mapping[str, TargetGroup]
-    """`target_groups` of a text encoder."""
+class EncodesTokens(Protocol):
+    """A family whose text encoders can be in memory with the denoiser, and gradients pass through them."""
 
     def load_encoder(self, directory: Path, name: str, dtype: "torch.dtype", device: "torch.device") -> "torch.nn.Module":
         """One of them, frozen, in training mode. On the `meta` device: its shapes alone, no weights are read."""
 
     def encode_tokens(self, encoders: Mapping[str, Any], texts: Texts) -> dict[str, "torch.Tensor | None"]:
         """Collated texts, encoded from their token ids by these models, by name."""
+
+
+@runtime_checkable
+class TrainsEncoders(EncodesTokens, Protocol):
+    """A family whose text encoders can be trained with the denoiser: its text items hold the token ids too."""
+
+    trainable_encoders: tuple[str, ...]
+    """The components, as the diffusers pipeline calls them; all are trained together."""
+    encoder_targets: Mapping[str, TargetGroup]
+    """`target_groups` of a text encoder."""
 
     def encoder_key(self, component: str, key: str) -> str:
         """How other programs call a tensor or module of a text encoder, which here is called `key`."""
@@ -360,6 +367,8 @@ class AddsTokens(Protocol):
 
     token_encoders: Mapping[str, str]
     """The folder of each text encoder's tokenizer, by the encoder's name in the diffusers pipeline."""
+    embedding_keys: Mapping[str, str]
+    """What A1111 and ComfyUI call each text encoder's vectors in a file; empty where no other program reads any."""
 
     def tokenizer_with(self, directory: Path, encoder: str, tokens: Placeholders) -> Any:
         """The tokenizer of a text encoder with new words added; no weights are read.
@@ -373,6 +382,30 @@ class AddsTokens(Protocol):
 
         Raises:
             ConfigError: a tokenizer has one of them already, or a word starts from more tokens than it has vectors.
+        """
+
+
+@runtime_checkable
+class HasTokenStates(Protocol):
+    """A family that adds tokens, whose text items have a row for each of them: `embeds` [L,D] beside `input_ids` [L].
+
+    Its pipeline is one that diffusers loads no embeddings into.
+    """
+
+    def state_width(self, denoiser: Any) -> int:
+        """D: how wide the rows are that this denoiser reads."""
+
+    def teach(
+        self, pipeline: Any, tokens: Placeholders, inputs_ND: "torch.Tensor | None", outputs_ND: "torch.Tensor | None"
+    ) -> None:
+        """Have the prompts of a pipeline read new words.
+
+        Args:
+            inputs_ND: the rows of the embedding table; those that the words start from by default.
+            outputs_ND: what replaces the text encoder's last states of the new tokens.
+
+        Raises:
+            ConfigError: see `add_tokens`.
         """
 
 
@@ -481,7 +514,7 @@ def encoded(model: Model, texts: Texts) -> Texts:
     """Collated texts as the model's text encoders encode them now; as they are cached where none is trained."""
     if not model.encoders:
         return texts
-    assert isinstance(model.family, TrainsEncoders)
+    assert isinstance(model.family, EncodesTokens)
     return model.family.encode_tokens(model.encoders, texts)
 
 
@@ -490,6 +523,7 @@ def load_model(family: Family, directory: Path, encoders: Sequence[str], dtype: 
     loaded: dict[str, Any] = {}
     denoiser = family.load_denoiser(directory, dtype, device)
     for name in encoders:
-        assert isinstance(family, TrainsEncoders)
+        assert isinstance(family, EncodesTokens)
         loaded[name] = family.load_encoder(directory, name, dtype, device)
-    return Model(family=family, schedule=family.load_schedule(directory), denoiser=denoiser, encoders=loaded)
+    schedule = family.load_schedule(directory)
+    return Model(family=family, schedule=schedule, denoiser=denoiser, encoders=loaded, directory=directory)

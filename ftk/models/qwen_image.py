@@ -7,6 +7,7 @@ Shape legend: B batch, C latent channels (16), H W latent cells, N = H W / 4 ima
 """
 
 import copy
+import functools
 import inspect
 import json
 import logging
@@ -18,7 +19,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, Field
 
 from ftk.errors import ModelError
-from ftk.models.base import Activations, AdapterNames, Conditions, FamilyConfig, Model, PutOnDevice, TargetGroup, move
+from ftk.models.base import (
+    Activations,
+    AdapterNames,
+    Conditions,
+    FamilyConfig,
+    Model,
+    PutOnDevice,
+    TargetGroup,
+    Texts,
+    encoded,
+    move,
+)
 from ftk.models.components import configuration, flow_matching, kl_vae, placeholders
 from ftk.models.components.geometry import LatentGeometry, ReferenceRule
 from ftk.models.components.loading import (
@@ -66,14 +78,14 @@ class QwenTextEncoder:
     """What `encode_texts` needs in memory.
 
     `prefix` holds the keys and values of the template's first tokens, `prefix_ids`, a batch of one: they come before the
-    caption, and in a causal model nothing after them changes them. `new_words` are those that were added.
+    caption, and in a causal model nothing after them changes them. `words` are new ones that were added.
     """
 
     tokenizer: Any
     model: Any
     prefix_ids: list[int]
     prefix: Any
-    new_words: dict[str, Placeholder] = field(default_factory=dict)
+    words: dict[str, Placeholder] = field(default_factory=dict)
 
 
 class QwenImage:
@@ -93,6 +105,7 @@ class QwenImage:
     denoiser_components = ("transformer", "scheduler")
     denoiser_attribute = "transformer"
     token_encoders: Mapping[str, str] = {"text_encoder": "tokenizer"}
+    embedding_keys: Mapping[str, str] = {}
     sigma_defaults: Mapping[str, Any] = {}
     native_sizes = NATIVE_SIZES
     references: ReferenceRule | None = None
@@ -253,7 +266,7 @@ class QwenImage:
                 input_ids=pad_sequence(ids, batch_first=True).to(encoder.model.device), past_key_values=prefix
             ).last_hidden_state
         items = [{"embeds": row[: len(kept)].clone()} for row, kept in zip(hidden_BLD, ids, strict=True)]
-        if encoder.new_words:
+        if encoder.words:
             return [
                 {**item, "input_ids": kept.to(hidden_BLD.device, torch.int32)} for item, kept in zip(items, ids, strict=True)
             ]
@@ -266,24 +279,73 @@ class QwenImage:
     def tokens_cut(self, directory: Path, captions: Sequence[str], tokens: Placeholders | None = None) -> list[int]:
         """The template's end is cut first."""
         tokenizer = self.tokenizer_with(directory, "text_encoder", tokens or {})
-        rows = tokenizer(self._prompts(tokenizer, captions), verbose=False)["input_ids"]
+        rows = tokenizer(_prompts(captions, tokens or {}), verbose=False)["input_ids"]
         return [max(0, len(row) - PREFIX_TOKENS - self.max_text_tokens) for row in rows]
 
     def tokenizer_with(self, directory: Path, encoder: str, tokens: Placeholders) -> Any:
         """Qwen2Tokenizer."""
         tokenizer = self._tokenizer(directory)
-        placeholders.add(tokenizer, tokens, takes_space=True)
+        placeholders.add(tokenizer, tokens)
         return tokenizer
 
     def add_tokens(self, encoder: QwenTextEncoder, tokens: Placeholders) -> None:
         """To the tokenizer and the embedding table, which has spare rows in the real model."""
-        placeholders.add_to_encoder(encoder.tokenizer, encoder.model, tokens, takes_space=True)
-        encoder.new_words.update(tokens)
+        placeholders.add_to_encoder(encoder.tokenizer, encoder.model, tokens)
+        encoder.words.update(tokens)
 
-    @staticmethod
-    def _prompts(tokenizer: Any, captions: Sequence[str]) -> list[str]:
-        """Captions in the template."""
-        return [TEMPLATE.format(caption) for caption in placeholders.expanded(tokenizer, captions)]
+    def load_encoder(self, directory: Path, name: str, dtype: "torch.dtype", device: "torch.device") -> Any:
+        """The language model of Qwen2.5-VL, frozen, in training mode, with the template's beginning as a buffer [34]."""
+        import torch
+        from transformers import Qwen2_5_VLForConditionalGeneration
+
+        tokenizer = self._tokenizer(directory)
+        if device.type == "meta":
+            model = outline(Qwen2_5_VLForConditionalGeneration, directory / name, dtype)
+        else:
+            model = load_component(Qwen2_5_VLForConditionalGeneration, directory, name, dtype)
+        language_model = model.model.language_model.requires_grad_(False).train().to(device)
+        prefix_ids = torch.tensor(tokenizer(TEMPLATE.split("{}")[0])["input_ids"], device=device)
+        language_model.register_buffer("prefix_ids", prefix_ids, persistent=False)
+        return language_model
+
+    def encode_tokens(self, encoders: Mapping[str, Any], texts: Texts) -> dict[str, "torch.Tensor | None"]:
+        """`embeds` from `input_ids`, zeros where they are padded, as `encode_texts`; gradients pass through."""
+        import torch
+
+        model, ids_BL, mask_BL = encoders["text_encoder"], texts["input_ids"], texts["mask"]
+        assert ids_BL is not None
+        whole_BL = torch.cat([model.prefix_ids.expand(len(ids_BL), -1), ids_BL.long()], dim=1)
+        embeds_BLD = model(input_ids=whole_BL, use_cache=False).last_hidden_state[:, PREFIX_TOKENS:]
+        return {**texts, "embeds": embeds_BLD if mask_BL is None else embeds_BLD.where(mask_BL[..., None], 0.0)}
+
+    def state_width(self, denoiser: Any) -> int:
+        """3584 in the real model."""
+        return int(denoiser.config.joint_attention_dim)
+
+    def teach(
+        self, pipeline: Any, tokens: Placeholders, inputs_ND: "torch.Tensor | None", outputs_ND: "torch.Tensor | None"
+    ) -> None:
+        """Its `encode_prompt` writes further tokens into prompts, and the last hidden states have the new rows."""
+        tokenizer, model = pipeline.tokenizer, pipeline.text_encoder
+        placeholders.add_to_encoder(tokenizer, model, tokens)
+        first = placeholders.first_id(tokenizer, tokens)
+        if inputs_ND is not None:
+            placeholders.grow(model, first, inputs_ND)
+        plain = pipeline.encode_prompt
+
+        def encode_prompt(prompt: Any = None, *positional: Any, **named: Any) -> Any:
+            texts = [prompt] if isinstance(prompt, str) else prompt
+            return plain(None if texts is None else placeholders.joined(texts, tokens), *positional, **named)
+
+        pipeline.encode_prompt = functools.wraps(plain)(encode_prompt)
+        if outputs_ND is None:
+            return
+
+        def overwrite(_module: Any, _positional: Any, named: dict[str, Any], outputs: Any) -> None:
+            *others, last_BLD = outputs.hidden_states
+            outputs.hidden_states = (*others, placeholders.overwritten(last_BLD, named["input_ids"], first, outputs_ND))
+
+        model.register_forward_hook(overwrite, with_kwargs=True)
 
     @staticmethod
     def _tokenizer(directory: Path) -> Any:
@@ -308,7 +370,7 @@ class QwenImage:
     def _caption_ids(self, encoder: QwenTextEncoder, captions: Sequence[str]) -> list[list[int]]:
         """Token ids of each caption and of what the template has after it, cut to `max_text_tokens`."""
         rows = encoder.tokenizer(
-            self._prompts(encoder.tokenizer, captions),
+            _prompts(captions, encoder.words),
             max_length=self.max_text_tokens + PREFIX_TOKENS,
             truncation=True,
         )["input_ids"]
@@ -377,13 +439,14 @@ class QwenImage:
         import torch
 
         batch, _, height, width = noisy_BCHW.shape
+        texts = encoded(model, conditions.texts)
         images = (noisy_BCHW, *conditions.references)
         output_BND = model.denoiser(
             hidden_states=torch.cat([flow_matching.pack(image) for image in images], dim=1),
             # The pipeline hands over (1000 sigma) / 1000, in fp32: the same roundings, so the same bits.
             timestep=(sigma_B.float() * 1000) / 1000,
-            encoder_hidden_states=conditions.texts["embeds"],
-            encoder_hidden_states_mask=conditions.texts["mask"],
+            encoder_hidden_states=texts["embeds"],
+            encoder_hidden_states_mask=texts["mask"],
             img_shapes=[[(1, image.shape[-2] // 2, image.shape[-1] // 2) for image in images]] * batch,
             return_dict=False,
         )[0].float()
@@ -467,6 +530,11 @@ def write_tiny(
     logger.setLevel(logging.CRITICAL if parts else level)  # it would complain of a processor that is None
     pipeline.save_pretrained(directory)
     logger.setLevel(level)
+
+
+def _prompts(captions: Sequence[str], words: Placeholders) -> list[str]:
+    """Captions in the template."""
+    return [TEMPLATE.format(caption) for caption in placeholders.joined(captions, words)]
 
 
 def _adapter_inputs(block: Any, stream: str, dtype: "torch.dtype") -> float:

@@ -90,6 +90,9 @@ class QwenImageEdit(QwenImage):
     pipeline_name = "QwenImageEditPipeline"
     max_references: int | None = 1
     tiny_transformer: Mapping[str, Any] = {}
+    # Its texts come after images: it neither takes new words nor encodes token ids alone, as the model without them does.
+    add_tokens: ClassVar[None] = None  # type: ignore[assignment]
+    load_encoder: ClassVar[None] = None  # type: ignore[assignment]
 
     def __init__(self, config: QwenImageEditConfig | None = None) -> None:
         super().__init__(config or QwenImageEditConfig())
@@ -227,7 +230,7 @@ class QwenImageEdit(QwenImage):
         """Caption and the template's end, 5 tokens, after the cut; without what references add."""
         return [len(row) for row in self._caption_ids(encoder, captions)]
 
-    def tokens_cut(self, directory: Path, captions: Sequence[str]) -> list[int]:
+    def tokens_cut(self, directory: Path, captions: Sequence[str]) -> list[int]:  # type: ignore[override]
         """The template's end is cut first."""
         rows = self._tokenizer(directory)([caption + END for caption in captions], verbose=False)["input_ids"]
         return [max(0, len(row) - self.max_text_tokens) for row in rows]

@@ -59,6 +59,7 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
     native_sizes = NATIVE_SIZES
     target_groups = unet.target_groups("proj_in", "proj_out")
     trainable_encoders = ("text_encoder", "text_encoder_2")
+    embedding_keys: Mapping[str, str] = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
     single_file: Mapping[str, Sequence[Layout]] = {
         **latent_diffusion.SINGLE_FILE,
         "text_encoder": (

@@ -48,6 +48,7 @@ class StableDiffusion(latent_diffusion.LatentDiffusion):
     native_sizes = ((512, 512),)
     target_groups = unet.target_groups()
     trainable_encoders = ("text_encoder",)
+    embedding_keys: Mapping[str, str] = {"text_encoder": "emb_params"}
     single_file: Mapping[str, Sequence[Layout]] = {
         **latent_diffusion.SINGLE_FILE,
         "text_encoder": (

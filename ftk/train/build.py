@@ -200,7 +200,8 @@ def _one_of_each_shape(inputs: Inputs, loader: Loader) -> Iterator[Batch]:
 
 def _start_from_data(trainer: Trainer, inputs: Inputs, loader: Loader, num_batches: int) -> None:
     """All processes: initial values from the first micro-batches; every process looks at all, and the main one's are used."""
-    method, initialisation = inputs.run.method, inputs.run.settings.initialisation
+    method = inputs.run.method
+    initialisation = getattr(inputs.run.settings, "initialisation", method.name)
     assert isinstance(method, methods.HasDataStart)
 
     def predictions() -> Iterator[Callable[[], torch.Tensor]]:

@@ -712,7 +712,7 @@ def test_new_words_that_cannot_be_learned_are_refused_before_any_weights_are_rea
 ) -> None:  # fmt: skip
     run = run_with_words(family_name if family_name != FAMILY else "sdxl", words)
     if family_name == FAMILY:
-        tree = run.config.model_dump() | {"model": {"family": FAMILY, "path": str(model)}}
+        tree = run.config.model_dump() | {"model": {"family": FAMILY, "path": str(model)}, "sample": {}}
         run = resolve(validate(RunConfig, tree, "the test"))
     prepare.run(run)
     monkeypatch.setattr("ftk.cache.fingerprint.weights_digest", lambda *_: pytest.fail("weights are read"))

@@ -13,6 +13,7 @@ from typing import Any
 
 import control_images
 import denoisers
+import new_words
 import pytest
 import torch
 from safetensors import safe_open
@@ -27,9 +28,14 @@ from ftk.train.optim import MasterOptimizer
 
 CPU = torch.device("cpu")
 # Every format that some method writes: each method writes it too, or says why not.
-FORMATS = ("diffusers", "peft", "comfyui", "kohya", "lycoris")
+FORMATS = ("diffusers", "peft", "comfyui", "kohya", "lycoris", "a1111")
 # What every case of a method has: what tiny models can carry, where a default is made for real ones.
-NEEDED: dict[str, dict[str, Any]] = {"oft": {"block_size": 4}, "peft": {"type": "HRA", "r": 4}, "loha": {"rank": 4}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "oft": {"block_size": 4},
+    "peft": {"type": "HRA", "r": 4},
+    "loha": {"rank": 4},
+    "textual-inversion": {"tokens": {"<cat>": {"vectors": 3, "start": "!"}}},
+}
 # Settings to try of each method, by name; those of methods that are not listed are what they need.
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "lora": {
@@ -65,12 +71,13 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "peft": {"hra": {}, "miss": {"type": "MISS"}},
     "custom-diffusion": {"whole": {}, "rank": {"rank": 2}},
     "full": {"all": {}, "attention": {"targets": "attention"}, "list": {"targets": ("to_q.weight",)}},
+    "textual-inversion": {"words": {}, "pivotal": {"norm": "keep", "lora": {"rank": 4}}},
 }
 FAMILIES = denoisers.families_of_each()
 # Noise on the trained parameters that moves a tiny model visibly and leaves it finite.
 NOISE = {"full": 0.02, "loha": 0.3}
 # Those that draw nothing, some with one family alone: equal starts whatever the seed.
-WITHOUT_CHANCE = {"oft", "boft", "full", "custom-diffusion"}
+WITHOUT_CHANCE = {"oft", "boft", "full", "custom-diffusion", "textual-inversion"}
 
 PAIRS = [
     (family, name)
@@ -103,7 +110,8 @@ from ftk.models import base as families
 family = families.get(sys.argv[1])
 for name, values in json.loads(sys.argv[4]).items():
     method, settings = methods.parse(MethodConfig(name=name, **values))
-    model = families.load_model(family, Path(sys.argv[2]), (), torch.float32, torch.device("cpu"))
+    encoders = method.encoders(family, settings)
+    model = families.load_model(family, Path(sys.argv[2]), encoders, torch.float32, torch.device("cpu"))
     method.attach(model, settings, seed=3)
     metadata = {"run": "test", "step": "5"}
     method.export(model, settings, methods.Export(directory=Path(sys.argv[3], name), form=method.FORMATS[0], metadata=metadata))
@@ -111,10 +119,11 @@ for name, values in json.loads(sys.argv[4]).items():
 
 
 @functools.cache
-def _base(family_name: str, directory: Path) -> Model:
+def _base(family_name: str, directory: Path, encoders: tuple[str, ...] = ()) -> Model:
     """A tiny model in memory, to be copied: that takes half as long as loading it."""
-    model = families.load_model(families.get(family_name), directory, (), torch.float32, CPU)
-    model.denoiser.eval()
+    model = families.load_model(families.get(family_name), directory, encoders, torch.float32, CPU)
+    for module in model.components.values():
+        module.eval()
     return model
 
 
@@ -127,22 +136,26 @@ class Trained:
         self.texts = texts
         self.method: Method
         self.method, self.settings = methods.parse(MethodConfig(name=name, **{**NEEDED.get(name, {}), **values}))
-        untrained = _base(family.name, directory)
-        self.model = dataclasses.replace(untrained, denoiser=copy.deepcopy(untrained.denoiser), encoders={}, extras={})
+        self.needs = self.method.cache_needs(family, self.settings)
+        untrained = _base(family.name, directory, self.method.encoders(family, self.settings))
+        copies = {"denoiser": copy.deepcopy(untrained.denoiser), "encoders": copy.deepcopy(untrained.encoders)}
+        self.model = dataclasses.replace(untrained, **copies, extras={})
         self.base = self.predict(untrained.denoiser)
         self.parameters = self.method.attach(self.model, self.settings, seed)
-        self.model.denoiser.eval()
+        for module in self.model.components.values():
+            module.eval()
 
-    def predict(self, denoiser: Any = None, grad: bool = False) -> torch.Tensor:
-        """What the method predicts, or the family with another denoiser."""
+    def predict(self, denoiser: Any = None, grad: bool = False, texts: Any = None) -> torch.Tensor:
+        """What the method predicts, or the family with another denoiser and other encoded texts."""
         noisy_BCHW = torch.randn(2, self.family.geometry.channels, 8, 8, generator=torch.Generator().manual_seed(1))
         sigma_B = self.model.schedule.sigmas[[700, 200]]
         controls = control_images.tensors(self.method, self.family, self.settings, count=2)
-        conditions = Conditions(texts=self.family.collate_texts(self.texts), controls=controls)
+        conditions = Conditions(texts=texts or self.family.collate_texts(self.texts), controls=controls)
         with torch.set_grad_enabled(grad):
             if denoiser is None:
                 return self.method.predict(self.model, noisy_BCHW, sigma_B, conditions)
-            return self.family.predict(dataclasses.replace(self.model, denoiser=denoiser), noisy_BCHW, sigma_B, conditions)
+            other = dataclasses.replace(self.model, denoiser=denoiser, encoders={})
+            return self.family.predict(other, noisy_BCHW, sigma_B, conditions)
 
     def values(self) -> dict[str, torch.Tensor]:
         """Copies of the trained values."""
@@ -172,15 +185,20 @@ class Trained:
         return self.method.export(self.model, self.settings, export)
 
     def pipeline(self, **components: Any) -> Any:
-        """A fresh one of the same model, with its denoiser alone."""
-        absent = dict.fromkeys((*self.family.text_components, *self.family.latent_components))
+        """A fresh one of the same model, with its denoiser alone; with its text encoders where those learn new words."""
+        texts = () if self.needs.placeholder_tokens else self.family.text_components
+        absent = dict.fromkeys((*texts, *self.family.latent_components))
         return self.family.pipeline(self.directory, torch.float32, CPU, **{**absent, **components})
 
     def check_loaded(self, load: Callable[[Any], Any]) -> None:
         """What `load` makes of a fresh pipeline predicts what was trained; with control images it draws what training draws."""
         pipeline = load(self.pipeline())
         if not isinstance(self.method, HasControls):
-            predicted = self.predict(getattr(pipeline, self.family.denoiser_attribute))
+            texts = None
+            if self.needs.placeholder_tokens:
+                with torch.no_grad():
+                    texts = new_words.encoded_by(self.family, pipeline, new_words.captions(self.needs))
+            predicted = self.predict(getattr(pipeline, self.family.denoiser_attribute), texts=texts)
             torch.testing.assert_close(predicted, self.predict(), atol=1e-5, rtol=1e-5)
             return
         while_training = self.pipeline(**{self.family.denoiser_attribute: self.model.denoiser})
@@ -200,16 +218,17 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def texts_of(tiny_models: Callable[[str], Path]) -> Callable[[str], list[dict[str, torch.Tensor]]]:
-    """Two encoded captions of a family, by its name."""
+def texts_of(tiny_models: Callable[[str], Path]) -> Callable[[str, str], list[dict[str, torch.Tensor]]]:
+    """Two encoded captions of a family for a method, by both names."""
     encoded: dict[str, list[dict[str, torch.Tensor]]] = {}
 
-    def texts(name: str) -> list[dict[str, torch.Tensor]]:
+    def texts(family_name: str, method_name: str) -> list[dict[str, torch.Tensor]]:
+        family = families.get(family_name)
+        method, settings = methods.parse(MethodConfig(name=method_name, **NEEDED.get(method_name, {})))
+        needs = method.cache_needs(family, settings)
+        name = f"{family_name} {needs.placeholder_tokens}"
         if name not in encoded:
-            family = families.get(name)
-            encoder = family.load_text_encoder(tiny_models(name), torch.float32, CPU)
-            items = family.encode_texts(encoder, ["a red cat", "two dogs on a long chair"])
-            encoded[name] = [{key: value.clone() for key, value in item.items()} for item in items]
+            encoded[name] = new_words.encoded(family, tiny_models(family_name), needs)
         return encoded[name]
 
     return texts
@@ -221,7 +240,8 @@ def attached(
 ) -> Callable[..., Trained]:
     """Makes a freshly attached method; takes its settings."""
     family, directory = families.get(family_name), tiny_models(family_name)
-    return lambda settings, seed=3: Trained(family, directory, method_name, settings, texts_of(family_name), seed)
+    texts = texts_of(family_name, method_name)
+    return lambda settings, seed=3: Trained(family, directory, method_name, settings, texts, seed)
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +251,7 @@ def perturbed_of(tiny_models: Callable[[str], Path], texts_of: Callable[[str], A
     @functools.cache
     def make(family_name: str, method_name: str) -> Trained:
         family, directory = families.get(family_name), tiny_models(family_name)
-        return Trained(family, directory, method_name, {}, texts_of(family_name)).perturb()
+        return Trained(family, directory, method_name, {}, texts_of(family_name, method_name)).perturb()
 
     return make
 
@@ -259,7 +279,8 @@ def test_training_starts_at_the_base_model_and_attach_returns_all_that_trains(
 @each_case_of_one_family
 def test_on_the_meta_device_it_has_the_same_shapes(attached: Callable[..., Trained], settings: dict[str, Any]) -> None:
     trained = attached(settings)
-    outline = families.load_model(trained.family, trained.directory, (), torch.float32, torch.device("meta"))
+    encoders = trained.method.encoders(trained.family, trained.settings)
+    outline = families.load_model(trained.family, trained.directory, encoders, torch.float32, torch.device("meta"))
     shapes = trained.method.attach(outline, trained.settings, 0)
     assert {name: each.shape for name, each in shapes.items()} == {
         name: each.shape for name, each in trained.parameters.items()
@@ -365,7 +386,7 @@ def test_equal_weights_are_exported_to_equal_bytes_with_their_metadata(
     files = [trained.export(tmp_path / str(number)) for number, trained in enumerate((perturbed, perturbed, equal))]
     for first, second, third in zip(*files, strict=True):
         assert first.read_bytes() == second.read_bytes() == third.read_bytes()
-    (weights,) = (path for path in files[0] if path.suffix == ".safetensors")
+    weights = next(path for path in files[0] if path.suffix == ".safetensors")
     with safe_open(weights, "pt") as opened:
         assert opened.metadata().items() >= {"run": "test", "step": "5"}.items()
 
@@ -381,7 +402,7 @@ def test_another_process_exports_equal_bytes(
         env={**os.environ, "PYTHONHASHSEED": "12345"},
     )
     for name in settings:
-        here = Trained(family, directory, name, {}, texts_of(family.name)).export(tmp_path / "here" / name)
+        here = Trained(family, directory, name, {}, texts_of(family.name, name)).export(tmp_path / "here" / name)
         for file in here:
             assert (tmp_path / "there" / file.relative_to(tmp_path / "here")).read_bytes() == file.read_bytes()
 
@@ -390,7 +411,7 @@ def test_another_process_exports_equal_bytes(
 def test_a_damaged_or_missing_export_is_named(perturbed: Trained, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         perturbed.method.load_into(perturbed.family, perturbed.pipeline(), tmp_path)
-    (file,) = (path for path in perturbed.export(tmp_path) if path.suffix == ".safetensors")
+    file = next(path for path in perturbed.export(tmp_path) if path.suffix == ".safetensors")
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match=f"{file.name} is damaged"):
         perturbed.method.load_into(perturbed.family, perturbed.pipeline(), tmp_path)
@@ -417,8 +438,8 @@ def test_merging_predicts_what_the_adapter_predicts(attached: Callable[..., Trai
     plain = _base(trained.family.name, trained.directory).denoiser
     # Whatever is dropped while training belongs to no merged weight.
     trained.model.denoiser.train()
-    if isinstance(trained.method, HasControls):
-        with pytest.raises(ConfigError, match=r"nothing of it can be merged.*Use `ftk export`"):
+    if isinstance(trained.method, HasControls) or trained.needs.placeholder_tokens:
+        with pytest.raises(ConfigError, match=r"nothing (of it )?can be merged.*Use `ftk export`"):
             trained.method.merge(trained.model)
         return
     trained.method.merge(trained.model)

@@ -163,6 +163,15 @@ def read_tensors(path: Path) -> "dict[str, torch.Tensor]":
     return tensors
 
 
+def read_header(path: Path) -> dict[str, str]:
+    """The metadata in the header of a file that `read_tensors` has read."""
+    from safetensors import safe_open
+
+    file: Any
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
+
+
 def refuse_not_finite(tensors: "Mapping[str, torch.Tensor]", path: Path) -> None:
     """Refuse trained weights that hold NaN or infinity: pictures would be black, and a merged model useless.
 

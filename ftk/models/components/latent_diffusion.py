@@ -59,6 +59,7 @@ class LatentDiffusion:
     block_classes = unet.BLOCK_CLASSES
     encoder_targets = clip.TARGETS
     trainable_encoders: tuple[str, ...]
+    embedding_keys: Mapping[str, str]
     kohya_names_are_original = False
     """Whether sd-scripts name the U-Net's layers as in the original model, not as diffusers."""
     encode_texts: Callable[..., "list[dict[str, torch.Tensor]]"]

@@ -6,6 +6,7 @@ diffusers, `TextualInversionLoaderMixin` in `loaders/textual_inversion.py`.
 Shape legend: N new tokens, V rows of the embedding table, D its width.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -60,23 +61,17 @@ def problem(words: Sequence[str]) -> str | None:
     return None
 
 
-def add(tokenizer: Any, placeholders: Placeholders, *, takes_space: bool = False) -> None:
+def add(tokenizer: Any, placeholders: Placeholders) -> None:
     """Add the tokens of new words to a tokenizer.
-
-    Args:
-        takes_space: the space before a new word belongs to it, as it does to words of a tokenizer that keeps spaces.
 
     Raises:
         ConfigError: the tokenizer has the word already.
     """
-    from transformers import AddedToken
-
     if (wrong := problem(list(placeholders))) is not None:
         raise ConfigError(f"{wrong}.")
     for word, placeholder in placeholders.items():
         _refuse_known(tokenizer, word)
-        tokens = tokens_of(word, placeholder)
-        tokenizer.add_tokens([AddedToken(token, lstrip=True, normalized=False) for token in tokens] if takes_space else tokens)
+        tokenizer.add_tokens(tokens_of(word, placeholder))
 
 
 def _refuse_known(tokenizer: Any, word: str) -> None:
@@ -97,6 +92,17 @@ def expanded(tokenizer: Any, texts: Sequence[str]) -> list[str]:
             tokens.append(following)
     for word, tokens in several.items():
         texts = [text.replace(word, " ".join(tokens)) for text in texts]
+    return list(texts)
+
+
+def joined(texts: Sequence[str], placeholders: Placeholders) -> list[str]:
+    """The same for a tokenizer that keeps spaces: tokens follow each other directly, and take the space before the word.
+
+    So a text with a new word has as many tokens as with the words that it starts from: ` cat` is one token, too.
+    """
+    for word, placeholder in placeholders.items():
+        tokens = "".join(tokens_of(word, placeholder)).replace("\\", r"\\")
+        texts = [re.sub(f" ?{re.escape(word)}", tokens, text) for text in texts]
     return list(texts)
 
 
@@ -131,6 +137,10 @@ def start_rows(tokenizer: Any, table_VD: "torch.Tensor", placeholders: Placehold
     """
     import torch
 
+    if table_VD.is_meta:
+        for word, placeholder in placeholders.items():
+            start_ids(tokenizer, word, placeholder)
+        return torch.empty(len(all_tokens(placeholders)), table_VD.shape[1], device="meta")
     rows = []
     for word, placeholder in placeholders.items():
         ids = start_ids(tokenizer, word, placeholder)
@@ -153,6 +163,16 @@ def first_id(tokenizer: Any, placeholders: Placeholders) -> int:
     ids = [int(tokenizer.convert_tokens_to_ids(token)) for token in all_tokens(placeholders)]
     assert ids == list(range(ids[0], ids[0] + len(ids))), ids
     return ids[0]
+
+
+def overwritten(states_BLD: "torch.Tensor", ids_BL: "torch.Tensor", first: int, rows_ND: "torch.Tensor") -> "torch.Tensor":
+    """[B,L,D] in the precision of `states_BLD`: where a token is new, its row of N stands."""
+    import torch
+
+    number_BL = ids_BL.long() - first
+    is_new_BL = (number_BL >= 0) & (number_BL < len(rows_ND))
+    rows_BLD = torch.nn.functional.embedding(number_BL.where(is_new_BL, 0), rows_ND.to(states_BLD.device))
+    return torch.where(is_new_BL[..., None], rows_BLD.to(states_BLD.dtype), states_BLD)
 
 
 def grow(model: Any, first: int, rows_ND: "torch.Tensor") -> None:
@@ -178,13 +198,13 @@ def find_end_by_number(tokenizer: Any, model: Any) -> None:
             module.eos_token_id = tokenizer.eos_token_id
 
 
-def add_to_encoder(tokenizer: Any, model: Any, placeholders: Placeholders, *, takes_space: bool = False) -> None:
+def add_to_encoder(tokenizer: Any, model: Any, placeholders: Placeholders) -> None:
     """Add new words to a tokenizer and to the embedding table of its model.
 
     Raises:
         ConfigError: see `add` and `start_ids`.
     """
     rows_ND = start_rows(tokenizer, model.get_input_embeddings().weight, placeholders)
-    add(tokenizer, placeholders, takes_space=takes_space)
+    add(tokenizer, placeholders)
     grow(model, first_id(tokenizer, placeholders), rows_ND)
     find_end_by_number(tokenizer, model)

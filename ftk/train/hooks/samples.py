@@ -15,7 +15,7 @@ from ftk.cache.store import CacheStore
 from ftk.configs.schema import PromptConfig
 from ftk.errors import CacheError, ConfigError
 from ftk.methods import base as methods
-from ftk.methods.base import HasControls
+from ftk.methods.base import HasControls, HasTexts
 from ftk.models.base import encoded
 from ftk.run import DrawnPrompt, Run
 from ftk.train import drawing, sheet
@@ -234,10 +234,10 @@ class Samples:
                 name: tensor.to(trainer.device, trainer.dtype if tensor.is_floating_point() else None)
                 for name, tensor in self._store.prompt(key).items()
             }
-            if trainer.model.encoders:
-                batch = encoded(trainer.model, family.collate_texts([item]))
-                item = {name: tensor[0] for name, tensor in batch.items() if tensor is not None}
-            return family.pipeline_texts(item)
+            batch = encoded(trainer.model, family.collate_texts([item]))
+            if isinstance(trainer.method, HasTexts):
+                batch = trainer.method.texts(trainer.model, batch)
+            return family.pipeline_texts({name: tensor[0] for name, tensor in batch.items() if tensor is not None})
 
         def batch_of_one(item: Mapping[str, torch.Tensor]) -> torch.Tensor:
             return control_tensor(item)[None].to(trainer.device, trainer.dtype)
