@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-fast test-int8 lint check campaign-prepare campaign-cache campaign-train campaign-demo bench clean
+.PHONY: setup demo test test-fast test-int8 lint check campaign-prepare campaign-cache campaign-train campaign-methods campaign-demo bench clean
 
 setup: $(STAMP)
 
@@ -50,6 +50,9 @@ campaign-cache: setup
 
 campaign-train: setup
 	$(BIN)/python -m pytest -q -s -m campaign tests/e2e/test_train_faults.py
+
+campaign-methods: setup
+	$(BIN)/python -m pytest -q -m campaign tests/contract
 
 campaign-demo: setup
 	$(BIN)/python -m pytest -q -s -m campaign tests/e2e/test_demo.py

@@ -32,7 +32,7 @@ PAIRS = [
     for name in methods.available()
     if control_images.knows(family, name, SETTINGS.get(name, {}))
 ]
-each_pair = pytest.mark.parametrize(("family_name", "method_name"), PAIRS)
+each_pair = pytest.mark.parametrize(("family_name", "method_name"), [denoisers.marked(*pair) for pair in PAIRS])
 
 
 class Run:

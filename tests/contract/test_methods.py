@@ -88,7 +88,7 @@ PAIRS = [
 # Every case with the first family; with the others one of each method, and those that carry their convolutions.
 WITH_CONVOLUTIONS = {"all", "kernels"}
 CASES = [
-    pytest.param(family, name, settings, id=f"{name}-{label}-{family}")
+    denoisers.marked(family, name, settings, id=f"{name}-{label}-{family}")
     for family, name in PAIRS
     for number, (label, settings) in enumerate(SETTINGS.get(name, {"default": {}}).items())
     if family == FAMILIES[0] or number == 0 or label in WITH_CONVOLUTIONS
@@ -98,7 +98,7 @@ each_case_of_one_family = pytest.mark.parametrize(
     ("family_name", "method_name", "settings"), [case for case in CASES if case.values[0] == FAMILIES[0]]
 )
 each_family = pytest.mark.parametrize("family_name", FAMILIES)
-each_pair = pytest.mark.parametrize(("family_name", "method_name"), PAIRS)
+each_pair = pytest.mark.parametrize(("family_name", "method_name"), [denoisers.marked(*pair) for pair in PAIRS])
 
 EXPORT = """
 import json, sys
