@@ -47,7 +47,12 @@ def test_made_controls_have_the_same_bytes_whatever_the_workers_and_are_made_aga
     first = json.loads(prepare({"controls": CONTROLS}, **settings).out)
     number = first["num_samples"]
     assert first["controls"] == planned["controls"] == {"blocks": number, "canny": number, "holes": number}
-    prepare({"controls": CONTROLS}, work="two", **{**settings, "workers": 2})
+    parts = [
+        json.loads(prepare({"controls": CONTROLS}, "--part", part, work="two", **{**settings, "workers": 2}).out)
+        for part in ("1/2", "2/2")
+    ]
+    assert 0 < parts[0]["controls"]["canny"] == parts[0]["num_samples"] < number
+    assert parts[1]["controls"] == first["controls"]
     assert _shards(tmp_path / "work") == _shards(tmp_path / "two")
     spelt_out = [{"make": "canny", "low": 40, "high": 200}, {"make": "holes", "seed": 0}, CONTROLS[2]]
     again = json.loads(prepare({"controls": spelt_out}, **settings).out)
@@ -120,7 +125,8 @@ def test_an_image_is_rejected_where_a_function_of_ones_own_fails(prepare, tmp_pa
 
 def test_the_page_shows_the_controls_beside_their_image_with_their_kind(prepare, ftk, tmp_path):
     shutil.copytree(tmp_path / "photos", tmp_path / "depth", ignore=shutil.ignore_patterns("*.txt"))
-    report = json.loads(prepare({"controls": [str(tmp_path / "depth"), *CONTROLS]}).out)
+    depth = str(tmp_path / "depth")
+    report = json.loads(prepare({"masks": depth, "controls": [depth, *CONTROLS]}).out)
     number = report["num_samples"]
     assert report["controls"] == {"blocks": number, "canny": number, "given": number, "holes": number}
     assert json.loads(ftk("inspect", tmp_path / "work", "--json").out)["controls"] == report["controls"]

@@ -338,6 +338,7 @@ def test_shards_are_made_again_when_the_file_of_the_function_changes(function: F
     run = _run("photos", [{"make": name}])
     before = _fingerprint(run)
     assert _fingerprint(run) == before
+    assert _fingerprint(_run("photos", [{"make": name, "version": 2}])) != before
     (tmp_path / "modules/changing.py").write_text("def make(image, settings):\n    return 255 - image\n")
     assert _fingerprint(run) != before
 
