@@ -164,7 +164,8 @@ def encoded() -> Callable[..., bytes]:
 def written_dataset() -> Callable[..., PreparedDataset]:
     """Write a prepared dataset without preparing anything: its shards' rows, rejects of its first shard, pairs of duplicates.
 
-    Pictures are of one colour, the first three characters of their key's digest. `totals` go into the manifest as they are.
+    Pictures are of one colour, the first three characters of their key's digest, and so are their control
+    images. `totals` go into the manifest as they are.
     """
 
     def write(
@@ -202,7 +203,8 @@ def _written_shard(directory: Path, name: str, rows: Sequence[SampleRow], reject
             picture = io.BytesIO()
             colour = tuple(storage.digest(row.key).encode()[:3])
             Image.new("RGB", (row.bucket_width, row.bucket_height), colour).save(picture, "PNG")
-            tar.write({"__key__": row.key, "png": picture.getvalue()})
+            controls = {f"control{number}.png": picture.getvalue() for number in range(row.num_controls)}
+            tar.write({"__key__": row.key, "png": picture.getvalue(), **controls})
     storage.commit_table(table_path, dataset.sample_table(rows))
     return ShardRecord(
         name=name, is_last=True, recipe_fingerprint="", contents_fingerprint="", num_inputs=len(rows) + len(rejects),

@@ -229,6 +229,19 @@ def test_badges_say_what_was_done(tmp_path, written_dataset):
     assert badges == [[], ["upscaled"], ["flipped", "copied", "mask", "2 controls"]]
 
 
+def test_controls_are_shown_beside_their_image_with_what_the_recipe_says_they_are(tmp_path, written_dataset):
+    mixed = {"controls": ["a place", {"make": "canny", "low": 50.0}, "depth.png", {"make": "holes", "share": [0.1, 0.25]}]}
+    sources = {"dogs": mixed, "cats": {**mixed, "optional": True}}
+    given = {"num_controls": 4, "control_ids": list("wxyz")}
+    rows = [sample("a", source="dogs", **given), sample("b", source="dogs", num_controls=2, control_ids=["x", "y"]),
+            sample("c", source="cats", **given)]  # fmt: skip
+    page = html(written_dataset(tmp_path, [rows[:2], rows[2:]], recipe={"sources": sources}))
+    labels = [re.findall("<figcaption>(.*?)</figcaption>", card) for card in page.split("<article")[1:]]
+    # Where an image may lack some or have several, their number alone does not tell which they are.
+    unknown = [f"control {number}" for number in range(4)]
+    assert labels == [["given", "canny, low 50", "depth.png", "holes, share 0.1 to 0.25"], unknown[:2], unknown]
+
+
 def test_long_and_many_captions_are_cut_and_counted(tmp_path, written_dataset):
     page = html(written_dataset(tmp_path, [[sample("a", captions=["x" * 1000, *"bcdefgh"])]]))
     assert f"{'x' * 400}… (1,000 characters)" in page
