@@ -21,6 +21,8 @@ from ftk.pipeline.sources.base import MOST_EXAMPLES, Notes, Record
 LOGGER = logging.getLogger("ftk")
 # Measured on photographs of one megapixel; only for the estimate of a dry run.
 _BYTES_A_PIXEL = {"auto": 0.6, "jpeg": 0.6, "png": 2.0, "webp": 1.3}
+# Of a PNG: edges take a twentieth of that, photographs three times as much.
+_CONTROL_BYTES_A_PIXEL = 0.6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,13 +213,17 @@ def _plain(reject: Reject) -> dict[str, str]:
     return {name: str(value) for name, value in asdict(reject).items()}
 
 
+def _num_pixels(probe: images.Probe) -> int:
+    return sum(place.bucket_width * place.bucket_height for place in probe.placements)
+
+
 class Estimate:
     """What a dry run counts from captions and the headers of images."""
 
     def __init__(self) -> None:
         self.num_inputs = self.num_shards = 0
         self.notes = Notes()
-        self._num_upscaled = self._num_pixels = self._num_fallback_captions = 0
+        self._num_upscaled = self._num_pixels = self._num_control_pixels = self._num_fallback_captions = 0
         self._buckets: Counter[str] = Counter()
         self._controls: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
@@ -230,21 +236,23 @@ class Estimate:
     ) -> None:
         """Count an input of a source: `probe` is what its header says, or why it has no sample."""
         if isinstance(probe, images.Probe):
-            self._add_controls(item, len(probe.placements), source)
+            self._add_controls(item, probe, source)
             self._num_fallback_captions += isinstance(item, Record) and item.is_fallback
             self._buckets.update(f"{place.bucket_width}x{place.bucket_height}" for place in probe.placements)
             self._num_upscaled += sum(place.upscales(probe.width, probe.height) for place in probe.placements)
-            self._num_pixels += sum(place.bucket_width * place.bucket_height for place in probe.placements)
+            self._num_pixels += _num_pixels(probe)
             return
         problem = item if isinstance(item, Reject) else probe
         assert problem is not None
         self._rejected[problem.reason.value] += 1
 
-    def _add_controls(self, item: Record | Reject | Reused, num_samples: int, source: SourceConfig) -> None:
+    def _add_controls(self, item: Record | Reject | Reused, probe: images.Probe, source: SourceConfig) -> None:
         assert isinstance(item, Record)
         num_references = len(source.references) if item.num_references is None else item.num_references
         num_controls = len(item.controls) - num_references + len(source.made_controls)
+        num_samples = len(probe.placements)
         self._controls += control_kinds.count(num_samples, num_samples * num_controls, source.model_extra or {})
+        self._num_control_pixels += num_controls * _num_pixels(probe)
 
     def report(self, image_format: str) -> dict[str, Any]:
         """The counts, under the names that the report of a real run has."""
@@ -259,7 +267,9 @@ class Estimate:
             "num_unmatched_captions": self.notes.num_unmatched_captions,
             "unmatched_captions": [asdict(each) for each in self.notes.unmatched_captions],
             "hints": list(self.notes.hints),
-            "estimated_bytes": round(self._num_pixels * _BYTES_A_PIXEL[image_format]),
+            "estimated_bytes": round(
+                self._num_pixels * _BYTES_A_PIXEL[image_format] + self._num_control_pixels * _CONTROL_BYTES_A_PIXEL
+            ),
             "buckets": dict(sorted(self._buckets.items())),
             "controls": dict(sorted(self._controls.items())),
         }

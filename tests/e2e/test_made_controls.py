@@ -51,6 +51,9 @@ def test_made_controls_have_the_same_bytes_whatever_the_workers_and_parts_and_ar
     first = json.loads(prepare({"controls": CONTROLS}, **settings).out)
     number = first["num_samples"]
     assert first["controls"] == planned["controls"] == {"blocks": number, "canny": number, "holes": number}
+    without = json.loads(prepare({}, "--dry-run", **settings).out)
+    assert without["controls"] == {}
+    assert planned["estimated_bytes"] > 2 * without["estimated_bytes"]
     parts = [
         json.loads(prepare({"controls": CONTROLS}, "--part", part, work="two", **{**settings, "workers": 2}).out)
         for part in ("1/2", "2/2")

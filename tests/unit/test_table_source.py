@@ -553,6 +553,20 @@ def test_a_list_of_control_images_is_several(photos: Path, suffix: str) -> None:
         assert (item.reason, item.detail) == (RejectReason.CONTROL_MISSING, "the row has nothing under edit_image")
 
 
+def test_a_table_of_musubi_tuner_is_read_as_it_is(photos: Path) -> None:
+    rows = [
+        {"image_path": "a.jpg", "caption": "one", "control_path_0": "b.jpg", "control_path_1": "a.jpg"},
+        {"image_path": "b.jpg", "caption": "two", "control_path_0": "a.jpg"},
+    ]
+    columns = ["control_path_0", "control_path_1"]
+    config = SourceConfig(path=str(_table(photos, rows)), image="image_path", references=columns, optional=True)
+    source, settings = base.parse(config)
+    (partition,) = source.partitions(config, settings, 10)
+    records = [item for item in source.read(config, settings, partition) if isinstance(item, Record)]
+    assert [[Path(blob.location).name for blob in record.controls] for record in records] == [["b.jpg", "a.jpg"], ["a.jpg"]]
+    assert [record.captions for record in records] == [("one",), ("two",)]
+
+
 def test_references_after_lists_of_controls_are_counted_by_themselves(photos: Path) -> None:
     rows = [
         {"file_name": "a.jpg", "text": "t", "edge": ["c.jpg", "d.jpg"], "before": ["e.jpg"]},
