@@ -555,15 +555,15 @@ def test_a_list_of_control_images_is_several(photos: Path, suffix: str) -> None:
 
 def test_a_table_of_musubi_tuner_is_read_as_it_is(photos: Path) -> None:
     rows = [
-        {"image_path": "a.jpg", "caption": "one", "control_path_0": "b.jpg", "control_path_1": "a.jpg"},
-        {"image_path": "b.jpg", "caption": "two", "control_path_0": "a.jpg"},
+        {"image_path": "a.jpg", "caption": "one", "control_path_0": "c.jpg", "control_path_1": "a.jpg"},
+        {"image_path": "c.jpg", "caption": "two", "control_path_0": "a.jpg"},
     ]
     columns = ["control_path_0", "control_path_1"]
     config = SourceConfig(path=str(_table(photos, rows)), image="image_path", references=columns, optional=True)
     source, settings = base.parse(config)
     (partition,) = source.partitions(config, settings, 10)
     records = [item for item in source.read(config, settings, partition) if isinstance(item, Record)]
-    assert [[Path(blob.location).name for blob in record.controls] for record in records] == [["b.jpg", "a.jpg"], ["a.jpg"]]
+    assert [[Path(blob.location).name for blob in record.controls] for record in records] == [["c.jpg", "a.jpg"], ["a.jpg"]]
     assert [record.captions for record in records] == [("one",), ("two",)]
 
 
