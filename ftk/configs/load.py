@@ -207,21 +207,23 @@ def _joined(lines: Sequence[str]) -> list[str]:
 def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
     """The valid keys at a place in the tree, found by walking the annotations."""
     current: type[BaseModel] = model
+    is_key = False
     for part in location:
-        if isinstance(part, int):
+        if isinstance(part, int) or is_key:
+            is_key = False
             continue
         field = current.model_fields.get(part)
         inner = _section_in(field.annotation) if field else None
         if inner is None:
             return []
-        current = inner
+        current, is_key = inner, field is not None and get_origin(field.annotation) is dict
     return list(current.model_fields)
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if get_origin(annotation) in (Union, types.UnionType, tuple, list, Annotated):
+    if get_origin(annotation) in (Union, types.UnionType, tuple, list, dict, Annotated):
         for argument in get_args(annotation):
             if (found := _section_in(argument)) is not None:
                 return found

@@ -25,6 +25,7 @@ from ftk.methods import base as methods
 from ftk.methods.adapters import peft_method
 from ftk.methods.base import Method
 from ftk.models.base import Family
+from ftk.run import Run
 from ftk.train import sheet
 from ftk.train.hooks.recorder import validation_table
 
@@ -97,9 +98,16 @@ def loading(subject: Subject, form: str, repository: str | None = None) -> str:
     """
     base = metadata.base_name(subject.config.model, subject.config.card)
     lines = how_to_load(subject.run.method, subject.run.settings, subject.run.family, base, form)
-    if form != "comfyui" and "comfyui" in subject.run.formats:
+    if form != "comfyui" and _is_for_comfyui(subject.run):
         lines += "\n\nFor ComfyUI: `ftk export RUN.yaml --format comfyui` writes these weights as it reads them."
     return _from_hub(lines, repository) if repository else lines
+
+
+def _is_for_comfyui(run: Run) -> bool:
+    """Whether the weights can be written as ComfyUI reads them."""
+    if isinstance(run.method, methods.HasReaders):
+        return run.method.reading(run.family, run.settings, "comfyui") is not None
+    return "comfyui" in run.formats
 
 
 def how_to_load(method: Method, settings: Any, family: Family, base: str, form: str) -> str:
@@ -108,7 +116,7 @@ def how_to_load(method: Method, settings: Any, family: Family, base: str, form: 
     Args:
         base: the base model's Hub id, or the name of its folder.
     """
-    if isinstance(method, methods.HasReaders) and (reading := method.reading(settings, form)) is not None:
+    if isinstance(method, methods.HasReaders) and (reading := method.reading(family, settings, form)) is not None:
         return reading
     first = methods.formats(method, settings)[0]
     if form in _OTHER_READERS:

@@ -154,8 +154,8 @@ class HasThawedModules(Protocol):
 class HasReaders(Protocol):
     """A method whose files for other programs are not loaded as a LoRA's are."""
 
-    def reading(self, settings: Any, form: str) -> str | None:
-        """Markdown: how a delivery in this format is loaded; None where `usage` says it."""
+    def reading(self, family: Family, settings: Any, form: str) -> str | None:
+        """Markdown: how a delivery in this format is loaded; None where `usage` says it, or no program reads it."""
 
 
 @runtime_checkable

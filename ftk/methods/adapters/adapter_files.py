@@ -117,6 +117,8 @@ def in_folder(folder: Path) -> tuple[Path, ...]:
         main: list[Path] = [folder / peft_directory.WEIGHTS_FILE]
     elif (folder / formats.SINGLE_FILE).exists():
         main = [folder / formats.SINGLE_FILE]
+    elif words := sorted(folder.glob(f"{formats.WORDS_FILE}*.safetensors")):
+        main = words[:1]
     else:
         main = list(folder.glob("*.safetensors"))
         if len(main) != 1:
@@ -480,7 +482,7 @@ def _refuse_base(file: Path, unknown: list[str], by_module: Mapping[str, Tensors
 
 
 def kind_of(files: Sequence[Path]) -> str:
-    """PEFT's name of an adapter's type, `DORA`, or `WHOLE WEIGHTS`; by the names of its tensors alone.
+    """PEFT's name of an adapter's type, `DORA`, `WHOLE WEIGHTS`, or `NEW WORDS`; by the names of its tensors alone.
 
     Raises:
         ConfigError: it cannot be read.
@@ -491,6 +493,8 @@ def kind_of(files: Sequence[Path]) -> str:
         if files[0].name == peft_directory.WEIGHTS_FILE and settings.exists():
             tree = json.loads(settings.read_bytes())
             return "DORA" if tree.get("use_dora") else str(tree["peft_type"])
+        if files[0].name.startswith(formats.WORDS_FILE):
+            return "NEW WORDS"
         with safe_open(files[0], "pt") as main:
             kinds = {_split(name)[1] for name in main.keys()}  # noqa: SIM118 - it is no mapping
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("ftk")
 SINGLE_FILE = "pytorch_lora_weights.safetensors"
 """What diffusers looks for in a folder."""
+WORDS_FILE = "learned_embeds"
+"""What diffusers looks for in a folder as the vectors of a new word; the beginning of the names of several."""
 NAMED_FILES = {"comfyui": "comfyui.safetensors", "kohya": "kohya.safetensors", "lycoris": "lycoris.safetensors"}
 
 
