@@ -37,8 +37,22 @@ if TYPE_CHECKING:
 _FAMILY, _WORD, _VECTORS, _START = "ftk_family", "ftk_word", "ftk_vectors", "ftk_start"
 """In a file's header: the model's family, the new word, how many vectors it has, and the words that it starts from, if any."""
 _INPUT, _OUTPUT = "input", "output"
+_ENCODER = "text_encoder"
 _START_BATCHES = 8
 _LORA_FORMS = {"diffusers": "diffusers", "a1111": "kohya", "comfyui": "comfyui"}
+_READING = {
+    "a1111": (
+        "A1111 and Forge: put {files} into `embeddings`, and write {words} in the prompt.",
+        "{}",
+        " Put `kohya.safetensors` into `models/Lora` and write `<lora:kohya:1>` in the prompt, too.",
+    ),
+    "comfyui": (
+        "ComfyUI: put {files} into `models/embeddings`, and write {words} in the prompt.",
+        "embedding:{}",
+        " Put `comfyui.safetensors` into `models/loras` and load it with the node Load LoRA.",
+    ),
+}
+"""By format: how its files are used, how a word is written in a prompt, and how the LoRA beside it is used."""
 _NOT_IN_LORA = ("text_encoder", "modules_to_save")
 
 
@@ -228,20 +242,11 @@ class TextualInversion:
         assert isinstance(family, AddsTokens)
         if form == "diffusers" or not family.embedding_keys:
             return None
+        lines, written, lora = _READING[form]
         stems = [file_stem(word) for word in settings.tokens]
         files = " and ".join(f"`{stem}.safetensors`" for stem in stems)
-        written = " and ".join(f"`embedding:{stem}`" if form == "comfyui" else f"`{stem}`" for stem in stems)
-        place = "ComfyUI: put {} into `models/embeddings`" if form == "comfyui" else "A1111 and Forge: put {} into `embeddings`"
-        lora = ""
-        if settings.lora is not None:
-            name = formats.NAMED_FILES[_LORA_FORMS[form]]
-            folder, use = (
-                ("models/loras", "load it with the node Load LoRA")
-                if form == "comfyui"
-                else ("models/Lora", "write `<lora:kohya:1>` in the prompt")
-            )
-            lora = f" Put `{name}` into `{folder}` and {use}."
-        return f"{place.format(files)}, and write {written} in the prompt.{lora}"
+        words = " and ".join(f"`{written.format(stem)}`" for stem in stems)
+        return lines.format(files=files, words=words) + (lora if settings.lora is not None else "")
 
     def usage(self, family: Family, settings: TextualInversionConfig) -> str:
         """diffusers' loaders, or ftk's own where diffusers has none."""
@@ -270,7 +275,7 @@ def file_stem(word: str) -> str:
 def _diffusers_name(word: str, settings: TextualInversionConfig, encoder: str) -> str:
     """As diffusers' scripts call them: `learned_embeds`, `learned_embeds_2`; with the word where there are several."""
     of_word = "" if len(settings.tokens) == 1 else f"-{file_stem(word)}"
-    return f"{formats.WORDS_FILE}{of_word}{encoder.removeprefix('text_encoder')}.safetensors"
+    return f"{formats.WORDS_FILE}{encoder.removeprefix(_ENCODER)}{of_word}.safetensors"
 
 
 def _header(family: Family, word: str, placeholder: Placeholder) -> dict[str, str]:
@@ -322,8 +327,7 @@ def learned_words(directory: Path) -> list[LearnedWord]:
                 f"{path} does not say in its header which word it holds, and of which family ({error}). Use a file that "
                 f"`ftk export` wrote."
             ) from error
-        encoder = path.stem.rpartition("_")[2]
-        name = f"text_encoder_{encoder}" if encoder.isdecimal() else "text_encoder"
+        name = _ENCODER + path.stem.removeprefix(formats.WORDS_FILE).partition("-")[0]
         named = {name if key == word else key: tensor for key, tensor in tensors.items()}
         before = words[word].tensors if word in words else {}
         words[word] = LearnedWord(path=path, family=family, word=word, placeholder=placeholder, tensors={**before, **named})

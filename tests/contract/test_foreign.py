@@ -701,6 +701,7 @@ def test_a_cache_with_new_words_is_another_than_one_without(run_with_words: Call
         ("stable-diffusion", {"<thing>": "ab"}, r"'<thing>' has 1 vector and starts from 'ab', .* 2 tokens. Give it 2 vectors"),
         ("stable-diffusion", {"<thing>": None, "<thing>s": None}, r"'<thing>' is part of '<thing>s'"),
         ("stable-diffusion", {"<Thing>": None}, r"'<Thing>' has capital letters.* Write '<thing>'"),
+        ("stable-diffusion", {"<thing>": "no <thing>"}, r"'<thing>' starts from 'no <thing>', which holds a new word"),
         ("stable-diffusion", {"a thing": None}, r"'a thing' is not a new word: .* no spaces"),
         ("stable-diffusion", {"<thing>": None, "<other>": None}, r"the new word '<other>' stands in no caption of"),
         (FAMILY, {"<thing>": None}, r"foreign-edit: its text encoder cannot be given new words, such as '<thing>'"),

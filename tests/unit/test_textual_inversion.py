@@ -226,13 +226,13 @@ def test_other_programs_find_a_file_named_after_each_word_with_their_keys(
 
 
 def test_several_words_load_from_files_of_their_own(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
-    tokens = {"<cat>": {"vectors": 3, "start": "abc"}, "my-toy": "x"}
+    tokens = {"<cat>": {"vectors": 3, "start": "abc"}, "my-toy_2": "x"}
     directory = tiny_models("sdxl")
     method, settings, model, parameters = attached("sdxl", directory, tokens=tokens)
     files = method.export(model, settings, Export(directory=tmp_path, form="diffusers", metadata={"run": "x"}))
     assert sorted(path.name for path in files) == [
-        "learned_embeds-cat.safetensors", "learned_embeds-cat_2.safetensors",
-        "learned_embeds-my-toy.safetensors", "learned_embeds-my-toy_2.safetensors",
+        "learned_embeds-cat.safetensors", "learned_embeds-my-toy_2.safetensors",
+        "learned_embeds_2-cat.safetensors", "learned_embeds_2-my-toy_2.safetensors",
     ]  # fmt: skip
     with safe_open(files[0], "pt") as opened:
         assert opened.metadata().items() >= {"run": "x", "ftk_word": "<cat>", "ftk_start": "abc", "ftk_vectors": "3"}.items()
@@ -244,7 +244,7 @@ def test_several_words_load_from_files_of_their_own(tiny_models: Callable[[str],
             (pipeline.tokenizer, pipeline.text_encoder, "text_encoder"),
             (pipeline.tokenizer_2, pipeline.text_encoder_2, "text_encoder_2"),
         ):
-            ids = tokenizer.convert_tokens_to_ids(["<cat>", "<cat>_1", "<cat>_2", "my-toy"])
+            ids = tokenizer.convert_tokens_to_ids(["<cat>", "<cat>_1", "<cat>_2", "my-toy_2"])
             assert torch.equal(encoder.get_input_embeddings().weight[ids], parameters[f"{name}.word_vectors"])
     with pytest.raises(CheckpointError, match=r"learned_embeds-cat\S* does not fit this model: .*already in tokenizer"):
         load_words(pipelines[0], tmp_path)

@@ -71,6 +71,8 @@ def add(tokenizer: Any, placeholders: Placeholders) -> None:
         raise ConfigError(f"{wrong}.")
     for word, placeholder in placeholders.items():
         _refuse_known(tokenizer, word)
+        if placeholder.start is not None and any(other in placeholder.start for other in placeholders):
+            raise ConfigError(f"{word!r} starts from {placeholder.start!r}, which holds a new word. Name words of the model.")
         tokenizer.add_tokens(tokens_of(word, placeholder))
 
 
