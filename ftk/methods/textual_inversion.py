@@ -131,7 +131,9 @@ class TextualInversion:
     def encoders(self, family: Family, settings: TextualInversionConfig) -> tuple[str, ...]:
         """Those whose embedding tables get new rows; none with `train: output`."""
         if not isinstance(family, AddsTokens):
-            raise ConfigError(f"method.name: {self.name} does not know {family.name}: its tokenizer takes no new words.")
+            raise ConfigError(
+                f"method.name: {self.name} does not know {family.name}: its text encoder cannot be given new words."
+            )
         if settings.lora is not None:
             targets.check_group(family, (), settings.lora)
         if settings.train == "output":

@@ -648,8 +648,7 @@ def run_with_words(make_run: Callable[..., Run], tiny_models: Callable[[str], Pa
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("vectors", [1, 3])
-@pytest.mark.parametrize("family_name", ["stable-diffusion", "sdxl"])
+@pytest.mark.parametrize(("family_name", "vectors"), [("stable-diffusion", 1), ("sdxl", 3)])
 def test_new_words_are_encoded_as_textual_inversion_encodes_them(
     run_with_words: Callable[..., Run], family_name: str, vectors: int
 ) -> None:
