@@ -152,14 +152,16 @@ def _from_hub(lines: str, repository: str) -> str:
     return files.replace(HERE, repository)
 
 
-def merged_loading(mixed: Sequence[str] = ()) -> str:
+def merged_loading(mixed: Sequence[str] = (), usage: str = "") -> str:
     """How a merged pipeline is loaded.
 
     Args:
         mixed: what else is folded in, and at which strength.
+        usage: a line of Python that draws with it, where that is not as with the base's.
     """
     start = "from diffusers import DiffusionPipeline\n\n# the trained weights are in the pipeline itself"
-    code = f'```python\n{start}\npipeline = DiffusionPipeline.from_pretrained("{HERE}")\n```'
+    lines = [start, f'pipeline = DiffusionPipeline.from_pretrained("{HERE}")', *([usage] if usage else [])]
+    code = "\n".join(["```python", *lines, "```"])
     return f"{code}\n\nMerged: {', '.join(mixed)}." if mixed else code
 
 

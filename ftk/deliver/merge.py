@@ -1,5 +1,6 @@
 """`ftk merge`: what a run has learned, and adapters in files, folded into a pipeline of its own."""
 
+import inspect
 import math
 import shutil
 import tempfile
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
 from ftk import locations, storage
@@ -18,7 +20,7 @@ from ftk.deliver.export import Choice, find_checkpoint, run_dtype, trained
 from ftk.errors import ConfigError, ModelError
 from ftk.methods.adapters import adapter_files, injection, peft_directory
 from ftk.methods.adapters.adapter_files import AdapterFile
-from ftk.methods.base import Export
+from ftk.methods.base import Export, HasMergedPipeline
 from ftk.models.base import DENOISER, Model, TrainsEncoders, load_model
 from ftk.models.components import loading
 from ftk.run import Run
@@ -27,6 +29,7 @@ from ftk.train.checkpoint import Checkpoint
 from ftk.train.data import conditions_of
 from ftk.train.inputs import open_cache
 
+_INDEX = "model_index.json"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """How far a merged model's prediction may be from the adapted one's, as a share of its root mean square."""
 
@@ -212,13 +215,25 @@ def _refuse_infinite(component: str, module: Any) -> None:
 def _write(run: Run, base: Path, model: Model, directory: Path, step: int, mixed: Sequence[str]) -> None:
     attribute = run.family.denoiser_attribute
     merged = {attribute: model.denoiser, **model.encoders}
+    pipeline = run.method.merged_pipeline(model, base) if isinstance(run.method, HasMergedPipeline) else None
     with storage.committing_directory(directory) as temporary:
         for entry in sorted(base.iterdir()):
             if entry.is_dir() and entry.name not in merged:
                 shutil.copytree(entry, temporary / entry.name)
             elif entry.is_file():
                 shutil.copyfile(entry, temporary / entry.name)
+        if pipeline is not None:
+            storage.commit_json(temporary / _INDEX, _index(base, pipeline.name))
         for name, module in merged.items():
             module.save_pretrained(temporary / name)
         subject = metadata.Subject(run=run, step=step, model=base)
-        card.write(subject, temporary, card.merged_loading(mixed), merged=True)
+        usage = "" if pipeline is None else pipeline.usage
+        card.write(subject, temporary, card.merged_loading(mixed, usage), merged=True)
+
+
+def _index(base: Path, pipeline: str) -> dict[str, Any]:
+    """`model_index.json` of a pipeline of another class with the same parts."""
+    parameters = inspect.signature(getattr(diffusers, pipeline).__init__).parameters
+    index = storage.read_json(base / _INDEX)
+    kept = {name: value for name, value in index.items() if name.startswith("_") or name in parameters}
+    return {**kept, "_class_name": pipeline}

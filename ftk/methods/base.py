@@ -213,6 +213,29 @@ class HasStrength(Protocol):
         """Inside, what was attached adds so many times what it adds otherwise."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergedPipeline:
+    """diffusers' class of the pipeline that draws with a merged denoiser, and how it is called, in a line for the card."""
+
+    name: str
+    usage: str
+
+
+@runtime_checkable
+class HasMergedPipeline(Protocol):
+    """A method whose merged denoiser takes more than the base's, so that a pipeline of another class draws with it."""
+
+    def merged_pipeline(self, model: Model, directory: Path) -> MergedPipeline:
+        """That pipeline. Where it prepares its inputs in another way than training, the weights are changed for it, in place.
+
+        Args:
+            directory: of the base model.
+
+        Raises:
+            ConfigError: there is none.
+        """
+
+
 def available() -> list[str]:
     """Names of all methods: the files of this folder."""
     package = importlib.import_module("ftk.methods")

@@ -102,7 +102,7 @@ class Lora(peft_method.PeftMethod):
     name = "lora"
     HAS_SCALE = True
     Config: ClassVar[type[BaseModel]] = LoraConfig
-    FORMATS = ("diffusers", "peft", "comfyui", "kohya")
+    FORMATS: tuple[str, ...] = ("diffusers", "peft", "comfyui", "kohya")
     REASONS: ClassVar[Mapping[str, str]] = {
         "lycoris": "LyCORIS' name for it is LoCon, in kohya's or ComfyUI's format. Write one of those."
     }

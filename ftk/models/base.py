@@ -228,6 +228,9 @@ class Family(Protocol):
         """Posterior (mean, std), each [B,C,H/f,W/f] fp32 and normalised, of pixels in [-1, 1].
 
         An image's result does not depend on the other images of its batch, beyond the rounding of the precision.
+
+        Args:
+            vae: as `load_vae` returns it, or that of the diffusers pipeline.
         """
 
     def image_memory(self, vae: Any, height: int, width: int) -> int:

@@ -187,7 +187,11 @@ class QwenImage:
         with torch.inference_mode():
             # Convolutions take the layout of their input if it has one; here it is that of their weights.
             pixels_BCHW = pixels_BCHW.to(vae.device, vae.dtype).contiguous()
-            posterior = DiagonalGaussianDistribution(vae.quant_conv(vae.encoder(pixels_BCHW)))
+            if isinstance(vae.quant_conv, torch.nn.Conv3d):  # a pipeline's own
+                posterior = vae.encode(pixels_BCHW.unsqueeze(2)).latent_dist
+                posterior = DiagonalGaussianDistribution(posterior.parameters.squeeze(2))
+            else:
+                posterior = DiagonalGaussianDistribution(vae.quant_conv(vae.encoder(pixels_BCHW)))
             shift, scale = self._affine(vae)
             mean: torch.Tensor = (posterior.mean.float() - shift) * scale
             std: torch.Tensor = posterior.std.float() * scale

@@ -17,6 +17,8 @@ from ftk.models.base import Family
 from ftk.run import Run, resolve
 
 SIDE = 64
+MERGED = {("stable-diffusion", "control-lora"), ("sdxl", "control-lora")}
+"""The pairs of which something can be folded into the base weights."""
 
 
 def tensors(method: Method, family: Family, settings: Any, count: int) -> tuple[torch.Tensor, ...]:

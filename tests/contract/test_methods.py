@@ -72,6 +72,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "custom-diffusion": {"whole": {}, "rank": {"rank": 2}},
     "full": {"all": {}, "attention": {"targets": "attention"}, "list": {"targets": ("to_q.weight",)}},
     "textual-inversion": {"words": {}, "pivotal": {"norm": "keep", "lora": {"rank": 4}}},
+    "control-lora": {"plain": {"rank": 4}, "all": {"rank": 2, "alpha": 3.0, "targets": "all"}},
 }
 FAMILIES = denoisers.families_of_each()
 # Noise on the trained parameters that moves a tiny model visibly and leaves it finite.
@@ -79,6 +80,8 @@ NOISE = {"full": 0.02, "loha": 0.3}
 # Those that draw nothing, some with one family alone: equal starts whatever the seed.
 WITHOUT_CHANCE = {"oft", "boft", "full", "custom-diffusion", "textual-inversion"}
 
+# diffusers' T2I-Adapters are random at first, as published.
+STARTING_ELSEWHERE = {("stable-diffusion", "t2i-adapter"), ("sdxl", "t2i-adapter")}
 PAIRS = [
     (family, name)
     for family in FAMILIES
@@ -267,7 +270,8 @@ def test_training_starts_at_the_base_model_and_attach_returns_all_that_trains(
     attached: Callable[..., Trained], settings: dict[str, Any]
 ) -> None:
     trained = attached(settings)
-    torch.testing.assert_close(trained.predict(), trained.base, atol=3e-6, rtol=0)
+    if (trained.family.name, trained.method.name) not in STARTING_ELSEWHERE:
+        torch.testing.assert_close(trained.predict(), trained.base, atol=3e-6, rtol=0)
 
     assert trained.parameters
     modules = trained.model.components.values()
@@ -438,7 +442,8 @@ def test_merging_predicts_what_the_adapter_predicts(attached: Callable[..., Trai
     plain = _base(trained.family.name, trained.directory).denoiser
     # Whatever is dropped while training belongs to no merged weight.
     trained.model.denoiser.train()
-    if isinstance(trained.method, HasControls) or trained.needs.placeholder_tokens:
+    can_merge = not (isinstance(trained.method, HasControls) or trained.needs.placeholder_tokens)
+    if not can_merge and (trained.family.name, trained.method.name) not in control_images.MERGED:
         with pytest.raises(ConfigError, match=r"nothing (of it )?can be merged.*Use `ftk export`"):
             trained.method.merge(trained.model)
         return

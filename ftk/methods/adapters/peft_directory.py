@@ -79,16 +79,26 @@ def load_directory(model: Any, directory: Path, adapter: str = injection.ADAPTER
             f"{directory / CONFIG_FILE} cannot be read as an adapter's settings: {injection.first_line(error)}"
         ) from error
     check_fits(model, tensors, path)
-    is_training = model.training
     whole = _take_whole(model, config, tensors)
+    inject_tensors(model, config, tensors, path, adapter)
     with explaining(path):
-        model.add_adapter(config, adapter_name=adapter)
-        left_over = injection.set_state(model, tensors, adapter)
-        left_over += sorted(tensors.keys() ^ injection.state(model, adapter).keys())
         for name, parts in whole.items():
             model.get_submodule(name).load_state_dict(parts)
     if whole:
         model.peft_config[adapter].modules_to_save = list(whole)
+
+
+def inject_tensors(model: Any, config: Any, tensors: "Mapping[str, torch.Tensor]", path: Path, adapter: str) -> None:
+    """Inject an adapter of these settings and tensors into a model that has none of its name; `path` is for messages.
+
+    Raises:
+        CheckpointError: tensors and settings do not fit each other, or are of another base model.
+    """
+    is_training = model.training
+    with explaining(path):
+        model.add_adapter(config, adapter_name=adapter)
+        left_over = injection.set_state(model, tensors, adapter)
+        left_over += sorted(tensors.keys() ^ injection.state(model, adapter).keys())
     if left_over:
         raise CheckpointError(
             f"{path} was trained on another base model: {left_over[0]} is in one of the two alone. Load it into the "
@@ -164,12 +174,21 @@ def read_tensors(path: Path) -> "dict[str, torch.Tensor]":
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """The metadata in the header of a file that `read_tensors` has read."""
-    from safetensors import safe_open
+    """The metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
 
     file: Any
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist: `ftk train` or `ftk export` writes it.") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {injection.first_line(error)}. Export it again.") from error
 
 
 def refuse_not_finite(tensors: "Mapping[str, torch.Tensor]", path: Path) -> None:
