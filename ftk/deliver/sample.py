@@ -18,6 +18,7 @@ from ftk.configs.schema import RunConfig
 from ftk.deliver import mixing
 from ftk.deliver.export import Choice, chosen_adapter, find_checkpoint, run_dtype
 from ftk.errors import ConfigError
+from ftk.methods.base import HasControls
 from ftk.pipeline import prompt_images
 from ftk.progress import ProgressBar, track
 from ftk.run import DrawnPrompt, Run
@@ -138,11 +139,16 @@ def _check_prompts(config: RunConfig) -> None:
 
 def _check_strengths(run: Run, adapter: Path) -> None:
     """Refuse a strength, of all prompts or of one, that the run's own adapter has not."""
-    settings, name = run.config.sample, run.config.method.name
-    mixing.check_own_strength(settings.strength, adapter, name)
-    for drawn in run.drawn_prompts:
-        if drawn.entry.strength is not None:
-            mixing.check_own_strength(drawn.entry.strength, adapter, name, f"{drawn.place}.strength")
+    own = [(f"{drawn.place}.strength", drawn.entry.strength) for drawn in run.drawn_prompts]
+    for setting, strength in [("sample.strength", run.config.sample.strength), *own]:
+        if strength in (None, 1):
+            continue
+        if isinstance(run.method, HasControls):
+            raise ConfigError(
+                f"{setting}: method {run.method.name} has the strength of its control images instead. Write {{prompt: ..., "
+                f"controls: [FILE], control_strength: {strength:g}}}."
+            )
+        mixing.check_own_strength(strength, adapter, run.method.name, setting)
 
 
 def _added(config: RunConfig) -> list[mixing.AddedAdapter]:

@@ -189,6 +189,10 @@ class ControlLora(lora.Lora):
         """ftk's loader."""
         return _LOADING
 
+    def strength_refusal(self, settings: Any) -> str | None:
+        """The LoRA alone has none: without the columns that it was trained with it only harms."""
+        return "control-lora has the strength of its control images, `control_strength`."
+
     def dropped_control(self, control: "torch.Tensor", form: ControlForm) -> "torch.Tensor":
         """Latents of zeros, of which the columns add nothing."""
         return empty_control(control, form)

@@ -1,5 +1,6 @@
 """Every method that reads control images, on every family that it knows: from pictures with controls to a delivery."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -117,3 +118,13 @@ def test_a_prompt_without_a_control_image_is_refused(make_run: Callable[..., Run
         ConfigError, match=r"sample.prompts.0: 'a red box' has no control image, and method .*controls: \[FILE\]"
     ):
         make_run(family_name, method_name, sample={"prompts": ["a red box"]})
+
+
+@each_pair
+def test_a_strength_is_that_of_the_control_image(make_run: Callable[..., Run], family_name: str, method_name: str) -> None:
+    run = make_run(family_name, method_name, name="strength")
+    section = run.config.sample.model_copy(update={"strength": 0.5})
+    stronger = dataclasses.replace(run, config=run.config.model_copy(update={"sample": section}))
+    with pytest.raises(ConfigError, match=rf"sample.strength: method {method_name} has .*control_strength: 0.5"):
+        sample._check_strengths(stronger, Path())
+    assert methods.strength_refusal(run.method, run.settings)
