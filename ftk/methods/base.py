@@ -343,4 +343,4 @@ def check_format(name: str, formats: Sequence[str], form: str, reasons: Mapping[
     writes = ", ".join(formats)
     if form in reasons:
         raise ConfigError(f"{name} cannot be written as {form}: {reasons[form]} It can be written as: {writes}.")
-    raise ConfigError(f"there is no delivery format {form!r}. {name} can be written as: {writes}.")
+    raise ConfigError(f"there is no delivery format {form!r} of {name}. Write one of: {writes}.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import control_images
+import denoisers
 import numpy as np
 import pytest
 
@@ -25,7 +26,12 @@ from ftk.train import stage as train
 from ftk.train.sheet import cells
 
 READING = [name for name in methods.available() if isinstance(methods.get(name), HasControls)]
-PAIRS = [(family, name) for family in families.available() for name in READING if control_images.knows(family, name, {})]
+PAIRS = [
+    denoisers.marked(family, name)
+    for family in denoisers.families_of_each()
+    for name in READING
+    if control_images.knows(family, name, {})
+]
 SMALL: dict[str, dict[str, dict[str, Any]]] = {"t2i-adapter": {"qwen-image": {"width": 8}}}
 """By method and family, settings that fit a tiny model."""
 each_pair = pytest.mark.parametrize(("family_name", "method_name"), PAIRS)
