@@ -6,22 +6,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from pydantic import BaseModel
 
 from ftk.configs import load
 from ftk.configs.schema import MethodConfig
 from ftk.errors import ConfigError
-from ftk.models.base import DENOISER, Conditions, Family, Model, Texts, TrainsEncoders
+from ftk.models.base import DENOISER, Conditions, ControlForm, Family, Model, Texts, TrainsEncoders
 from ftk.models.components.placeholders import Placeholders
 
 if TYPE_CHECKING:
     import torch
 
 Tensor = TypeVar("Tensor")
-ControlForm = Literal["latents", "pixels"]
-"""How control images are stored and read: see `Conditions.controls`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,10 +142,10 @@ class HasFormatsBySettings(Protocol):
 
 @runtime_checkable
 class HasThawedModules(Protocol):
-    """A method that may train modules of the denoiser itself beside what it adds: they must be there in full, not as codes."""
+    """A method that trains modules of the denoiser, or a copy of them: it must see them in full, not as 8-bit codes."""
 
     def thaw(self, model: Model, settings: Any) -> None:
-        """Have those require gradients, before the base is quantised; `attach` is called later."""
+        """Have those require gradients, or copy them, before the base is quantised; `attach` is called later."""
 
 
 @runtime_checkable
@@ -175,6 +173,22 @@ class HasDataStart(Protocol):
 
     def start_from(self, model: Model, predictions: "Iterable[Callable[[], torch.Tensor]]") -> None:
         """Set the initial values, once `attach` has been called. Each prediction passes a micro-batch through the model."""
+
+
+@runtime_checkable
+class HasStartFiles(Protocol):
+    """A method that reads what `train.start_from` names by itself: it is no adapter of the denoiser's layers."""
+
+    def start_values(self, model: Model, path: Path) -> "tuple[dict[str, torch.Tensor], Sequence[Path]]":
+        """fp32 values by the names of the parameters, and the files that hold them.
+
+        Args:
+            model: with the method attached; its shapes alone (`meta`) are enough.
+
+        Raises:
+            ConfigError: there is nothing of this method, or the settings do not go with it; the message says what to set.
+            CheckpointError: it is damaged, or was trained on another base model.
+        """
 
 
 @runtime_checkable

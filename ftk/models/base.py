@@ -11,9 +11,10 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
@@ -33,6 +34,8 @@ Texts = Mapping[str, "torch.Tensor | None"]
 """Texts as a family collates them into one batch, by the names of `Family.collate_texts`."""
 PutOnDevice = Callable[[Any, "torch.device"], Any]
 """Puts a loaded module where it computes."""
+ControlForm = Literal["latents", "pixels"]
+"""How control images are stored and read: see `Conditions.controls`."""
 DENOISER = "denoiser"
 """The component that every method trains with, whatever the diffusers pipeline calls it."""
 _ARCHITECTURE = "modelspec.architecture"
@@ -413,6 +416,43 @@ class HasTokenStates(Protocol):
 
 
 @runtime_checkable
+class HasControlNetworks(Protocol):
+    """A family with a ControlNet in diffusers: a copy of a part of the denoiser, which adds to what the denoiser computes."""
+
+    control_form: ControlForm
+    """How the network reads control images."""
+
+    def control_classes(self) -> tuple[Any, Any]:
+        """diffusers' classes of the network and of the pipeline that draws with one."""
+
+    def make_control_network(self, denoiser: Any, num_blocks: int | None) -> Any:
+        """A network with the weights of the denoiser, whose outputs are zero, on the CPU; on `meta` its shapes alone.
+
+        Args:
+            num_blocks: how many of the denoiser's blocks are copied; None: as many as is usual.
+
+        Raises:
+            ConfigError: it cannot be so many.
+        """
+
+    def control_residuals(
+        self, model: Model, network: Any, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
+    ) -> Mapping[str, Any]:
+        """What the network adds within the denoiser, as arguments of the denoiser; of several control images the sum."""
+
+    def draw_controlled(
+        self, pipeline: Any, network: Any, controls: "Sequence[torch.Tensor]", strength: float, options: Mapping[str, Any]
+    ) -> Any:
+        """Draw with diffusers' pipeline of a network, made from the components of the family's pipeline.
+
+        Args:
+            controls: in a batch of one, as `Conditions.controls` has them.
+            strength: factor on what the network adds.
+            options: the other arguments of the pipeline.
+        """
+
+
+@runtime_checkable
 class HasPublishedNames(Protocol):
     """A family that programs beside ftk know by names of their own."""
 
@@ -511,6 +551,11 @@ def check_tokens(family: Family, directory: Path, tokens: Placeholders) -> None:
         tokenizer = family.tokenizer_with(directory, encoder, tokens)
         for word, placeholder in tokens.items():
             placeholders.start_ids(tokenizer, word, placeholder)
+
+
+def with_arguments(model: Model, **arguments: Any) -> Model:
+    """The same model, whose denoiser is given further arguments: what a network beside it adds within."""
+    return replace(model, denoiser=partial(model.denoiser, **arguments))
 
 
 def encoded(model: Model, texts: Texts) -> Texts:

@@ -23,6 +23,7 @@ from ftk.models.base import (
     Activations,
     AdapterNames,
     Conditions,
+    ControlForm,
     FamilyConfig,
     Model,
     PutOnDevice,
@@ -31,7 +32,7 @@ from ftk.models.base import (
     encoded,
     move,
 )
-from ftk.models.components import configuration, flow_matching, kl_vae, placeholders
+from ftk.models.components import configuration, control_networks, flow_matching, kl_vae, placeholders
 from ftk.models.components.geometry import LatentGeometry, ReferenceRule
 from ftk.models.components.loading import (
     check_pipeline,
@@ -109,6 +110,7 @@ class QwenImage:
     sigma_defaults: Mapping[str, Any] = {}
     native_sizes = NATIVE_SIZES
     references: ReferenceRule | None = None
+    control_form: ControlForm = "latents"
     block_classes = (_BLOCK,)
     target_groups: Mapping[str, TargetGroup] = {
         "attention": TargetGroup(in_blocks={_BLOCK: _IMAGE_ATTENTION}),
@@ -440,21 +442,55 @@ class QwenImage:
 
         Behind the image's tokens stand those of its references, of an edit model.
         """
-        import torch
-
-        batch, _, height, width = noisy_BCHW.shape
-        texts = encoded(model, conditions.texts)
-        images = (noisy_BCHW, *conditions.references)
-        output_BND = model.denoiser(
-            hidden_states=torch.cat([flow_matching.pack(image) for image in images], dim=1),
-            # The pipeline hands over (1000 sigma) / 1000, in fp32: the same roundings, so the same bits.
-            timestep=(sigma_B.float() * 1000) / 1000,
-            encoder_hidden_states=texts["embeds"],
-            encoder_hidden_states_mask=texts["mask"],
-            img_shapes=[[(1, image.shape[-2] // 2, image.shape[-1] // 2) for image in images]] * batch,
-            return_dict=False,
-        )[0].float()
+        height, width = noisy_BCHW.shape[-2:]
+        output_BND = model.denoiser(**_inputs(model, noisy_BCHW, sigma_B, conditions))[0].float()
         return flow_matching.unpack(output_BND[:, : (height // 2) * (width // 2)], height, width)
+
+    def control_classes(self) -> tuple[Any, Any]:
+        """QwenImageControlNetModel and QwenImageControlNetPipeline."""
+        from diffusers import QwenImageControlNetModel, QwenImageControlNetPipeline
+
+        return QwenImageControlNetModel, QwenImageControlNetPipeline
+
+    def make_control_network(self, denoiser: Any, num_blocks: int | None) -> Any:
+        """QwenImageControlNetModel of the first blocks, with all that comes before them."""
+        network_class, _ = self.control_classes()
+        count = control_networks.num_blocks(num_blocks, len(denoiser.transformer_blocks))
+        return control_networks.copy_of(network_class, denoiser, num_layers=count)
+
+    def control_residuals(
+        self, model: Model, network: Any, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
+    ) -> Mapping[str, Any]:
+        """The network reads the control image's latents, packed as the image's are."""
+        inputs = _inputs(model, noisy_BCHW, sigma_B, conditions)
+        outputs = [network(controlnet_cond=flow_matching.pack(control), **inputs) for control in conditions.controls]
+        return {"controlnet_block_samples": control_networks.summed(outputs)}
+
+    def draw_controlled(
+        self, pipeline: Any, network: Any, controls: "Sequence[torch.Tensor]", strength: float, options: Mapping[str, Any]
+    ) -> Any:
+        """With diffusers' QwenImageControlNetPipeline, which takes the given latents for those that it would draw.
+
+        It computes the network with the prompt alone, and uses what that adds for the negative prompt too.
+        """
+        import torch
+        from diffusers import QwenImageMultiControlNetModel
+
+        is_one = len(controls) == 1
+        _, pipeline_class = self.control_classes()
+        controlled = control_networks.official(
+            pipeline_class, pipeline, network if is_one else QwenImageMultiControlNetModel([network])
+        )
+        shift, scale = self._affine(pipeline.vae)
+        latents = [(each.to(shift.device).float() / scale + shift).unsqueeze(2) for each in controls]
+        # What the image holds is not looked at, but its size is.
+        images = [torch.zeros(1, 3, *(side * self.geometry.factor for side in each.shape[-2:])) for each in controls]
+        with control_networks.encoding(pipeline.vae, latents):
+            return controlled(
+                control_image=images[0] if is_one else images,
+                controlnet_conditioning_scale=strength if is_one else [strength] * len(images),
+                **options,
+            )
 
     def adapter_names(self, form: str, component: str, module: Any) -> AdapterNames:
         """diffusers' names: ComfyUI knows them after `diffusion_model.`, musubi-tuner after `lora_unet_` with `_` for `.`."""
@@ -676,6 +712,22 @@ def tiny_text_config(vocabulary: int) -> dict[str, Any]:
         },
         "tie_word_embeddings": True,
     }  # fmt: skip
+
+
+def _inputs(model: Model, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions) -> dict[str, Any]:
+    """What the transformer is given, and a network that is a copy of it."""
+    import torch
+
+    texts, images = encoded(model, conditions.texts), (noisy_BCHW, *conditions.references)
+    return {
+        "hidden_states": torch.cat([flow_matching.pack(image) for image in images], dim=1),
+        # The pipeline hands over (1000 sigma) / 1000, in fp32: the same roundings, so the same bits.
+        "timestep": (sigma_B.float() * 1000) / 1000,
+        "encoder_hidden_states": texts["embeds"],
+        "encoder_hidden_states_mask": texts["mask"],
+        "img_shapes": [[(1, image.shape[-2] // 2, image.shape[-1] // 2) for image in images]] * len(noisy_BCHW),
+        "return_dict": False,
+    }
 
 
 FAMILY = QwenImage()

@@ -7,14 +7,22 @@ Shape legend: B batch, C latent channels (4), H W latent cells, L text tokens (7
 P pooled width (1280).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ConfigError, ModelError
 from ftk.models.base import Activations, Conditions, Model, PutOnDevice, Texts, move
-from ftk.models.components import clip, configuration, kl_vae, latent_diffusion, placeholders, unet
+from ftk.models.components import (
+    clip,
+    configuration,
+    control_networks,
+    kl_vae,
+    latent_diffusion,
+    placeholders,
+    unet,
+)
 from ftk.models.components.geometry import SampleGeometry
 from ftk.models.components.loading import check_pipeline, check_vocabulary, hide_progress_bars, load_pipeline
 from ftk.models.components.placeholders import Placeholders
@@ -209,18 +217,35 @@ class StableDiffusionXL(latent_diffusion.LatentDiffusion):
     def predict(
         self, model: Model, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
     ) -> "torch.Tensor":
-        """Epsilon or v. Without a geometry the images are whole ones of their size, which is what the pipeline says too."""
-        import torch
+        """Epsilon or v."""
+        return unet.predict(model, noisy_BCHW, sigma_B, conditions, _told(noisy_BCHW, conditions))
 
-        if conditions.geometry_BG is None:
-            height, width = (cells * self.geometry.factor for cells in noisy_BCHW.shape[-2:])
-            whole = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=noisy_BCHW.device)
-            time_ids_B6 = whole.expand(len(noisy_BCHW), -1)
-        else:
-            time_ids_B6 = time_ids(conditions.geometry_BG)
-        return unet.predict(
-            model, noisy_BCHW, sigma_B, conditions, lambda texts: {"text_embeds": texts["pooled"], "time_ids": time_ids_B6}
-        )
+    def control_classes(self) -> tuple[Any, Any]:
+        """ControlNetModel and StableDiffusionXLControlNetPipeline."""
+        from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline
+
+        return ControlNetModel, StableDiffusionXLControlNetPipeline
+
+    def control_residuals(
+        self, model: Model, network: Any, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
+    ) -> Mapping[str, Any]:
+        """Of the U-Net's encoder, which is told of sizes as the U-Net is."""
+        return unet.control_residuals(model, network, noisy_BCHW, sigma_B, conditions, _told(noisy_BCHW, conditions))
+
+    def draw_controlled(
+        self, pipeline: Any, network: Any, controls: "Sequence[torch.Tensor]", strength: float, options: Mapping[str, Any]
+    ) -> Any:
+        """With diffusers' StableDiffusionXLControlNetPipeline, without a watermark."""
+        settings = {
+            "add_watermarker": False,
+            "force_zeros_for_empty_prompt": pipeline.config.force_zeros_for_empty_prompt,
+        }
+
+        def controlled(networks: Any) -> Any:
+            _, pipeline_class = self.control_classes()
+            return control_networks.official(pipeline_class, pipeline, networks, **settings)
+
+        return unet.draw_controlled(controlled, network, controls, strength, options)
 
     def pipeline(self, directory: Path, dtype: "torch.dtype", device: "torch.device", **components: Any) -> Any:
         """diffusers' StableDiffusionXLPipeline without a watermark, its VAE in fp32 whatever the rest computes in."""
@@ -283,6 +308,22 @@ def _encoders(pipeline: Any) -> TextEncoders:
     return TextEncoders(
         tokenizers=(pipeline.tokenizer, pipeline.tokenizer_2), models=(pipeline.text_encoder, pipeline.text_encoder_2)
     )
+
+
+def _told(noisy_BCHW: "torch.Tensor", conditions: Conditions) -> Callable[[Texts], Mapping[str, Any]]:
+    """What the U-Net takes beside the text, from the texts as they are encoded now.
+
+    Without a geometry the images are whole ones of their size, which is what the pipeline says too.
+    """
+    import torch
+
+    if conditions.geometry_BG is None:
+        height, width = (cells * unet.GEOMETRY.factor for cells in noisy_BCHW.shape[-2:])
+        whole = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=noisy_BCHW.device)
+        time_ids_B6 = whole.expand(len(noisy_BCHW), -1)
+    else:
+        time_ids_B6 = time_ids(conditions.geometry_BG)
+    return lambda texts: {"text_embeds": texts["pooled"], "time_ids": time_ids_B6}
 
 
 def time_ids(geometry_BG: "torch.Tensor") -> "torch.Tensor":

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ModelError
 from ftk.models.base import Activations, Conditions, Model, PutOnDevice, Texts, move
-from ftk.models.components import clip, configuration, kl_vae, latent_diffusion, placeholders, unet
+from ftk.models.components import (
+    clip,
+    configuration,
+    control_networks,
+    kl_vae,
+    latent_diffusion,
+    placeholders,
+    unet,
+)
 from ftk.models.components.loading import check_pipeline, check_vocabulary, hide_progress_bars, load_pipeline
 from ftk.models.components.placeholders import Placeholders
 from ftk.models.components.single_file import Layout, shaped
@@ -147,6 +155,29 @@ class StableDiffusion(latent_diffusion.LatentDiffusion):
     ) -> "torch.Tensor":
         """Epsilon or v."""
         return unet.predict(model, noisy_BCHW, sigma_B, conditions)
+
+    def control_classes(self) -> tuple[Any, Any]:
+        """ControlNetModel and StableDiffusionControlNetPipeline."""
+        from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+        return ControlNetModel, StableDiffusionControlNetPipeline
+
+    def control_residuals(
+        self, model: Model, network: Any, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
+    ) -> Mapping[str, Any]:
+        """Of the U-Net's encoder."""
+        return unet.control_residuals(model, network, noisy_BCHW, sigma_B, conditions)
+
+    def draw_controlled(
+        self, pipeline: Any, network: Any, controls: "Sequence[torch.Tensor]", strength: float, options: Mapping[str, Any]
+    ) -> Any:
+        """With diffusers' StableDiffusionControlNetPipeline."""
+
+        def controlled(networks: Any) -> Any:
+            _, pipeline_class = self.control_classes()
+            return control_networks.official(pipeline_class, pipeline, networks, requires_safety_checker=False)
+
+        return unet.draw_controlled(controlled, network, controls, strength, options)
 
     def pipeline(self, directory: Path, dtype: "torch.dtype", device: "torch.device", **components: Any) -> Any:
         """diffusers' StableDiffusionPipeline, without its safety checker, which is no part of what is trained."""

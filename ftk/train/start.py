@@ -17,7 +17,7 @@ from ftk.methods.adapters import adapter_files, injection, peft_directory
 from ftk.methods.adapters.adapter_files import AdapterFile
 from ftk.methods.adapters.layer_change import TENSORS, LayerChange
 from ftk.methods.adapters.peft_method import PeftMethod
-from ftk.methods.base import prefix
+from ftk.methods.base import HasStartFiles, prefix
 from ftk.models.base import DENOISER, Model, TrainsEncoders
 from ftk.models.components import loading
 from ftk.run import Run
@@ -54,8 +54,11 @@ def read(run: Run, directory: Path, model: Model, parameters: Mapping[str, Any])
     named = run.config.train.start_from
     if named is None:
         return None
-    _check_method(run)
     path = locations.local_path(named)
+    if isinstance(run.method, HasStartFiles):
+        start_values, start_files = run.method.start_values(model, path)
+        return Start(name=path.name, digest=adapter_files.digest(start_files), values=start_values)
+    _check_method(run)
     files = adapter_files.locate(path, SETTING)
     kind = adapter_files.kind_of(files)
     whole = _whole(model, files)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
-from ftk.models.base import AdapterNames, FamilyConfig
-from ftk.models.components import clip, kl_vae, placeholders, unet
+from ftk.errors import ConfigError
+from ftk.models.base import AdapterNames, ControlForm, FamilyConfig
+from ftk.models.components import clip, control_networks, kl_vae, placeholders, unet
 from ftk.models.components.geometry import ReferenceRule
 from ftk.models.components.placeholders import Placeholders
 from ftk.models.components.schedule import NoiseSchedule
@@ -62,6 +63,7 @@ class LatentDiffusion:
     embedding_keys: Mapping[str, str]
     kohya_names_are_original = False
     """Whether sd-scripts name the U-Net's layers as in the original model, not as diffusers."""
+    control_form: ControlForm = "pixels"
     encode_texts: Callable[..., "list[dict[str, torch.Tensor]]"]
     pipeline_texts: Callable[..., dict[str, Any]]
 
@@ -136,6 +138,18 @@ class LatentDiffusion:
         import torch
 
         return {name: torch.stack([text[name] for text in texts]) for name in texts[0]}
+
+    def make_control_network(self, denoiser: Any, num_blocks: int | None) -> Any:
+        """ControlNetModel: the encoder and the middle of the U-Net.
+
+        Raises:
+            ConfigError: a number of blocks is asked for.
+        """
+        from diffusers import ControlNetModel
+
+        if num_blocks is not None:
+            raise ConfigError("method.blocks: the ControlNet of a U-Net copies its whole encoder. Leave it out.")
+        return control_networks.copy_of(ControlNetModel, denoiser)
 
     def adapter_names(self, form: str, component: str, module: Any) -> AdapterNames:
         """As sd-scripts name them."""

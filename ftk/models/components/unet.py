@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ModelError
 from ftk.models.base import DENOISER, Activations, AdapterNames, Conditions, Model, TargetGroup, Texts, encoded
-from ftk.models.components import clip, configuration
+from ftk.models.components import clip, configuration, control_networks
 from ftk.models.components.geometry import LatentGeometry
 from ftk.models.components.loading import load_component, outline, reading
 from ftk.models.components.schedule import NoiseSchedule
@@ -112,6 +112,53 @@ def predict(
         return_dict=False,
     )[0]
     return output.float()
+
+
+def control_residuals(
+    model: Model,
+    network: Any,
+    noisy_BCHW: "torch.Tensor",
+    sigma_B: "torch.Tensor",
+    conditions: Conditions,
+    added: Callable[[Texts], Mapping[str, Any]] | None = None,
+) -> Mapping[str, Any]:
+    """What a `ControlNetModel` adds to the U-Net's skip connections and to its middle.
+
+    The network reads pixels in [0, 1], as in diffusers' `examples/controlnet/train_controlnet.py`.
+    """
+    texts = encoded(model, conditions.texts)
+    outputs = []
+    for pixels_BCHW in conditions.controls:
+        down, middle = network(
+            noisy_BCHW,
+            model.schedule.time(sigma_B),
+            encoder_hidden_states=texts["embeds"],
+            controlnet_cond=(pixels_BCHW + 1) / 2,
+            added_cond_kwargs=None if added is None else added(texts),
+            return_dict=False,
+        )
+        outputs.append([*down, middle])
+    *down, middle = control_networks.summed(outputs)
+    return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+
+def draw_controlled(
+    controlled: Callable[[Any], Any],
+    network: Any,
+    controls: "Sequence[torch.Tensor]",
+    strength: float,
+    options: Mapping[str, Any],
+) -> Any:
+    """Draw with a network and its control images, as [1,3,H,W] pixels in [-1, 1].
+
+    Args:
+        controlled: diffusers' pipeline with a network, or with a list of them: one for each control image.
+    """
+    images = [(pixels_BCHW.float() + 1) / 2 for pixels_BCHW in controls]
+    is_one = len(images) == 1
+    return controlled(network if is_one else [network] * len(images))(
+        image=images[0] if is_one else images, controlnet_conditioning_scale=float(strength), **options
+    )
 
 
 def target_groups(*outside: str) -> Mapping[str, TargetGroup]:
