@@ -239,6 +239,12 @@ def run_of(name: str, directory: Path, **sections: Any) -> Run:
     return resolve(validate(RunConfig, tree, "the test"))
 
 
+def test_a_family_without_a_controlnet_is_refused_before_anything_is_read() -> None:
+    message = r"method\.name: controlnet cannot be trained for qwen-image-edit: diffusers has no pipeline .* for edit models"
+    with pytest.raises(ConfigError, match=f"{message}.*It can be for qwen-image, sdxl, stable-diffusion"):
+        run_of("qwen-image-edit", Path("nowhere"))
+
+
 @pytest.mark.parametrize("is_file", [False, True])
 def test_a_run_starts_from_a_network_in_a_folder_or_file(
     tiny_models: Callable[[str], Path], tmp_path: Path, is_file: bool

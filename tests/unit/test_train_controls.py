@@ -15,7 +15,7 @@ from ftk.configs.load import validate
 from ftk.configs.schema import RunConfig
 from ftk.contracts import CachedSample
 from ftk.errors import CacheError, ConfigError
-from ftk.methods.base import empty_control
+from ftk.methods.base import CacheNeeds, empty_control
 from ftk.run import Run, resolve
 from ftk.train import controls
 from ftk.train.data import BatchBuilder
@@ -154,6 +154,12 @@ def test_samples_without_control_images_or_with_too_few_are_refused(
         pytest.raises(CacheError, match="reads control images, and 6 of 8 samples have none"),
     ):
         controls.check(reading(tiny_model), opened)
+
+
+def test_control_images_in_another_form_are_refused(store: CacheStore, tiny_model: Path) -> None:
+    run = replace(reading(tiny_model), needs=CacheNeeds(controls="pixels"))
+    with pytest.raises(CacheError, match=r"reads control images as pixels, and .* holds them as latents. Run `ftk cache RUN"):
+        controls.check(run, store)
 
 
 @pytest.mark.parametrize("settings", [{"controls": "all"}, {"control_dropout": 0.1}])
