@@ -85,6 +85,6 @@ def test_the_recipe_draws_along_control_images_that_diffusers_draws_along_too(ft
 def test_bad_input_ends_with_what_to_do(ftk, scene, settings, message):
     overrides, _, _ = scene
     done = ftk("train", RECIPE, *overrides, *(each for setting in settings for each in ("--set", setting)), "--dry-run")
-    assert done.code != 0
+    assert done.code == 2
     assert message in " ".join(done.err.split())
     assert "Traceback" not in done.err
