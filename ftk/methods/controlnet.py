@@ -86,7 +86,10 @@ class ControlNet:
         reads_it = "ComfyUI reads diffusers' file as it is. Use --format diffusers and put the file into models/controlnet."
         reason = "it is a network beside the model, and no adapter of the model's layers. Use --format diffusers."
         check_format(
-            self.name, self.FORMATS, export.form, {**dict.fromkeys(("peft", "kohya", "lycoris"), reason), "comfyui": reads_it}
+            self.name,
+            self.FORMATS,
+            export.form,
+            {**dict.fromkeys(("peft", "kohya", "lycoris", "a1111"), reason), "comfyui": reads_it},
         )
         network = model.extras[NETWORK]
         config = {name: value for name, value in json.loads(network.to_json_string()).items() if name != "_name_or_path"}
