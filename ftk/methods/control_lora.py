@@ -21,8 +21,8 @@ from ftk.errors import CheckpointError, ConfigError
 from ftk.methods import lora
 from ftk.methods.adapters import injection, peft_directory
 from ftk.methods.adapters.targets import Targets
-from ftk.methods.base import CacheNeeds, ControlForm, Export, MergedPipeline, empty_control
-from ftk.models.base import DENOISER, Conditions, Family, Model
+from ftk.methods.base import CacheNeeds, Export, MergedPipeline, empty_control
+from ftk.models.base import DENOISER, Conditions, ControlForm, Family, Model
 
 if TYPE_CHECKING:
     import torch

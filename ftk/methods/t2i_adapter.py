@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from ftk import storage
 from ftk.errors import CheckpointError, ConfigError
 from ftk.methods.adapters import peft_directory
-from ftk.methods.base import CacheNeeds, ControlForm, Export, check_format, empty_control
+from ftk.methods.base import CacheNeeds, Export, check_format, empty_control
 from ftk.methods.controls import unet_adapter
-from ftk.models.base import Conditions, Family, Model
+from ftk.models.base import Conditions, ControlForm, Family, Model
 
 if TYPE_CHECKING:
     import torch

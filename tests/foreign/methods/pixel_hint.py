@@ -16,8 +16,8 @@ from torch import nn
 
 from ftk.errors import CheckpointError, ConfigError
 from ftk.methods.adapters.peft_directory import commit_tensors
-from ftk.methods.base import CacheNeeds, ControlForm, Export, check_format, empty_control
-from ftk.models.base import Conditions, Family, Model
+from ftk.methods.base import CacheNeeds, Export, check_format, empty_control
+from ftk.models.base import Conditions, ControlForm, Family, Model
 from ftk.models.components import flow_matching
 
 NETWORK = "hint"
