@@ -1,7 +1,7 @@
 """`ftk demo`: a small model learns a new word from a dozen pictures."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +24,9 @@ def demo(
     workspace: Annotated[
         str | None, typer.Option("--workspace", help="A folder to work in; a temporary one by default.")
     ] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Learn to follow control images (outlines of things) instead of a new word.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Watch a small model learn a new word in a minute or two: no GPU, no download, no photos needed."""
@@ -31,25 +34,28 @@ def demo(
 
     root = Path(workspace) if workspace else Path(tempfile.mkdtemp(prefix="ftk-demo-"))
     started = time.monotonic()
-    reports = _run(root)
+    reports = _run(root, control=control)
     reports["demo"] = {"workspace": str(root), "seconds": round(time.monotonic() - started, 1)}
     if json:
         show("demo", reports, as_json=True)
+    elif control:
+        render_control(root, reports)
     else:
         render(root, reports)
 
 
-def _run(root: Path) -> dict[str, Any]:
+def _run(root: Path, *, control: bool) -> dict[str, Any]:
     import torch
 
     from ftk.cli.run import run_all
-    from ftk.demo import lesson
+    from ftk.demo import lesson, steering
 
     # The model's operations last microseconds: threads would wait for each other longer than they work.
     torch.set_num_threads(1)
-    resolved = lesson.set_up(root)
+    taught = steering if control else lesson
+    resolved = taught.set_up(root)
     reports: dict[str, Any] = run_all(resolved)
-    return {**reports, "lesson": asdict(lesson.examine(resolved))}
+    return {**reports, "lesson": asdict(taught.examine(resolved))}
 
 
 def render(root: Path, reports: Mapping[str, Any]) -> None:
@@ -80,8 +86,54 @@ def render(root: Path, reports: Mapping[str, Any]) -> None:
     )
 
 
-def _preview(grid: Path) -> "Table":
-    """The first pictures before and after, two pixels a character."""
+def render_control(root: Path, reports: Mapping[str, Any]) -> None:
+    """How well the pictures follow a control image; then how, and how to do it with one's own photos."""
+    from rich.console import Console
+
+    console = Console()
+    lesson, train, seconds = reports["lesson"], reports["train"], reports["demo"]["seconds"]
+    console.print(
+        f"\nThe model has learned to follow outlines: from {lesson['num_pictures']} pictures, in {train['step']} steps, as a "
+        f"Control LoRA of {train['num_trainable_parameters']:,} parameters. All of it took {seconds:.0f} seconds.\n",
+        highlight=False,
+    )
+    if console.color_system == "truecolor":
+        console.print(_preview(Path(lesson["grid"]), ("control", "without", "with it")))
+    for table in (_steered(lesson), _stages(root, reports)):
+        console.print(table)
+        console.print()
+    console.print(
+        f"Look at it: {lesson['grid']}\n"
+        f"How it was trained: ftk inspect {root / 'runs' / 'demo-control'} --html\n\n"
+        "With your own photos: docs/methods.md has run files for ControlNet, Control LoRA and T2I-Adapter, whose control\n"
+        "images `ftk prepare` makes from the photos (`controls: [{make: canny}]`).",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _steered(lesson: Mapping[str, Any]) -> "Table":
+    from rich.table import Table
+
+    title = f"Read from the pictures of {lesson['num_scenes']} new captions, which tell no places and no sizes"
+    table = Table(title=title, title_justify="left")
+    table.add_column("of the things", overflow="fold")
+    for name in ("without a control", "with their control", "with another one's"):
+        table.add_column(name, justify="right")
+    rows = [
+        ("are where they are to be", "place", "{:.0%}"),
+        ("have the right size", "size", "{:.0%}"),
+        ("have the right shape", "shape", "{:.0%}"),
+        ("have the right colour", "colour", "{:.0%}"),
+        ("distance from where they are to be, px", "distance_px", "{:.1f}"),
+    ]
+    for label, name, form in rows:
+        table.add_row(label, *(form.format(lesson[when][name]) for when in ("without", "steered", "shuffled")))
+    return table
+
+
+def _preview(grid: Path, titles: Sequence[str] = ("before", "after")) -> "Table":
+    """The first pictures of each column of a sheet, two pixels a character."""
     from rich.table import Table
     from rich.text import Text
 
@@ -89,8 +141,8 @@ def _preview(grid: Path) -> "Table":
 
     table = Table.grid(padding=(0, 2))
     pictures = cells(grid)
-    for title, column in (("before", 0), ("after", 1)):
-        shown = [picture for picture, _ in pictures[column::2]][:_NUM_PREVIEWED]
+    for column, title in enumerate(titles):
+        shown = [picture for picture, _ in pictures[column :: len(titles)]][:_NUM_PREVIEWED]
         table.add_row(*(Text(title if not number else "") for number in range(len(shown))))
         table.add_row(*(_blocks(picture) for picture in shown))
     return table

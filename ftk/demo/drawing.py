@@ -28,6 +28,7 @@ _EYE, _PUPIL = (250, 250, 250), (24, 24, 32)
 _PAPER: Colour = (246, 236, 212)
 _RULE: Colour = (178, 200, 214)
 _INK: Colour = (44, 40, 92)
+_EDGE: Colour = (255, 255, 255)
 _RULE_PERIOD_PX = 16
 _RULE_WIDTH_PX = 2
 _INK_WIDTH_PX = 3.0
@@ -52,6 +53,14 @@ def render_sketch(scene: Scene | Layout) -> Image.Image:
         draw.rectangle((0, top * _OVERSAMPLING, canvas.width, (top + _RULE_WIDTH_PX) * _OVERSAMPLING - 1), fill=_RULE)
     for thing in scene.things:
         canvas.paste(_INK, mask=_outline(_mask(canvas.size, thing)))
+    return canvas.reduce(_OVERSAMPLING)
+
+
+def render_edges(scene: Scene | Layout) -> Image.Image:
+    """The outlines of the things, white on black: what a control network reads."""
+    canvas = Image.new("RGB", (scene.width * _OVERSAMPLING, scene.height * _OVERSAMPLING))
+    for thing in scene.things:
+        canvas.paste(_EDGE, mask=_outline(_mask(canvas.size, thing)))
     return canvas.reduce(_OVERSAMPLING)
 
 

@@ -1,7 +1,7 @@
 """How well a model of the small world follows captions, and how well it knows the creature: pictures drawn and read back."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,22 +44,37 @@ def held_out_creatures(count: int) -> list[Scene]:
     return [world.creature_scene(world.HELD_OUT_SEED, index) for index in range(count)]
 
 
-def draw(pipeline: Any, family: Family, scenes: Sequence[Scene], sampling: Sampling) -> list[Image.Image]:
-    """A picture from each caption, of the scene's size, from noise of its own position; those of one size together."""
+def draw(
+    pipeline: Any,
+    family: Family,
+    scenes: Sequence[Scene],
+    sampling: Sampling,
+    more: Callable[[Sequence[int]], Mapping[str, Any]] = lambda _: {},
+) -> list[Image.Image]:
+    """A picture from each caption, of the scene's size, from noise of its own position; those of one size together.
+
+    Args:
+        more: further arguments of the pipeline for a batch of scenes, by their positions.
+    """
     drawn: dict[int, Image.Image] = {}
     with track("draw", len(scenes), "picture") as progress:
         for size in SIZES:
             indices = [index for index, scene in enumerate(scenes) if (scene.width, scene.height) == size]
             for start in range(0, len(indices), sampling.batch_size):
                 part = indices[start : start + sampling.batch_size]
-                images = _draw_batch(pipeline, family, [scenes[index] for index in part], part, sampling)
+                images = _draw_batch(pipeline, family, [scenes[index] for index in part], part, sampling, more(part))
                 drawn.update(zip(part, images, strict=True))
                 progress.advance(len(part))
     return [drawn[index] for index in range(len(scenes))]
 
 
 def _draw_batch(
-    pipeline: Any, family: Family, scenes: Sequence[Scene], seeds: Sequence[int], sampling: Sampling
+    pipeline: Any,
+    family: Family,
+    scenes: Sequence[Scene],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    more: Mapping[str, Any],
 ) -> list[Image.Image]:
     guided = {"negative_prompt": [" "] * len(scenes)} if sampling.guidance_scale > 1 else {}
     result = pipeline(
@@ -69,6 +84,7 @@ def _draw_batch(
         num_inference_steps=sampling.num_inference_steps,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         **guided,
+        **more,
         **family.generation(sampling.guidance_scale),
     )
     images: list[Image.Image] = result.images

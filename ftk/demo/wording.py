@@ -54,6 +54,14 @@ def describe(layout: Layout, rng: random.Random) -> tuple[str, frozenset[str]]:
     return _sentence(things, ground, rng), frozenset(told)
 
 
+def describe_contents(layout: Layout, rng: random.Random) -> tuple[str, frozenset[str]]:
+    """A caption of what there is and on which ground, without the places and sizes: those are for a control image to tell."""
+    told: Told = {"count"}
+    ground = _ground(layout, rng, told)
+    things = " and ".join(_a(_noun(thing, number, rng, told, with_size=False)) for number, thing in enumerate(layout.things))
+    return _sentence(things, ground, rng), frozenset(told)
+
+
 def describe_sketch(layout: Layout, rng: random.Random) -> str:
     """A caption of a picture in the style: it has no colours and no ground."""
     told: Told = set()
@@ -106,14 +114,16 @@ def _with_place(thing: Thing, number: int, rng: random.Random, told: Told) -> st
     return f"{place}, {noun}" if rng.random() < _SHARE_WITH_PLACE_FIRST else f"{noun} {place}"
 
 
-def _noun(thing: Thing, number: int, rng: random.Random, told: Told, *, with_colour: bool = True) -> str:
+def _noun(
+    thing: Thing, number: int, rng: random.Random, told: Told, *, with_colour: bool = True, with_size: bool = True
+) -> str:
     """Size if it is told, colour, shape."""
     told.add(f"things.{number}.shape")
     words = [rng.choice(_SHAPE_WORDS.get(thing.shape, (thing.shape,)))]
     if thing.colour and with_colour:
         told.add(f"things.{number}.colour")
         words.insert(0, thing.colour)
-    if rng.random() < _SHARE_WITH_SIZE:
+    if with_size and rng.random() < _SHARE_WITH_SIZE:
         told.add(f"things.{number}.size")
         words.insert(0, rng.choice(_SIZE_WORDS[thing.size]))
     return " ".join(words)

@@ -19,10 +19,13 @@ from ftk.demo.scenes import CREATURE, SHAPES, Layout, Scene, arranged, creature_
 from ftk.demo.wording import STYLE
 
 __all__ = [
-    "CREATURE", "STYLE", "concept_scene", "creature_scene", "render", "scene", "write_concept", "write_style", "write_world",
+    "CREATURE", "EDGES", "STYLE", "concept_scene", "creature_scene", "render", "scene", "steered_scene", "write_concept",
+    "write_steered", "write_style", "write_world",
 ]  # fmt: skip
 
 TABLE = "metadata.jsonl"
+EDGES = "edges"
+"""The folder of control images, within that of the pictures."""
 HELD_OUT_SEED = 2
 """Of scenes that nothing is trained on."""
 
@@ -42,6 +45,13 @@ def creature_scene(seed: int, index: int) -> Scene:
 def concept_scene(seed: int, index: int) -> Scene:
     """As `creature_scene`, with the creature that the world lacks."""
     return _with_creature(CREATURE, index, generator("concept", seed, index))
+
+
+def steered_scene(seed: int, index: int) -> Scene:
+    """One of the world's scenes, with a caption that leaves places and sizes to a control image."""
+    rng = generator("steered", seed, index)
+    found = layout(rng)
+    return _scene(found, *wording.describe_contents(found, rng))
 
 
 def write_world(directory: Path, count: int, seed: int, draw: Callable[[int, int], Scene] = scene) -> Path:
@@ -75,13 +85,28 @@ def write_style(directory: Path, count: int, seed: int) -> list[Path]:
     return _write_folder(directory, count, lambda index: _sketched(seed, index))
 
 
+def write_steered(directory: Path, count: int, seed: int) -> list[Path]:
+    """Draw `steered_scene`s as PNG, each with its caption beside it, and their outlines under the same names in `edges/`.
+
+    Returns:
+        The pictures' paths, in the order of their names.
+    """
+    for index in range(count):
+        edges = drawing.render_edges(steered_scene(seed, index))
+        storage.commit_bytes(directory / EDGES / _file_name(index), _png(edges))
+    return _write_folder(directory, count, lambda index: _pictured(steered_scene(seed, index)))
+
+
 def _with_creature(name: str, index: int, rng: random.Random) -> Scene:
     others = [rng.choice(SHAPES)] if index % 3 == 2 else []
     return _described(arranged(rng, [name, *others]), rng)
 
 
 def _described(found: Layout, rng: random.Random) -> Scene:
-    caption, told = wording.describe(found, rng)
+    return _scene(found, *wording.describe(found, rng))
+
+
+def _scene(found: Layout, caption: str, told: frozenset[str]) -> Scene:
     return Scene(
         width=found.width, height=found.height, ground=found.ground, texture=found.texture, things=found.things,
         caption=caption, told=told,
@@ -102,11 +127,15 @@ def _write_folder(directory: Path, count: int, draw: Callable[[int], tuple[Image
     pictures = []
     for index in range(count):
         image, caption = draw(index)
-        path = directory / f"{index:03d}.png"
+        path = directory / _file_name(index)
         storage.commit_bytes(path, _png(image))
         storage.commit_bytes(path.with_suffix(".txt"), f"{caption}\n".encode())
         pictures.append(path)
     return pictures
+
+
+def _file_name(index: int) -> str:
+    return f"{index:03d}.png"
 
 
 def _png(image: Image.Image) -> bytes:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
 from itertools import combinations
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from ftk.configs.load import validate
 from ftk.configs.schema import RunConfig
-from ftk.demo import checker, drawing, wording, world
+from ftk.demo import checker, drawing, steering, wording, world
 from ftk.demo.scenes import (
     COLOURS,
     CREATURE,
@@ -244,3 +245,54 @@ def test_the_style_is_a_folder_of_sketches(tmp_path):
         with Image.open(path) as image:
             light = np.asarray(image.convert("L")) > 180
         assert 0.5 < light.mean() < 1
+
+
+def test_captions_of_steered_scenes_leave_places_and_sizes_to_the_control():
+    for index in range(60):
+        scene = world.steered_scene(5, index)
+        kinds = {name.rpartition(".")[2] for name in scene.told}
+        assert not kinds & {"place", "size", "relation"}
+        assert {"shape", "colour", "count"} <= kinds
+        words = set(re.findall(r"[a-z]+", scene.caption))
+        assert not words & {"left", "right", "top", "bottom", "centre", "middle", "corner", "small", "little", "large", "big"}
+
+
+def test_the_edges_of_a_scene_lie_where_its_things_end():
+    for index in range(12):
+        scene = world.steered_scene(5, index)
+        edges = np.asarray(drawing.render_edges(scene).convert("L")) / 255
+        inside = np.zeros_like(edges, bool)
+        for y, x in np.argwhere(edges > 0.5):
+            inside[y, x] = any(
+                np.hypot(x + 0.5 - thing.x, y + 0.5 - thing.y) <= 1.25 * thing.radius + 2.5 for thing in scene.things
+            )
+        assert inside.sum() == (edges > 0.5).sum() > 30 * len(scene.things)
+        for thing in scene.things:
+            assert edges[round(thing.y), round(thing.x)] < 0.5 or thing.shape in ("crescent", "ring")
+
+
+def test_the_steered_world_is_a_folder_of_pictures_with_edges_of_the_same_names(tmp_path):
+    pictures = world.write_steered(tmp_path, 3, seed=5)
+    for index, path in enumerate(pictures):
+        scene = world.steered_scene(5, index)
+        assert path.with_suffix(".txt").read_text().strip() == scene.caption
+        with Image.open(path) as picture, Image.open(tmp_path / world.EDGES / path.name) as edges:
+            assert picture.size == edges.size == (scene.width, scene.height)
+
+
+def test_pictures_that_show_their_scenes_agree_in_all_and_those_of_others_seldom():
+    scenes = steering.held_out(24)
+    agreement = steering.agreement([world.render(scene) for scene in scenes], scenes)
+    assert (agreement.place, agreement.size, agreement.shape, agreement.colour, agreement.ground) == (1, 1, 1, 1, 1)
+    assert agreement.distance_px < 1
+    others = steering.shuffled(scenes)
+    assert all((a.width, a.height) == (b.width, b.height) and a is not b for a, b in zip(scenes, others, strict=True))
+    astray = steering.agreement([world.render(scene) for scene in others], scenes)
+    assert astray.place < 0.4
+    assert astray.distance_px > 10
+
+
+def test_a_picture_without_a_thing_is_far_from_its_scene():
+    scene = next(scene for scene in steering.held_out(24) if len(scene.things) == 1)
+    empty = drawing.render_ground(scene.width, scene.height, scene.ground, scene.texture)
+    assert steering.agreement([empty], [scene]).distance_px > 30
