@@ -89,7 +89,7 @@ def make_run(root: Path, arm: Arm, *, seed: int, name: str) -> Run:
     kind = "pixels" if arm.method["name"] == "t2i-adapter" else "latents"
     tree |= {"run": name, "workspace": str(root / kind), "method": arm.method}
     tree["model"]["path"] = str(lesson.MODEL)
-    tree["data"]["sources"][0]["path"] = str(root / "pictures")
+    tree["data"]["sources"][0] |= {"path": str(root / "pictures"), "controls": [str(root / "pictures" / world.EDGES)]}
     tree["train"] |= {"steps": arm.steps, "learning_rate": arm.rate, "seed": seed, "checkpoint_every": arm.steps}
     return resolve(validate(RunConfig, tree, "benchmarks/controls.py"))
 

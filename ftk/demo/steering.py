@@ -33,7 +33,9 @@ NUM_SCENES = 24
 NUM_SHOWN = 8
 """Of them in the sheet."""
 _SEED = 5
-_PLACES = {"model.path": "model", "data.sources.0.path": "pictures"}
+_PLACES = {
+    "model.path": "model", "data.sources.0.path": "pictures", "data.sources.0.controls.0": f"pictures/{world.EDGES}",
+}  # fmt: skip
 _COLOURS_OF_THINGS = ("things.0.colour", "things.1.colour")
 
 
