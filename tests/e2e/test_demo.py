@@ -13,7 +13,7 @@ from rich.console import Console
 from ftk.cli import demo as command
 from ftk.configs.load import RECIPES, load
 from ftk.deliver.run_delivery import RunDelivery
-from ftk.demo import evaluate, lesson, world
+from ftk.demo import evaluate, lesson, steering, world
 from ftk.models.qwen_image import FAMILY
 from ftk.run import load_run
 from ftk.train import sheet, stage
@@ -184,3 +184,38 @@ def test_an_installation_without_the_model_says_so(ftk, tmp_path, monkeypatch):
     failed = ftk("demo", "--workspace", tmp_path / "demo")
     assert failed.code == 2
     assert "install ftk anew" in failed.err
+
+
+@pytest.fixture(scope="module")
+def steered(ftk, tmp_path_factory):
+    """The report of a whole `ftk demo --control` on half of its pictures, and its folder."""
+    root = tmp_path_factory.mktemp("steered")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steering, "NUM_PICTURES", 128)
+        result = ftk("demo", "--control", "--workspace", root, "--json")
+    assert result.code == 0, result.err
+    return json.loads(result.out), root
+
+
+def test_the_control_is_followed_and_not_another_ones(steered):
+    lesson = steered[0]["lesson"]
+    assert lesson["without"]["place"] <= 0.25
+    assert lesson["steered"]["place"] >= 0.7
+    assert lesson["shuffled"]["place"] <= 0.35
+    assert lesson["steered"]["distance_px"] < 6 < 20 < lesson["shuffled"]["distance_px"]
+
+
+def test_the_sheet_of_controls_shows_each_without_and_with_it(steered):
+    cells = sheet.cells(steered[1] / "runs" / "demo-control" / "samples" / "steered.png")
+    assert len(cells) == 3 * steering.NUM_SHOWN
+
+
+def test_what_is_printed_of_the_control_says_how_well_it_is_followed(steered, monkeypatch):
+    reports, root = steered
+    terminal = Console(file=StringIO(), width=120, force_terminal=True, color_system="truecolor")
+    monkeypatch.setattr("rich.console.Console", lambda: terminal)
+    command.render_control(root, reports)
+    printed = terminal.file.getvalue()
+    assert "are where they are to be" in printed
+    assert "steered.png" in printed
+    assert printed.count("\u2580") > 3 * 3 * 32 * 8
