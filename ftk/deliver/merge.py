@@ -71,6 +71,11 @@ def merge(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"--out {target} holds something already. Name a new folder.")
     _check_strength(run, strength)
+    if added and isinstance(run.method, HasMergedPipeline):
+        raise ConfigError(
+            f"--add {added[0].path}: what {run.method.name} merges takes other inputs than the base, for which adapters are "
+            f"made. Merge it alone, and load the other into the merged pipeline."
+        )
     adapters = [mixing.find(each, "--add", (*mixing.ADDING, "DORA")) for each in added]
     checkpoint = find_checkpoint(run, choice)
     directory = run.locate(run.all_components)

@@ -14,6 +14,7 @@ import pytest
 
 from ftk.cache import stage as cache
 from ftk.cache.store import CacheStore
+from ftk.configs.schema import AddedAdapterConfig
 from ftk.deliver import export, merge, sample
 from ftk.deliver.run_delivery import RunDelivery
 from ftk.errors import ConfigError
@@ -112,6 +113,9 @@ def test_a_run_with_controls_resumes_to_the_same_bytes_samples_and_delivers(
     assert all((Path(exported.directory) / name).is_file() for name in exported.files)
     if (family_name, method_name) in control_images.MERGED:
         assert merge.merge(whole, tmp_path / "merged").difference < 1e-5
+        assert "image_guidance_scale=1" in (tmp_path / "merged" / "README.md").read_text()
+        with pytest.raises(ConfigError, match=r"--add other.safetensors: what control-lora merges takes other inputs"):
+            merge.merge(whole, tmp_path / "both", added=[AddedAdapterConfig(path="other.safetensors")])
         return
     with pytest.raises(ConfigError, match=r"nothing of it can be merged.*Use `ftk export`"):
         merge.merge(whole, tmp_path / "merged")

@@ -43,6 +43,8 @@ CPU = torch.device("cpu")
 FAMILY = "foreign-edit"
 SIZES = [(64, 64), (64, 64), (80, 48), (64, 64), (48, 80), (64, 64)]
 """Each the size of a bucket."""
+READING = ("pixel-hint", "control-lora", "t2i-adapter")
+"""Methods that read control images."""
 REFERENCE_SIZES = [(50, 48), (81, 33), (50, 48)]
 
 pytestmark = pytest.mark.usefixtures("foreign")
@@ -81,7 +83,7 @@ def make_run(model: Path, pictures: Path, tmp_path: Path) -> Callable[..., Run]:
 
     def make(beside: str = "references", method: Any = None, name: str = "test", **sections: Any) -> Run:
         method = method or {"name": "lora", "rank": 2}
-        takes_images = beside == "references" or method["name"] == "pixel-hint"
+        takes_images = beside == "references" or method["name"] in READING
         shown = {"prompt": "make it blue", **({beside: [str(pictures / beside / "1.png")]} if takes_images else {})}
         tree: dict[str, Any] = {
             "run": name,
@@ -414,8 +416,10 @@ def finished(run: Run) -> train.TrainReport:
         ("references", {"name": "lora", "rank": 2, "text_encoder": {}}),
         ("references", {"name": "full", "targets": "attention"}),
         ("controls", {"name": "pixel-hint"}),
+        ("controls", {"name": "control-lora", "rank": 2, "targets": "attention"}),
+        ("controls", {"name": "t2i-adapter", "width": 8}),
     ],
-    ids=["lora-and-one-encoder", "full", "pixel-hint"],
+    ids=["lora-and-one-encoder", "full", "pixel-hint", "control-lora", "t2i-adapter"],
 )
 def test_a_run_resumes_to_the_same_bytes_samples_and_delivers(
     make_run: Callable[..., Run], beside: str, method: dict[str, Any]

@@ -52,6 +52,8 @@ def work(run_file: Path) -> Path:
         ("qwen-image", {"name": "peft", "type": "MIS"}, r"PEFT has no type 'MIS'. Did you mean"),
         ("qwen-image", {"name": "peft", "type": "MISS", "rr": 2}, r"`rr` is not a setting of PEFT's MISS"),
         ("stable-diffusion", {"name": "oft", "block_size": 4, "targets": ["conv1"]}, r"it is a 3x3 convolution"),
+        ("stable-diffusion", {"name": "t2i-adapter", "width": 8}, r"method.width has no effect with stable-diffusion"),
+        ("qwen-image", {"name": "control-lora", "dora": True}, r"`dora: true` is not for control-lora"),
         ("stable-diffusion", {"name": "lora", "text_encoder": {"targets": ["qproj"]}}, r"method.text_encoder.targets: 'qproj'"),
     ],
 )

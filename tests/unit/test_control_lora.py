@@ -1,5 +1,6 @@
 """Control LoRA against diffusers: widened models, and the loaders and pipelines that know them."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from ftk import storage
 from ftk.configs.schema import MethodConfig
+from ftk.deliver import merge
 from ftk.errors import CheckpointError, ConfigError
 from ftk.methods import base as methods
 from ftk.methods import control_lora
@@ -148,6 +151,35 @@ def test_the_flux_control_pipeline_loads_the_file(targets: Any, tmp_path: Path) 
     both = torch.cat([flow_matching.pack(noisy), flow_matching.pack(control)], 2)
     theirs = pipeline.transformer.eval()(hidden_states=both, **fixed)[0]
     torch.testing.assert_close(theirs, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family_name", ["stable-diffusion", "sdxl"])
+def test_a_merged_u_net_draws_the_same_in_diffusers_instruct_pix2pix_pipeline(
+    tiny_models: Callable[[str], Path], family_name: str, tmp_path: Path
+) -> None:
+    import diffusers
+
+    family, directory = families.get(family_name), tiny_models(family_name)
+    model, _, parameters = attached(family, directory)
+    perturb(parameters)
+    control = Image.effect_noise((64, 64), 90).convert("RGB")
+    options = {"prompt": "a cat", "negative_prompt": "a dog", "num_inference_steps": 2, "guidance_scale": 3.0,
+               "output_type": "np"}  # fmt: skip
+    base = family.pipeline(directory, torch.float32, CPU, unet=model.denoiser)
+    with model.evaluating():
+        ours = METHOD.sampling_pipeline(model, base)
+        expected = ours(**options, control=control, generator=torch.Generator().manual_seed(0)).images
+    METHOD.merge(model)
+    pipeline = METHOD.merged_pipeline(model, directory)
+    shutil.copytree(directory, tmp_path / "merged")
+    storage.commit_json(tmp_path / "merged" / "model_index.json", merge._index(directory, pipeline.name))
+    model.denoiser.save_pretrained(tmp_path / "merged" / "unet")
+
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "merged")
+    assert type(loaded).__name__ == pipeline.name
+    assert loaded.unet.config.in_channels == 8
+    theirs = loaded(**options, image=control, image_guidance_scale=1, generator=torch.Generator().manual_seed(0)).images
+    assert abs(theirs - expected).max() < 1e-4
 
 
 @torch.no_grad()
