@@ -278,6 +278,7 @@ def _run(path: str | Path, controls: Any, data: dict[str, Any] | None = None, **
         ([{"make": "holes", "share": [0.0, 0.5]}], "`share`"),
         ([{"make": "holes", "output": "mask", "fill": "white"}], "`fill` has no effect without `output: image`"),
         ([{"make": "my controls:depth"}], "is not the name of a function: write module:function"),
+        ([{"make": "json:dumps", "from": "a.png"}], "controls.0: `from` is for sample.prompts"),
         ({"make": "canny"}, "`controls` is a list: write [{make: canny}]"),
     ],
 )

@@ -107,6 +107,11 @@ def of(config: SourceConfig) -> tuple[MadeControl, ...]:
         ConfigError: there is no such kind, or a setting is wrong.
     """
     where = f"data.sources: source {config.source_name}"
+    for position, entry in config.made_controls:
+        if "from" in entry:
+            raise ConfigError(
+                f"{where}: controls.{position}: `from` is for sample.prompts: here it is made from each image. Leave it out."
+            )
     return tuple(parse(entry, f"{where}: controls.{position}", position) for position, entry in config.made_controls)
 
 
