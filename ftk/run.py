@@ -13,7 +13,7 @@ from ftk.methods import base as methods
 from ftk.methods.adapters.targets import check_group
 from ftk.methods.base import CacheNeeds, HasControls, Method
 from ftk.models import base as models
-from ftk.models.base import AddsTokens, Family
+from ftk.models.base import AddsTokens, Family, HasSampleDefaults
 from ftk.models.components import model_folder
 
 _ANY_SAMPLING = frozenset({"shift", "minimum", "maximum", "continuous", "stratified", "weighting"})
@@ -274,13 +274,20 @@ def paths(config: RunConfig) -> Paths:
 
 
 def _with_family_defaults(config: RunConfig, family: Family) -> RunConfig:
-    """`train.sigma` as the family draws sigmas, but for what the run file says itself."""
+    """`train.sigma` and `sample` as the family has them, but for what the run file says itself."""
+    sigma = _sigma(config, family)
+    changes: dict[str, Any] = {} if sigma is None else {"train": config.train.model_copy(update={"sigma": sigma})}
+    if isinstance(family, HasSampleDefaults):
+        defaults = {name: value for name, value in family.sample_defaults.items() if name not in config.sample.model_fields_set}
+        changes |= {"sample": config.sample.model_copy(update=defaults)} if defaults else {}
+    return config.model_copy(update=changes) if changes else config
+
+
+def _sigma(config: RunConfig, family: Family) -> SigmaConfig | None:
+    """None: as written."""
     written = config.train.sigma.model_dump(exclude_unset=True)
     defaults = {name: value for name, value in family.sigma_defaults.items() if name not in written}
     if "sampling" in written:
         # Parameters of the family's own distribution say nothing of another one.
         defaults = {name: value for name, value in defaults.items() if name in _ANY_SAMPLING}
-    if not defaults:
-        return config
-    sigma = SigmaConfig.model_validate({**defaults, **written})
-    return config.model_copy(update={"train": config.train.model_copy(update={"sigma": sigma})})
+    return SigmaConfig.model_validate({**defaults, **written}) if defaults else None

@@ -453,6 +453,14 @@ class HasControlNetworks(Protocol):
 
 
 @runtime_checkable
+class HasSampleDefaults(Protocol):
+    """A family that draws otherwise than most, such as without classifier-free guidance or in few steps."""
+
+    sample_defaults: Mapping[str, Any]
+    """Settings under `sample` that hold unless the run file says otherwise."""
+
+
+@runtime_checkable
 class HasPublishedNames(Protocol):
     """A family that programs beside ftk know by names of their own."""
 

@@ -4,15 +4,13 @@ Shape legend: B batch, C latent channels (4), H W latent cells, L text tokens (7
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftk.errors import ModelError
 from ftk.models.base import DENOISER, Activations, AdapterNames, Conditions, Model, TargetGroup, Texts, encoded
-from ftk.models.components import clip, configuration, control_networks
+from ftk.models.components import clip, configuration, control_networks, saved_tensors
 from ftk.models.components.geometry import LatentGeometry
 from ftk.models.components.loading import load_component, outline, reading
 from ftk.models.components.schedule import NoiseSchedule
@@ -242,115 +240,17 @@ def _original_block(name: str, depth: int, with_attention: Set[str]) -> str | No
 def activations(
     denoiser: Any, cells: int, text_tokens: int, dtype: "torch.dtype", added: Mapping[str, Any] | None = None
 ) -> Activations:
-    """What autograd keeps of a forward pass on the `meta` device, where nothing has values and nothing is computed.
-
-    Levels differ in size, and between the blocks lie convolutions, so there is no formula that is shorter than the model.
-    """
+    """Levels differ in size, and between the blocks lie convolutions, so there is no formula that is shorter than the model."""
     import torch
 
-    meta, side = torch.device("meta"), GEOMETRY.patch
-    kept = _Kept()
-    weights = {name: _on_meta(one, dtype) for name, one in (*denoiser.named_parameters(), *denoiser.named_buffers())}
-    noisy_BCHW = torch.empty(1, denoiser.config.in_channels, side, cells // side, dtype=dtype, device=meta)
-    embeds_BLD = torch.empty(1, text_tokens, denoiser.config.cross_attention_dim, dtype=dtype, device=meta)
-    arguments = {"encoder_hidden_states": embeds_BLD, "added_cond_kwargs": added, "return_dict": False}
-    with kept.counting(denoiser, weights.values()), _without_scores():
-        torch.func.functional_call(denoiser, weights, (noisy_BCHW, torch.empty(1, device=meta)), arguments)
-    count = len(kept.by_block)
-    mean = sum(kept.by_block) // count
-    # While one block is computed again it is the largest that must fit, not the mean.
-    highest = max(saved + _BACKWARD_WIDTHS * read for saved, read in zip(kept.by_block, kept.inputs, strict=True))
-    return Activations(
-        block_saved=mean,
-        block_input=sum(kept.inputs) // count,
-        block_working=highest - mean,
-        # Gradients of the largest tensor, of what it was made from, and their sum where a skip connection ends.
-        outside=kept.outside + 3 * kept.largest_outside,
+    side, config = GEOMETRY.patch, denoiser.config
+    inputs = {
+        "sample": torch.empty(1, config.in_channels, side, cells // side, dtype=dtype, device="meta"),
+        "timestep": torch.empty(1, device="meta"),
+        "encoder_hidden_states": torch.empty(1, text_tokens, config.cross_attention_dim, dtype=dtype, device="meta"),
+        "added_cond_kwargs": added,
+        "return_dict": False,
+    }
+    return saved_tensors.activations(
+        denoiser, BLOCK_CLASSES, inputs, dtype, states=("hidden_states",), backward_widths=_BACKWARD_WIDTHS
     )
-
-
-@dataclass(slots=True, kw_only=True)
-class _Kept:
-    """Bytes that autograd saves, weights left out, each storage once: in each block, where it was not saved before, and not."""
-
-    by_block: list[int] = field(default_factory=list)
-    inputs: list[int] = field(default_factory=list)
-    outside: int = 0
-    largest_outside: int = 0
-
-    @contextmanager
-    def counting(self, denoiser: Any, weights: "Iterable[torch.Tensor]") -> "Iterator[None]":
-        """Count what is saved within the context."""
-        import torch
-
-        # The tensors are held on to, so that no storage is freed and its number used again.
-        seen = {one.untyped_storage()._cdata: one for one in weights}
-        is_within = False
-
-        def enter(_block: Any, inputs: tuple["torch.Tensor", ...]) -> None:
-            nonlocal is_within
-            is_within = True
-            self.by_block.append(0)
-            self.inputs.append(inputs[0].nbytes)
-
-        def leave(*_: Any) -> None:
-            nonlocal is_within
-            is_within = False
-
-        def pack(tensor: "torch.Tensor") -> "torch.Tensor":
-            whole = tensor.untyped_storage()
-            if whole._cdata not in seen:
-                seen[whole._cdata] = tensor
-                if is_within:
-                    self.by_block[-1] += whole.nbytes()
-                else:
-                    self.outside += whole.nbytes()
-                    self.largest_outside = max(self.largest_outside, whole.nbytes())
-            return tensor
-
-        blocks = [module for module in denoiser.modules() if type(module).__name__ in BLOCK_CLASSES]
-        handles = [block.register_forward_pre_hook(enter) for block in blocks]
-        handles += [block.register_forward_hook(leave) for block in blocks]
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _on_meta(tensor: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
-    """Its shape in the working precision. PEFT gives adapters the precision of their layer, but not on the meta device."""
-    import torch
-
-    keeps = not tensor.is_floating_point() or (tensor.requires_grad and not tensor.is_meta)
-    empty = torch.empty_like(tensor, device="meta", dtype=tensor.dtype if keeps else dtype)
-    return empty.requires_grad_(tensor.requires_grad)
-
-
-def _without_scores() -> AbstractContextManager[Any]:
-    """Attention as the kernels of a GPU do it: they keep queries, keys, values, output and one fp32 number a row.
-
-    On the meta device torch would take the one that keeps the matrix of scores.
-    """
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    class Attention(torch.autograd.Function):  # type: ignore[misc]
-        @staticmethod
-        def forward(ctx: Any, *heads_BHLD: torch.Tensor) -> torch.Tensor:
-            output = torch.empty_like(heads_BHLD[0])
-            ctx.save_for_backward(*heads_BHLD, output, torch.empty(output.shape[:-1], device=output.device))
-            return output
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-            raise NotImplementedError("only what is saved for a backward pass is counted; none runs")
-
-    class Mode(TorchFunctionMode):  # type: ignore[misc]
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if function is torch.nn.functional.scaled_dot_product_attention:
-                return Attention.apply(*args[:3])
-            return function(*args, **(kwargs or {}))
-
-    return Mode()
