@@ -87,7 +87,7 @@ class Flux:
     block_classes = (_DOUBLE, _SINGLE)
     sigma_defaults: Mapping[str, Any] = {}
     sample_defaults: Mapping[str, Any] = {"guidance_scale": 1.0}
-    native_sizes: tuple[tuple[int, int], ...] = ()
+    native_sizes: tuple[tuple[int, int], ...] = ((1024, 1024),)
     references: ReferenceRule | None = None
     target_groups: Mapping[str, TargetGroup] = {
         "attention": TargetGroup(in_blocks={_DOUBLE: (*_ATTENTION, "attn.to_out.0"), _SINGLE: _ATTENTION}),

@@ -134,7 +134,8 @@ def _without_scores() -> AbstractContextManager[Any]:
     class Mode(TorchFunctionMode):  # type: ignore[misc]
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if function is torch.nn.functional.scaled_dot_product_attention:
-                return Attention.apply(*args[:3])
+                named = kwargs or {}
+                return Attention.apply(*args[:3], *(named[name] for name in ("query", "key", "value") if name in named))
             return function(*args, **(kwargs or {}))
 
     return Mode()
