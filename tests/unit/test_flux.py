@@ -147,7 +147,8 @@ def test_estimated_activations_are_what_autograd_keeps(group: str, dtype: torch.
 
 def test_pictures_are_drawn_without_a_negative_prompt_unless_it_is_asked_for() -> None:
     tree = {
-        "run": "x", "workspace": "y", "model": {"family": "flux", "path": "x"}, "data": {"sources": [{"path": "y"}], "resolutions": [64]},
+        "run": "x", "workspace": "y", "model": {"family": "flux", "path": "x"},
+        "data": {"sources": [{"path": "y"}], "resolutions": [64]},
         "train": TrainConfig(steps=1).model_dump(exclude_unset=True), "method": {"name": "lora", "rank": 2},
     }  # fmt: skip
     assert resolve(validate(RunConfig, tree, "the test")).config.sample.guidance_scale == 1.0
