@@ -128,7 +128,7 @@ def how_to_load(method: Method, settings: Any, family: Family, base: str, form: 
 
 def _not_for_diffusers(settings: Any, form: str) -> list[str]:
     """Why a file for ComfyUI is not for diffusers, if it is not; and the format to write for it."""
-    if getattr(settings, "modules_to_save", None) is not None or getattr(settings, "is_whole", False):
+    if getattr(settings, "modules_to_save", None) is not None:
         reason = "refuses the modules that were trained whole (`diff`, `diff_b`)"
     elif getattr(settings, "dora", False):
         reason = "leaves out DoRA's scales (`dora_scale`), and draws something else without them"

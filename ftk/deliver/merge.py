@@ -21,7 +21,7 @@ from ftk.errors import ConfigError, ModelError
 from ftk.methods.adapters import adapter_files, injection, peft_directory
 from ftk.methods.adapters.adapter_files import AdapterFile
 from ftk.methods.base import Export, HasMergedPipeline
-from ftk.models.base import DENOISER, Model, TrainsEncoders, load_model
+from ftk.models.base import DENOISER, AddsTokens, Model, TrainsEncoders, load_model
 from ftk.models.components import loading
 from ftk.run import Run
 from ftk.train import controls
@@ -217,9 +217,17 @@ def _refuse_infinite(component: str, module: Any) -> None:
             )
 
 
+def _tokenizers(run: Run, base: Path) -> dict[str, Any]:
+    """Those of the text encoders, by their folders, with the new words that were trained."""
+    words, family = run.needs.placeholder_tokens, run.family
+    if not words or not isinstance(family, AddsTokens):
+        return {}
+    return {folder: family.tokenizer_with(base, encoder, words) for encoder, folder in family.token_encoders.items()}
+
+
 def _write(run: Run, base: Path, model: Model, directory: Path, step: int, mixed: Sequence[str]) -> None:
     attribute = run.family.denoiser_attribute
-    merged = {attribute: model.denoiser, **model.encoders}
+    merged = {attribute: model.denoiser, **model.encoders, **_tokenizers(run, base)}
     pipeline = run.method.merged_pipeline(model, base) if isinstance(run.method, HasMergedPipeline) else None
     with storage.committing_directory(directory) as temporary:
         for entry in sorted(base.iterdir()):

@@ -9,21 +9,26 @@ analogue, not the paper's method. The first token of its texts is a word, and is
 
 The change of a layer can be delivered compressed, as the reference code does it (`src/compress.py`): its largest singular
 values, as many as add up to a share of the sum of all. With `rank` a change of low rank is trained in the first place.
+
+Each concept may have a new word, whose vectors are trained too ("modifier tokens"): `words` are those of textual inversion.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ftk.errors import ConfigError
-from ftk.methods import lora
+from ftk.methods import lora, textual_inversion
 from ftk.methods.adapters import attention_files, formats, injection, peft_directory, targets, whole_modules
 from ftk.methods.adapters.targets import TrainedComponent
 from ftk.methods.base import CacheNeeds, Export, check_format
 from ftk.methods.lora import Factors, LoraConfig
-from ftk.models.base import DENOISER, Conditions, Family, Model
+from ftk.methods.textual_inversion import METHOD as WORDS
+from ftk.methods.textual_inversion import TextualInversionConfig
+from ftk.models.base import DENOISER, AddsTokens, Conditions, Family, Model, Texts
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +44,19 @@ _REASONS = {
     **dict.fromkeys(("peft", "kohya"), _REASON),
     "lycoris": "LyCORIS' files hold adapters alone. Write diffusers or comfyui.",
 }
+
+
+_NO_PLACE_FOR_WORDS = "a PEFT folder has no place for new words. Write diffusers, which holds a LoRA too."
+_FORMS_OF_WORDS = {"comfyui": "comfyui", "kohya": "a1111"}
+"""The format of new words that goes with one of the weights; elsewhere it is diffusers'."""
+_READING = {
+    "comfyui": "ComfyUI: put `comfyui.safetensors` into `models/loras` and load it with the node Load LoRA.",
+    "kohya": "A1111 and Forge: put `kohya.safetensors` into `models/Lora` and write `<lora:kohya:1>` in the prompt.",
+}
+_NOT_FOR_DIFFUSERS = (
+    "This file is for ComfyUI alone: diffusers refuses changes of whole matrices (`diff`). For diffusers: `ftk export RUN.yaml "
+    "--format diffusers`."
+)
 
 
 class CustomDiffusionConfig(BaseModel):
@@ -57,6 +75,9 @@ class CustomDiffusionConfig(BaseModel):
         description="deliver the largest singular values of each change, up to this share of the sum",
     )
     class_images: bool = Field(default=True, description="whether there must be class images, as in the paper")
+    words: TextualInversionConfig | None = Field(
+        default=None, description="new words of the concepts, as textual-inversion has them: {tokens: {'<new1>': ktn}}"
+    )
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> Self:
@@ -65,6 +86,8 @@ class CustomDiffusionConfig(BaseModel):
                 "`energy` compresses changes of matrices, and with `targets: cross-attention` biases are trained too. Leave "
                 "out one of them, or set `rank`"
             )
+        if self.words is not None and self.words.lora is not None:
+            raise ValueError("`words.lora` does not go with this method, which trains the denoiser itself. Set `rank`")
         return self
 
     @property
@@ -81,21 +104,34 @@ class CustomDiffusion:
     FORMATS = ("diffusers", "comfyui", "peft", "kohya")
 
     def encoders(self, family: Family, settings: CustomDiffusionConfig) -> tuple[str, ...]:
-        """None.
+        """Those that new words need in memory.
 
         Raises:
-            ConfigError: the family has no such layers.
+            ConfigError: the family has no such layers, or cannot be given such words.
         """
         if settings.targets not in family.target_groups:
             raise ConfigError(
                 f"{_SETTING}: {family.name} has no {settings.targets}: image and text share one attention there. Leave it out: "
                 f"the keys and values of the text are trained then."
             )
-        return ()
+        return () if settings.words is None else WORDS.encoders(family, settings.words)
 
     def cache_needs(self, family: Family, settings: CustomDiffusionConfig) -> CacheNeeds:
-        """Class images, unless the settings do without."""
-        return CacheNeeds(class_images=settings.class_images)
+        """Class images, unless the settings do without; and new words."""
+        words = {} if settings.words is None else settings.words.words
+        return CacheNeeds(class_images=settings.class_images, placeholder_tokens=words)
+
+    def parameter_groups(self, settings: CustomDiffusionConfig) -> Sequence[tuple[str, float]]:
+        """The new words' own learning rate."""
+        return () if settings.words is None else WORDS.parameter_groups(settings.words)
+
+    def start_batches(self, settings: CustomDiffusionConfig) -> int:
+        """What new words take."""
+        return 0 if settings.words is None else WORDS.start_batches(settings.words)
+
+    def start_from(self, model: Model, predictions: "Iterable[Callable[[], torch.Tensor]]") -> None:
+        """See `start_batches`."""
+        WORDS.start_from(model, predictions)
 
     def thaw(self, model: Model, settings: CustomDiffusionConfig) -> None:
         """The matrices that are trained whole."""
@@ -103,7 +139,7 @@ class CustomDiffusion:
             _thaw(_component(model, settings))
 
     def attach(self, model: Model, settings: CustomDiffusionConfig, seed: int) -> "dict[str, torch.nn.Parameter]":
-        """Thaw the matrices, or give them a LoRA; the first token's keys and values pass no gradient."""
+        """Thaw the matrices, or give them a LoRA; the first token's keys and values pass no gradient. Add the new words."""
         component = _component(model, settings)
         layers = _layers(component)
         if settings.rank is None:
@@ -114,48 +150,75 @@ class CustomDiffusion:
         for name in layers:
             if name.endswith((".attn2.to_k", ".attn2.to_v")):
                 model.denoiser.get_submodule(name).register_forward_hook(_hold_first_token)
+        if settings.words is not None:
+            parameters |= WORDS.attach(model, settings.words, seed)
         return parameters
+
+    def texts(self, model: Model, texts: Texts) -> Texts:
+        """With the new words in them, where those are not in the text encoder."""
+        return WORDS.texts(model, texts)
 
     def predict(
         self, model: Model, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
     ) -> "torch.Tensor":
-        """The family's."""
-        return model.family.predict(model, noisy_BCHW, sigma_B, conditions)
+        """The family's, of texts with the new words."""
+        return WORDS.predict(model, noisy_BCHW, sigma_B, conditions)
 
     def formats(self, settings: CustomDiffusionConfig) -> tuple[str, ...]:
         """A LoRA's of what is of low rank; else those that can hold whole weights."""
-        return _WHOLE_FORMATS if settings.is_whole else lora.METHOD.FORMATS
+        if settings.is_whole:
+            return _WHOLE_FORMATS
+        return tuple(form for form in lora.METHOD.FORMATS if settings.words is None or form != "peft")
 
     def export(self, model: Model, settings: CustomDiffusionConfig, export: Export) -> list[Path]:
         """The weights themselves, or a LoRA of what changed in them."""
-        allowed = self.formats(settings)
-        check_format(self.name, allowed, export.form, _REASONS if settings.is_whole else lora.METHOD.REASONS)
+        reasons = _REASONS if settings.is_whole else {**lora.METHOD.REASONS, "peft": _NO_PLACE_FOR_WORDS}
+        check_format(self.name, self.formats(settings), export.form, reasons)
+        files = [] if settings.words is None else _write_words(model, settings.words, export)
         if settings.is_whole:
-            return [_write_whole(model, export)]
+            return [*files, _write_whole(model, export)]
         if settings.energy is None:
             adapter = lora.adapter_of(model.denoiser, _as_lora(settings))
         else:
             factors = {name: compressed(change, settings.energy) for name, change in _changes(model.denoiser)}
             adapter = lora.of_factors(_component(model, settings), factors)
-        return lora.write({DENOISER: adapter}, model.family, export)
+        return [*files, *lora.write({DENOISER: adapter}, model.family, export)]
 
     def load_into(self, family: Family, pipeline: Any, directory: Path) -> Any:
-        """Weights into the denoiser's own layers; a LoRA with diffusers' loader."""
+        """Weights into the denoiser's own layers; a LoRA, and new words, with diffusers' loaders."""
         if (directory / lora.WEIGHTS_FILE).exists():
-            return lora.METHOD.load_into(family, pipeline, directory)
-        attention_files.load(family, getattr(pipeline, family.denoiser_attribute), directory)
+            lora.METHOD.load_into(family, pipeline, directory)
+        else:
+            attention_files.load(family, getattr(pipeline, family.denoiser_attribute), directory)
+        if textual_inversion.has_words(directory):
+            textual_inversion.teach(family, pipeline, textual_inversion.learned_words(directory))
         return pipeline
 
     def merge(self, model: Model) -> None:
-        """Fold a LoRA into the weights; whole matrices are in them."""
+        """Fold a LoRA into the weights, where whole matrices are already, and the words into the text encoders."""
+        if model.encoders or model.extras:
+            from ftk.methods.adapters import trained_words
+
+            trained_words.fold(model)
         if injection.adapted(model.denoiser):
             injection.merge(model.denoiser)
 
+    def reading(self, family: Family, settings: CustomDiffusionConfig, form: str) -> str | None:
+        """Of weights and new words in the files of other programs."""
+        if form not in _READING or (settings.words is not None and not _embedding_keys(family)):
+            return None
+        lines = [_READING[form], *([_NOT_FOR_DIFFUSERS] if settings.is_whole else [])]
+        words = None if settings.words is None else WORDS.reading(family, settings.words, _FORMS_OF_WORDS[form])
+        return "\n\n".join([*lines, *([words] if words else [])])
+
     def usage(self, family: Family, settings: CustomDiffusionConfig) -> str:
-        """diffusers' loader of what is delivered; of whole weights of a transformer, torch's."""
-        if not settings.is_whole:
-            return lora.METHOD.usage(family, _as_lora(settings))
-        return attention_files.usage(family)
+        """diffusers' loaders of what is delivered; of whole weights of a transformer torch's, of its words ftk's."""
+        lines = attention_files.usage(family) if settings.is_whole else lora.METHOD.usage(family, _as_lora(settings))
+        if settings.words is None:
+            return lines
+        words = WORDS.usage(family, settings.words)
+        # ftk's loader of words loads the LoRA beside them too.
+        return words if not (_embedding_keys(family) or settings.is_whole) else f"{lines}\n{words}"
 
 
 def compressed(change_OI: "torch.Tensor", energy: float) -> Factors:
@@ -195,6 +258,17 @@ def _changes(denoiser: Any) -> "Iterator[tuple[str, torch.Tensor]]":
         layer = denoiser.get_submodule(name)
         weight = layer.weight.detach().float()
         yield name, weight - layer.initial_values["weight"].to(weight)
+
+
+def _embedding_keys(family: Family) -> Mapping[str, str]:
+    """See `AddsTokens`: whether other programs read new words of the family."""
+    assert isinstance(family, AddsTokens)
+    return family.embedding_keys
+
+
+def _write_words(model: Model, settings: TextualInversionConfig, export: Export) -> list[Path]:
+    """In the format that goes with that of the weights."""
+    return WORDS.export(model, settings, replace(export, form=_FORMS_OF_WORDS.get(export.form, "diffusers")))
 
 
 def _write_whole(model: Model, export: Export) -> Path:

@@ -311,6 +311,11 @@ def _denoiser_alone(model: Model) -> Model:
     return replace(model, encoders={}, extras={})
 
 
+def has_words(directory: Path) -> bool:
+    """Whether `export` wrote words into a folder in the default format."""
+    return any(directory.glob(f"{formats.WORDS_FILE}*.safetensors"))
+
+
 def learned_words(directory: Path) -> list[LearnedWord]:
     """The words in a folder that `export` wrote in the default format.
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from ftk.configs.schema import MethodConfig
 from ftk.errors import CheckpointError, ConfigError
 from ftk.methods import base as methods
-from ftk.methods.adapters import attention_files, injection
+from ftk.methods.adapters import attention_files, injection, trained_words
 from ftk.methods.base import Export
 from ftk.methods.custom_diffusion import compressed
 from ftk.models import base as families
@@ -129,6 +129,39 @@ def test_predictions_and_gradients_are_those_of_diffusers_processors(
     assert trained.keys() == ours.parameters.keys()
     for name, gradient in trained.items():
         torch.testing.assert_close(ours.parameters[name].grad, gradient, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@each_unet
+def test_a_new_words_vectors_get_the_gradient_that_diffusers_script_gives_them(
+    tiny_models: Callable[[str], Path], family_name: str
+) -> None:
+    """`examples/custom_diffusion` trains the embedding table through the processors, and puts all other rows to zero."""
+    family: Any = families.get(family_name)
+    directory = tiny_models(family_name)
+    words = {"tokens": {"<new1>": "!", "<new2>": {"start": "a b", "vectors": 2}}}
+    method, settings = methods.parse(MethodConfig(name="custom-diffusion", words=words))
+    model = families.load_model(family, directory, method.encoders(family, settings), torch.float32, CPU)
+    parameters = method.attach(model, settings, 0)
+    encoder = family.load_text_encoder(directory, torch.float32, CPU)
+    family.add_tokens(encoder, settings.words.words)
+    item = family.encode_texts(encoder, ["a photo of <new1> beside <new2>"])[0]
+    conditions = Conditions(texts=family.collate_texts([{name: tensor.clone() for name, tensor in item.items()}]))
+    noisy_BCHW = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    sigma_B = model.schedule.sigmas[[500]]
+    ours = method.predict(model, noisy_BCHW, sigma_B, conditions)
+    ours.square().sum().backward()
+
+    unet = with_processors(family.load_denoiser(directory, torch.float32, CPU), trains_queries=False)
+    encoders = dict(zip(family.token_encoders, getattr(encoder, "models", None) or (encoder.model,), strict=True))
+    for each in encoders.values():
+        each.get_input_embeddings().weight.requires_grad_()
+    theirs = family.predict(dataclasses.replace(model, denoiser=unet, encoders=encoders), noisy_BCHW, sigma_B, conditions)
+    theirs.square().sum().backward()
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+    for name, each in encoders.items():
+        gradient = parameters[f"{name}.{trained_words.ROWS}"].grad
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(gradient, each.get_input_embeddings().weight.grad[-3:], atol=1e-5, rtol=1e-3)
 
 
 def test_the_first_tokens_keys_and_values_pass_no_gradient(case: Callable[..., Case]) -> None:
@@ -321,6 +354,9 @@ def test_a_file_of_another_model_is_refused(case: Callable[..., Case], tmp_path:
         ({"rank": 0}, r"method\.rank"),
         ({"energy": 1}, r"method\.energy"),
         ({"energy": 0.6, "targets": "cross-attention"}, r"biases are trained too. Leave out one of them, or set `rank`"),
+        ({"words": {"tokens": {"<new1>": "cat"}, "lora": {}}}, r"`words.lora` does not go with this method"),
+        ({"words": {"tokens": {"a b": "cat"}}}, r"'a b' is not a new word"),
+        ({"words": {"tokens": {}}}, r"method\.words\.tokens"),
         ({"rnk": 2}, r"`method\.rnk` is not a setting. Did you mean `rank`"),
     ],
 )

@@ -160,7 +160,9 @@ def check_group(family: Family, encoders: Sequence[str], settings: Any) -> None:
     """
     if not hasattr(settings, "targets"):
         return
-    for component in trained_components(family, dict.fromkeys((DENOISER, *encoders)), settings):
+    # Encoders that are in memory for new words have no targets.
+    with_targets = encoders if getattr(settings, "text_encoder", None) is not None else ()
+    for component in trained_components(family, dict.fromkeys((DENOISER, *with_targets)), settings):
         chosen(component)
 
 

@@ -151,6 +151,26 @@ def overwritten(model: Model, texts: Texts) -> Texts:
     return model.extras[ROWS](texts) if ROWS in model.extras else texts
 
 
+def fold(model: Model) -> None:
+    """Write the trained rows into the embedding tables of the text encoders, which get longer by them.
+
+    Raises:
+        ConfigError: a folder cannot hold the words, because the family's prompts must be taught them.
+    """
+    if isinstance(model.family, HasTokenStates):
+        raise ConfigError(
+            f"the new words of {model.family.name} cannot be merged: no pipeline reads them by itself. Use `ftk export`, and "
+            f"load them with `ftk.deliver.words.load_words`."
+        )
+    for module in model.encoders.values():
+        trained = module.get_input_embeddings()
+        module.set_input_embeddings(trained.table)
+        placeholders.grow(module, trained.first, trained.values().detach())
+        for part in module.modules():
+            # What `find_end_by_number` has changed goes into the configuration.
+            module.config.eos_token_id = getattr(part, "eos_token_id", module.config.eos_token_id)
+
+
 def values(model: Model) -> dict[str, torch.Tensor]:
     """[N,D] fp32 of each text encoder by name, and of the states as "" where those are what is trained."""
     rows = {name: module.get_input_embeddings().values() for name, module in model.encoders.items()}
