@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor
 from safetensors.torch import load_file
 
-from ftk.configs.schema import MethodConfig
+from ftk.configs import load
+from ftk.configs.schema import MethodConfig, RunConfig
 from ftk.errors import CheckpointError, ConfigError
 from ftk.methods import base as methods
 from ftk.methods.adapters import attention_files, injection, trained_words
@@ -162,6 +164,24 @@ def test_a_new_words_vectors_get_the_gradient_that_diffusers_script_gives_them(
         gradient = parameters[f"{name}.{trained_words.ROWS}"].grad
         assert gradient.abs().max() > 0
         torch.testing.assert_close(gradient, each.get_input_embeddings().weight.grad[-3:], atol=1e-5, rtol=1e-3)
+
+
+def test_a_merged_encoder_finds_the_end_of_a_text_by_its_number(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+    family = families.get("sdxl")
+    method, settings = methods.parse(MethodConfig(name="custom-diffusion", words={"tokens": {"<new1>": "!"}}))
+    model = families.load_model(family, tiny_models("sdxl"), method.encoders(family, settings), torch.float32, CPU)
+    encoder = model.encoders["text_encoder_2"]
+    expected, encoder.config.eos_token_id = encoder.config.eos_token_id, 2
+    for module in encoder.modules():
+        if hasattr(module, "eos_token_id"):
+            module.eos_token_id = 2  # as published: the highest token is taken for the end, and a new one is higher
+    rows = method.attach(model, settings, 0)[f"text_encoder_2.{trained_words.ROWS}"]
+    torch.nn.init.ones_(rows)
+    method.merge(model)
+    encoder.save_pretrained(tmp_path)
+    merged = type(encoder).from_pretrained(tmp_path)
+    assert merged.config.eos_token_id == expected
+    assert torch.equal(merged.get_input_embeddings().weight[-1], rows[0])
 
 
 def test_the_first_tokens_keys_and_values_pass_no_gradient(case: Callable[..., Case]) -> None:
@@ -369,3 +389,15 @@ def test_a_model_without_cross_attention_says_what_is_trained() -> None:
     method, settings = methods.parse(MethodConfig(name="custom-diffusion", targets="cross-attention"))
     with pytest.raises(ConfigError, match=r"qwen-image has no cross-attention: .* Leave it out"):
         method.encoders(families.get("qwen-image"), settings)
+
+
+def test_the_run_file_of_the_guide_is_the_recipe_in_short() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "methods.md").read_text().partition("## custom-diffusion\n")[2]
+    shown = load.validate(RunConfig, yaml.safe_load(guide.partition("```yaml\n")[2].partition("```")[0]), "docs/methods.md")
+    recipe = load.load(load.RECIPES / "custom-diffusion.yaml")
+    assert "--recipe custom-diffusion" in guide
+    assert shown.method == recipe.method
+    for config in (shown, recipe):
+        assert [source.role for source in config.data.sources] == ["instance", "instance", "class", "class"]
+        assert [source.trigger for source in config.data.sources] == ["<new1> dog", "<new2> mug", None, None]
+        assert (config.train.learning_rate, config.train.class_ratio, config.train.steps) == (4e-5, 1.0, 500)
