@@ -12,7 +12,6 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -563,7 +562,21 @@ def check_tokens(family: Family, directory: Path, tokens: Placeholders) -> None:
 
 def with_arguments(model: Model, **arguments: Any) -> Model:
     """The same model, whose denoiser is given further arguments: what a network beside it adds within."""
-    return replace(model, denoiser=partial(model.denoiser, **arguments))
+    return replace(model, denoiser=_Given(model.denoiser, arguments))
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A denoiser that is given further arguments."""
+
+    denoiser: Any
+    arguments: Mapping[str, Any]
+
+    def __call__(self, *positional: Any, **named: Any) -> Any:
+        return self.denoiser(*positional, **self.arguments, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.denoiser, name)
 
 
 def encoded(model: Model, texts: Texts) -> Texts:

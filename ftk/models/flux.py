@@ -18,13 +18,14 @@ from ftk.models.base import (
     Activations,
     AdapterNames,
     Conditions,
+    ControlForm,
     FamilyConfig,
     Model,
     PutOnDevice,
     TargetGroup,
     move,
 )
-from ftk.models.components import clip, flow_matching, kl_vae, saved_tensors
+from ftk.models.components import clip, control_networks, flow_matching, kl_vae, saved_tensors
 from ftk.models.components.geometry import LatentGeometry, ReferenceRule
 from ftk.models.components.loading import (
     check_pipeline,
@@ -89,6 +90,7 @@ class Flux:
     sample_defaults: Mapping[str, Any] = {"guidance_scale": 1.0}
     native_sizes: tuple[tuple[int, int], ...] = ((1024, 1024),)
     references: ReferenceRule | None = None
+    control_form: ControlForm = "latents"
     target_groups: Mapping[str, TargetGroup] = {
         "attention": TargetGroup(in_blocks={_DOUBLE: (*_ATTENTION, "attn.to_out.0"), _SINGLE: _ATTENTION}),
         "attention+text": TargetGroup(
@@ -263,28 +265,73 @@ class Flux:
         self, model: Model, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
     ) -> "torch.Tensor":
         """Velocity n - x. References come behind the image's tokens, told apart by the first of their position ids."""
+        height, width = noisy_BCHW.shape[-2:]
+        output_BND = model.denoiser(**self._inputs(model, noisy_BCHW, sigma_B, conditions))[0].float()
+        return flow_matching.unpack(output_BND[:, : (height // 2) * (width // 2)], height, width)
+
+    def _inputs(
+        self, model: Model, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
+    ) -> dict[str, Any]:
+        """The arguments of the transformer, and of its ControlNets."""
         import torch
 
-        texts = conditions.texts
-        height, width = noisy_BCHW.shape[-2:]
-        images = (noisy_BCHW, *conditions.references)
-        embeds_BLD, device = texts["embeds"], noisy_BCHW.device
+        images, device = (noisy_BCHW, *conditions.references), noisy_BCHW.device
+        embeds_BLD = conditions.texts["embeds"]
         assert embeds_BLD is not None
         guidance_B = None
         if model.denoiser.config.guidance_embeds:
             guidance_B = torch.full([len(noisy_BCHW)], self.config.guidance, dtype=torch.float32, device=device)
-        output_BND = model.denoiser(
-            hidden_states=torch.cat([flow_matching.pack(image) for image in images], dim=1),
+        return {
+            "hidden_states": torch.cat([flow_matching.pack(image) for image in images], dim=1),
             # The pipeline hands over (1000 sigma) / 1000, in fp32: the same roundings, so the same bits.
-            timestep=(sigma_B.float() * 1000) / 1000,
-            guidance=guidance_B,
-            pooled_projections=texts["pooled"],
-            encoder_hidden_states=embeds_BLD,
-            txt_ids=torch.zeros(embeds_BLD.shape[1], 3, dtype=noisy_BCHW.dtype, device=device),
-            img_ids=torch.cat([positions(image, number) for number, image in enumerate(images)]),
-            return_dict=False,
-        )[0].float()
-        return flow_matching.unpack(output_BND[:, : (height // 2) * (width // 2)], height, width)
+            "timestep": (sigma_B.float() * 1000) / 1000,
+            "guidance": guidance_B,
+            "pooled_projections": conditions.texts["pooled"],
+            "encoder_hidden_states": embeds_BLD,
+            "txt_ids": torch.zeros(embeds_BLD.shape[1], 3, dtype=noisy_BCHW.dtype, device=device),
+            "img_ids": torch.cat([positions(image, number) for number, image in enumerate(images)]),
+            "return_dict": False,
+        }
+
+    def control_classes(self) -> tuple[Any, Any]:
+        """FluxControlNetModel and FluxControlNetPipeline."""
+        from diffusers import FluxControlNetModel, FluxControlNetPipeline
+
+        return FluxControlNetModel, FluxControlNetPipeline
+
+    def make_control_network(self, denoiser: Any, num_blocks: int | None) -> Any:
+        """FluxControlNetModel of the first double blocks, with all that comes before them, as InstantX publishes them."""
+        network_class, _ = self.control_classes()
+        count = control_networks.num_blocks(num_blocks, len(denoiser.transformer_blocks))
+        return control_networks.copy_of(network_class, denoiser, num_layers=count, num_single_layers=0)
+
+    def control_residuals(
+        self, model: Model, network: Any, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
+    ) -> Mapping[str, Any]:
+        """The network reads the control image's latents, packed as the image's are."""
+        inputs = self._inputs(model, noisy_BCHW, sigma_B, conditions)
+        outputs = [network(controlnet_cond=flow_matching.pack(control), **inputs)[0] for control in conditions.controls]
+        return {"controlnet_block_samples": control_networks.summed(outputs)}
+
+    def draw_controlled(
+        self, pipeline: Any, network: Any, controls: "Sequence[torch.Tensor]", strength: float, options: Mapping[str, Any]
+    ) -> Any:
+        """With diffusers' FluxControlNetPipeline, which takes the given latents for those that it would draw."""
+        import torch
+        from diffusers import FluxMultiControlNetModel
+
+        is_one, config = len(controls) == 1, pipeline.vae.config
+        _, pipeline_class = self.control_classes()
+        parts = control_networks.official(pipeline_class, pipeline, network if is_one else FluxMultiControlNetModel([network]))
+        latents = [each.float() / config.scaling_factor + config.shift_factor for each in controls]
+        # What the image holds is not looked at, but its size is.
+        images = [torch.zeros(1, 3, *(side * self.geometry.factor for side in each.shape[-2:])) for each in controls]
+        with control_networks.encoding(pipeline.vae, latents):
+            return parts(
+                control_image=images[0] if is_one else images,
+                controlnet_conditioning_scale=strength if is_one else [strength] * len(images),
+                **options,
+            )
 
     def adapter_names(self, form: str, component: str, module: Any) -> AdapterNames:
         """ComfyUI knows diffusers' names of the transformer after `transformer.`, and after `lycoris_` with `_` for `.`."""

@@ -78,7 +78,7 @@ FAMILIES = denoisers.families_of_each()
 # Noise on the trained parameters that moves a tiny model visibly and leaves it finite.
 NOISE = {"full": 0.02, "loha": 0.3}
 # Those that draw nothing, some with one family alone: equal starts whatever the seed.
-WITHOUT_CHANCE = {"oft", "boft", "full", "custom-diffusion", "textual-inversion", "controlnet-qwen-image"}
+WITHOUT_CHANCE = {"oft", "boft", "full", "custom-diffusion", "textual-inversion", "controlnet-qwen-image", "controlnet-flux"}
 
 # diffusers' T2I-Adapters are random at first, as published.
 STARTING_ELSEWHERE = {("stable-diffusion", "t2i-adapter"), ("sdxl", "t2i-adapter")}

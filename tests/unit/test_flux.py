@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxControlNetPipeline, FluxPipeline, FluxTransformer2DModel
+from diffusers.pipelines.flux import pipeline_flux_controlnet
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from peft import LoraConfig
 
 from ftk.configs.load import validate
 from ftk.configs.schema import RunConfig, TrainConfig
 from ftk.models import base as models
-from ftk.models.base import Conditions, Model, load_model
+from ftk.models.base import Conditions, Model, load_model, with_arguments
 from ftk.models.flux import FluxConfig
 from ftk.run import resolve
 from ftk.train import flow, memory
@@ -97,6 +98,42 @@ def test_a_reference_is_seen_as_the_official_pipeline_shows_it(tiny_models: Call
     torch.testing.assert_close(tokens, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
     alone = family.predict(model, noisy, torch.tensor([0.5]), Conditions(texts=conditions.texts))
     assert (alone - family.predict(model, noisy, torch.tensor([0.5]), conditions)).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_a_controlnet_draws_what_the_official_pipeline_draws(tiny_models: Callable[[str], Path], monkeypatch) -> None:
+    family, directory = flux(), tiny_models("flux")
+    model = load_model(family, directory, (), torch.float32, CPU)
+    network = family.make_control_network(model.denoiser, None).eval()
+    for number, parameter in enumerate(network.parameters()):
+        parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    (text,) = texts_of(family, directory, "a red cat")
+    pixels = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(1))
+    vae = family.load_vae(directory, torch.float32, CPU)
+    (control, _) = family.encode_images(vae, pixels * 2 - 1)
+    monkeypatch.setattr(pipeline_flux_controlnet, "retrieve_latents", lambda output, generator: output.latent_dist.mode())
+    theirs = FluxControlNetPipeline.from_pretrained(directory, controlnet=network, dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    options = {
+        **family.pipeline_texts(text), "height": 32, "width": 64, "num_inference_steps": 3, "output_type": "latent",
+        "guidance_scale": GUIDANCE,
+    }  # fmt: skip
+    # A tensor is taken as it is; a picture would be brought to [-1, 1].
+    expected = theirs(control_image=pixels * 2 - 1, generator=torch.Generator().manual_seed(0), **options).images
+    monkeypatch.undo()
+    pipeline = family.pipeline(directory, torch.float32, CPU)
+    generator = torch.Generator().manual_seed(0)
+    drawn = family.draw_controlled(pipeline, network, [control], 1.0, {**options, "generator": generator}).images
+    torch.testing.assert_close(drawn, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
+
+    conditions = Conditions(texts=family.collate_texts([text]), controls=(control,))
+    noisy = torch.randn(1, 16, 4, 8, generator=torch.Generator().manual_seed(0))
+    for sigma, following in itertools.pairwise(pipeline.scheduler.sigmas):
+        residuals = family.control_residuals(model, network, noisy, sigma[None], conditions)
+        velocity = family.predict(with_arguments(model, **residuals), noisy, sigma[None], conditions)
+        noisy = noisy + (following - sigma) * velocity
+    tokens = FluxPipeline._pack_latents(noisy, 1, 16, 4, 8)
+    torch.testing.assert_close(tokens, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("size", [(640, 480), (300, 500), (1000, 700), (1, 9)])

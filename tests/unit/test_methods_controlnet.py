@@ -241,7 +241,7 @@ def run_of(name: str, directory: Path, **sections: Any) -> Run:
 
 def test_a_family_without_a_controlnet_is_refused_before_anything_is_read() -> None:
     message = r"method\.name: controlnet cannot be trained for qwen-image-edit: diffusers has no pipeline .* for edit models"
-    with pytest.raises(ConfigError, match=f"{message}.*It can be for qwen-image, sdxl, stable-diffusion"):
+    with pytest.raises(ConfigError, match=f"{message}.*It can be for flux, qwen-image, sdxl, stable-diffusion"):
         run_of("qwen-image-edit", Path("nowhere"))
 
 
