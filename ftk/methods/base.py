@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 Tensor = TypeVar("Tensor")
+_REASONS = {"a1111": "A1111's own files hold new words, and none are trained here. Use another format."}
+"""Why a format cannot be written by methods that say nothing else of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -355,6 +357,7 @@ def check_format(name: str, formats: Sequence[str], form: str, reasons: Mapping[
     if form in formats:
         return
     writes = ", ".join(formats)
+    reasons = {**_REASONS, **reasons}
     if form in reasons:
         raise ConfigError(f"{name} cannot be written as {form}: {reasons[form]} It can be written as: {writes}.")
     raise ConfigError(f"there is no delivery format {form!r} of {name}. Write one of: {writes}.")
