@@ -56,6 +56,14 @@ _SPEED_SECONDS = 0.2
 _SHARDS_IN_WRITING = 1
 
 
+def encoding_device(name: str) -> torch.device:
+    """The device of that name, see `devices.resolve_device`; of a CPU the kernels that it keeps are limited."""
+    device = devices.resolve_device(name)
+    if device.type == "cpu":
+        devices.limit_cpu_kernels()
+    return device
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeJob:
     """All that a process needs to encode units of one kind, here or on another machine."""
@@ -72,7 +80,7 @@ class EncodeJob:
     @property
     def device(self) -> torch.device:
         """The device of this process: with several GPUs, the one of its place among its pool's workers."""
-        device = devices.resolve_device(self.config.device)
+        device = encoding_device(self.config.device)
         return torch.device("cuda", worker_place() % torch.cuda.device_count()) if device.type == "cuda" else device
 
     @property

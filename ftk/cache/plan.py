@@ -1,5 +1,7 @@
 """What has to be encoded: what the samples need, cut into units, less what is there. Pure functions."""
 
+import itertools
+import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
@@ -21,6 +23,9 @@ IMAGE_COLUMNS = [
 _REFERENCE_COLUMNS = [column.name for column in REFERENCE_FIELDS]
 _SEEN_COLUMNS = [column.name for column in SEEN_FIELDS]
 _SEEN = (_SEEN_COLUMNS[0], _REFERENCE_COLUMNS[0])
+SAMPLE_COLUMNS = [*IMAGE_COLUMNS, *_REFERENCE_COLUMNS, *_SEEN_COLUMNS, "captions"]
+"""What is read of the prepared dataset to know what its samples need."""
+
 _TOKENS_OF_A_TEMPLATE = 8
 _BYTES_A_TOKEN = 4
 Form = Literal["latents", "mask", "pixels"]
@@ -111,8 +116,9 @@ def control_ids(ids: pa.ChunkedArray, needs: CacheNeeds) -> pa.ChunkedArray:
 
 def needed_texts(captions: pa.ChunkedArray, prompts: Iterable[TextItem], dropped: str | None) -> Iterator[TextItem]:
     """Every text that training and its sample images need, each once: captions (lists), what dropped ones train, prompts."""
-    distinct: list[str | None] = pc.unique(pc.list_flatten(captions)).to_pylist()
-    yield from _each_once([*(TextItem(text_id(caption), caption) for caption in [*distinct, dropped]), *prompts])
+    distinct = (caption.as_py() for caption in pc.unique(pc.list_flatten(captions)))
+    texts = (TextItem(text_id(caption), caption) for caption in itertools.chain(distinct, [dropped]))
+    return _each_once(itertools.chain(texts, prompts))
 
 
 def needed_texts_of_edits(
@@ -143,6 +149,8 @@ def needed_pictures(tables: Iterable[pa.Table], needs: CacheNeeds, prompts: Iter
         for table in tables:
             references = [name for name in _REFERENCE_COLUMNS if name in table.column_names]
             for row in table.select([*IMAGE_COLUMNS, *references]).to_pylist():
+                # One string for all samples of a shard: every picture is in memory until the last one is encoded.
+                row["shard"] = sys.intern(row["shard"])
                 place, size = (row["shard"], row["key"]), (row["bucket_width"], row["bucket_height"])
                 yield ImageItem(row["image_id"], *place, "image", *size)
                 for number, control in enumerate(row["control_ids"]):

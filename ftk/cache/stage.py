@@ -1,5 +1,6 @@
 """`ftk cache`: encode what is not there yet. The text encoder first, freed, then the VAE; then the view that readers open."""
 
+import itertools
 import logging
 import time
 from collections import Counter
@@ -64,7 +65,10 @@ class CacheReport:
 
 @dataclass(slots=True, kw_only=True)
 class _Kind:
-    """The work on latents or on texts: what is there, what is damaged, and the units that lack something."""
+    """The work on latents or on texts: what is there, what is damaged, and the units that lack something.
+
+    `units` is emptied once they are encoded, so that captions and places of pictures leave memory; `unit_ids` are their items.
+    """
 
     kind: str
     parts: fingerprint.Parts
@@ -77,6 +81,7 @@ class _Kind:
     num_missing: int = 0
     missing_bytes: int = 0
     units: list[plan.Unit[Any]] = field(default_factory=list)
+    unit_ids: list[list[str]] = field(default_factory=list)
     done: list[Done] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -109,7 +114,6 @@ class _Work:
     model: Path
     directory: Path
     dataset: PreparedDataset
-    captions: pa.ChunkedArray
     prompts: Prompts
     kinds: dict[str, _Kind]
 
@@ -131,11 +135,12 @@ class _Work:
 
     def needed_texts(self) -> Iterator[plan.TextItem]:
         """Every text, in the order in which shards are cut."""
+        prompts, dropped = self.prompts.items, self.dropped_text
         if self.texts_see_references:
-            return plan.needed_texts_of_edits(
-                self.dataset.tables(), self.prompts.items, self.dropped_text, is_split=self.texts_are_split
-            )
-        return plan.needed_texts(self.captions, self.prompts.items, self.dropped_text)
+            tables = self.dataset.tables(plan.SAMPLE_COLUMNS)
+            return plan.needed_texts_of_edits(tables, prompts, dropped, is_split=self.texts_are_split)
+        # Read when they are asked for: a column of all captions would stay in memory beside the texts until the end.
+        return plan.needed_texts(_captions(self.dataset.tables(["captions"])), prompts, dropped)
 
 
 def run(run: Run, part: JobPart = WHOLE) -> CacheReport:
@@ -196,10 +201,9 @@ def _plan(run: Run, directory: Path) -> _Work:
     if not dataset.manifest.num_samples:
         raise CacheError(f"{dataset.directory} holds no samples. Run `ftk prepare RUN.yaml` with images that can be used.")
     model = run.locate((*family.latent_components, *family.text_components))
-    tables = list(dataset.tables())
-    captions = pa.chunked_array([chunk for table in tables for chunk in table["captions"].chunks], pa.list_(pa.string()))
+    tables = list(dataset.tables([*plan.SAMPLE_COLUMNS, "role"]))
     _check_needs(run, tables)
-    _check_tokens(run, model, captions)
+    _check_tokens(run, model, _captions(tables))
     previous = _previous(directory)
     kinds = {kind: _look(run, model, directory, kind, previous) for kind in KINDS}
     work = _Work(
@@ -207,7 +211,6 @@ def _plan(run: Run, directory: Path) -> _Work:
         model=model,
         directory=directory,
         dataset=dataset,
-        captions=captions,
         prompts=prompts.of(run, model),
         kinds=kinds,
     )
@@ -216,6 +219,11 @@ def _plan(run: Run, directory: Path) -> _Work:
     _cut(work, "latents", pictures, lambda item: plan.picture_bytes(item, family.geometry, itemsize))
     _cut(work, "texts", work.needed_texts(), lambda item: plan.text_bytes(item, family.text_token_bytes))
     return work
+
+
+def _captions(tables: Iterable[pa.Table]) -> pa.ChunkedArray:
+    chunks = [chunk for table in tables for chunk in table["captions"].chunks]
+    return pa.chunked_array(chunks, pa.list_(pa.string()))
 
 
 def _check_needs(run: Run, tables: Sequence[pa.Table]) -> None:
@@ -293,7 +301,8 @@ def _cut(work: _Work, kind: str, needed: Iterable[Any], size: Callable[[Any], in
 
     there = {item for receipt in one.found for item in receipt.items["id"].to_pylist()}
     one.units = list(plan.units(counted(), size, work.run.config.cache.shard_bytes, there))
-    one.num_missing = sum(len(unit.items) for unit in one.units)
+    one.unit_ids = [[item.id for item in unit.items] for unit in one.units]
+    one.num_missing = sum(map(len, one.unit_ids))
     one.missing_bytes = sum(size(item) for unit in one.units for item in unit.items)
 
 
@@ -339,13 +348,14 @@ def _seconds(work: _Work, kind: _Kind) -> float:
         for size, count in sizes.items()
     )
     dtype = getattr(torch, config.loaded_vae_dtype if kind.kind == "latents" else config.text_dtype)
-    speed = encode.speed(devices.resolve_device(config.device), dtype)
+    speed = encode.speed(encode.encoding_device(config.device), dtype)
     return flops / (_EFFICIENCY * speed) + _SECONDS_AN_ITEM * kind.num_missing
 
 
 def _encode(work: _Work, kind: _Kind, part: JobPart) -> None:
     """Encode and commit the part's units that lack something."""
     mine = [unit for unit in kind.units if part.has(unit.number)]
+    kind.units = []
     if not mine:
         return
     config = work.run.config.cache
@@ -393,8 +403,8 @@ def _look_again(work: _Work, part: JobPart) -> int:
     for kind in work.kinds.values():
         if part != WHOLE or kind.done:
             kind.found, kind.damages = shards.receipts(kind.folder, {})
-        there = {item for receipt in kind.found for item in receipt.items["id"].to_pylist()} if kind.units else set()
-        num_left += sum(any(item.id not in there for item in unit.items) for unit in kind.units)
+        there = {item for receipt in kind.found for item in receipt.items["id"].to_pylist()} if kind.unit_ids else set()
+        num_left += sum(not there.issuperset(ids) for ids in kind.unit_ids)
     return num_left
 
 
@@ -431,18 +441,19 @@ def _prompt_images(prompts: Prompts) -> dict[str, dict[str, list[str]]]:
 
 def _samples(work: _Work, texts: pa.Table) -> pa.Table:
     """The samples' table, from the prepared dataset's columns."""
-    captions = work.captions.combine_chunks()
-    table = pa.concat_tables(list(work.dataset.tables()))
-    per_caption = _text_ids(work, captions, table)
+    prepared = work.dataset.tables([*plan.SAMPLE_COLUMNS, *view.SAMPLE_SCHEMA.names])
+    table = pa.concat_tables([_with_text_ids(work, table) for table in prepared])
+    per_caption = table["captions"].combine_chunks().flatten()
     distinct = per_caption.dictionary_encode()
     rows = pc.index_in(distinct.dictionary, value_set=texts["id"].combine_chunks())
     lengths = texts["length"].combine_chunks().take(rows).take(distinct.indices)
+    num_captions = pc.list_value_length(table["captions"]).to_numpy()
     shared = _shared_texts(work, table)
     if work.texts_are_split:
         counts = texts["length"].combine_chunks().take(pc.index_in(shared, value_set=texts["id"].combine_chunks()))
-        per_sample = pa.array(pc.fill_null(counts, 0).to_numpy().repeat(captions.value_lengths().to_numpy()), lengths.type)
+        per_sample = pa.array(pc.fill_null(counts, 0).to_numpy().repeat(num_captions), lengths.type)
         lengths = pc.add(lengths, per_sample)
-    offsets = pa.array(np.concatenate([[0], np.cumsum(captions.value_lengths().to_numpy())]), pa.int32())
+    offsets = pa.array(np.concatenate([[0], np.cumsum(num_captions)]), pa.int32())
     columns = {
         "latents": table["image_id"],
         "controls": plan.control_ids(table["control_ids"], work.run.needs),
@@ -458,14 +469,12 @@ def _samples(work: _Work, texts: pa.Table) -> pa.Table:
                     schema=schema)  # fmt: skip
 
 
-def _text_ids(work: _Work, captions: pa.ListArray, table: pa.Table) -> pa.Array:
-    """The item of each caption of each sample, one after another."""
-    if work.texts_see_references:
-        pairs = zip(captions.to_pylist(), plan.seen_ids(table), strict=True)
-        return pa.array([plan.text_id(each, references) for own, references in pairs for each in own], pa.string())
-    flat = captions.flatten().dictionary_encode()
-    ids = pa.array([plan.text_id(caption) for caption in flat.dictionary.to_pylist()], pa.string())
-    return ids.take(flat.indices)
+def _with_text_ids(work: _Work, table: pa.Table) -> pa.Table:
+    """The table of a prepared shard, where each caption is replaced by the id of its item."""
+    captions = table["captions"].to_pylist()
+    references = plan.seen_ids(table) if work.texts_see_references else itertools.repeat([])
+    ids = [[plan.text_id(caption, beside) for caption in own] for own, beside in zip(captions, references, strict=False)]
+    return table.set_column(table.column_names.index("captions"), "captions", pa.array(ids, pa.list_(pa.string())))
 
 
 def _empty_texts(work: _Work, table: pa.Table) -> pa.Array:
@@ -502,6 +511,8 @@ def _texts_cut(work: _Work, stored: pa.Table) -> list[tuple[str, int]]:
     """Texts that are longer than the encoder reads, in the order of the samples, and by how many tokens."""
     at_limit = stored.filter(pc.greater_equal(stored["length"], work.run.family.max_text_tokens))
     suspects = set(at_limit["id"].to_pylist())
+    if not suspects:
+        return []
     captions = [text.caption for text in work.needed_texts() if text.id in suspects and text.caption is not None]
     texts_cut: list[tuple[str, int]] = []
     for start in range(0, len(captions), _TOKENISED_AT_ONCE):

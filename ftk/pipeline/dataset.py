@@ -253,14 +253,16 @@ class PreparedDataset:
         rows: list[dict[str, Any]] = storage.read_table(self.directory / "duplicates.parquet").to_pylist()
         return rows
 
-    def tables(self) -> Iterator[pa.Table]:
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The samples shard by shard, in order: the columns of `SAMPLE_SCHEMA`, and those of references if there are any.
 
+        With `columns` only those of them: of a large dataset hashes and captions are most of what a table takes in memory.
         `repeats` are floats in all of them if a source has repeats that are not whole.
         """
         for shard in self.manifest.shards:
             table = self._table(shard)
-            yield table.cast(_with_part_repeats(table.schema)) if self._has_part_repeats else table
+            table = table.cast(_with_part_repeats(table.schema)) if self._has_part_repeats else table
+            yield table if columns is None else table.select([name for name in table.column_names if name in columns])
 
     @property
     def _has_part_repeats(self) -> bool:

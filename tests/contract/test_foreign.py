@@ -3,6 +3,7 @@
 The judge is diffusers' own Kontext pipeline.
 """
 
+import gc as garbage
 import io
 import itertools
 import json
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from ftk.cache import gc
 from ftk.cache import stage as cache
+from ftk.cache.plan import ImageItem, TextItem
 from ftk.cache.store import CacheStore
 from ftk.configs.load import validate
 from ftk.configs.schema import RunConfig
@@ -123,6 +125,26 @@ def official(run: Run, **components: Any) -> Any:
     pipeline = FluxKontextPipeline.from_pretrained(run.config.model.path, dtype=torch.float32, **components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def test_captions_and_places_of_pictures_leave_memory_once_they_are_encoded(
+    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large dataset has millions of them; only ids stay, and what the prompts name."""
+    look_again, living = cache._look_again, set()
+
+    def look(work: Any, part: Any) -> int:
+        garbage.collect()
+        objects = [each for each in garbage.get_objects() if type(each) in (TextItem, ImageItem)]
+        prompts = {*work.prompts.items, *work.prompts.images}
+        ids = {item for kind in work.kinds.values() for unit in kind.unit_ids for item in unit} - {each.id for each in prompts}
+        assert len(ids) > len(SIZES)
+        living.update(ids & {each.id for each in objects})
+        return look_again(work, part)
+
+    monkeypatch.setattr(cache, "_look_again", look)
+    encode(make_run())
+    assert not living
 
 
 @pytest.mark.parametrize("family", ["foreign-edit", "foreign-seen"])

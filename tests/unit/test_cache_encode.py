@@ -7,6 +7,7 @@ import gc
 import io
 import logging
 import math
+import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from ftk import devices
 from ftk.cache import encode, shards
 from ftk.cache.encode import EncodeJob
 from ftk.cache.plan import ImageItem, TextItem, Unit
@@ -674,3 +676,11 @@ def test_a_damaged_prepared_shard_is_refused(real: EncodeJob) -> None:
     with pytest.raises(DatasetError, match=r"00000\.tar is damaged"):
         encode.encode_unit(real, _unit(REAL))
     assert not real.folder.exists()
+
+
+def test_a_job_on_a_cpu_limits_the_kernels_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in devices._KERNELS_KEPT:
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+    assert encode.encoding_device("cpu").type == "cpu"
+    assert all(os.environ[variable] == str(kernels) for variable, kernels in devices._KERNELS_KEPT.items())

@@ -1,5 +1,7 @@
-"""Memory that is given back."""
+"""Memory that is given back, and kernels that are not kept."""
 
+import ctypes
+import os
 import subprocess
 import sys
 
@@ -31,6 +33,32 @@ freed.release()
 print(held, kept, anonymous_mib() - before)
 """
 
+# Bytes of the heap in use, which does not depend on what the system has taken back.
+MULTIPLIES_OF_MANY_SHAPES = """
+import ctypes
+import torch
+from ftk import devices
+
+class Usage(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+usage = ctypes.CDLL(None).mallinfo2
+usage.restype = Usage
+devices.limit_cpu_kernels()
+torch.set_num_threads(1)
+weight, bias = torch.ones(64, 64, dtype=torch.bfloat16), torch.ones(64, dtype=torch.bfloat16)
+
+def used_after(lengths):
+    for length in lengths:
+        torch.nn.functional.linear(torch.ones(2, length, 64, dtype=torch.bfloat16), weight, bias)
+    return usage().uordblks
+
+with torch.inference_mode():
+    before = used_after(range(2, 102))
+    print((used_after(range(102, 302)) - before) / 2**20)
+"""
+
 
 @pytest.mark.skipif(sys.platform != "linux" or devices._malloc_trim() is None, reason="only glibc's allocator is trimmed")
 def test_freed_memory_between_blocks_that_live_on_is_given_back() -> None:
@@ -57,3 +85,24 @@ def test_other_allocators_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(devices, "_malloc_trim", lambda: None)
     monkeypatch.setattr(devices, "_TRIM_SECONDS", 0.0)
     devices.FreedMemory().release()
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="only glibc says how much memory is in use"
+)
+def test_cpu_kernels_of_shapes_long_past_are_not_kept() -> None:
+    # torch reads the variables once, so the process is a new one; without them it grows by 126 MiB where oneDNN has AMX.
+    unlimited = {name: value for name, value in os.environ.items() if name not in devices._KERNELS_KEPT}
+    command = [sys.executable, "-c", MULTIPLIES_OF_MANY_SHAPES]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=unlimited).stdout
+    assert float(output) < 5
+
+
+def test_limits_of_cpu_kernels_that_the_user_set_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = devices._KERNELS_KEPT
+    monkeypatch.setenv(first, "512")
+    monkeypatch.setenv(second, "")
+    monkeypatch.delenv(second)
+    devices.limit_cpu_kernels()
+    assert os.environ[first] == "512"
+    assert os.environ[second] == str(devices._KERNELS_KEPT[second])
