@@ -23,7 +23,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from ftk.errors import CheckpointError, ConfigError
 from ftk.methods import base
-from ftk.methods.adapters import formats, peft_directory, targets
+from ftk.methods.adapters import formats, injection, peft_directory, targets
 from ftk.methods.base import CacheNeeds, Export
 from ftk.methods.lora import METHOD as LORA
 from ftk.methods.lora import LoraConfig
@@ -54,6 +54,7 @@ _READING = {
 }
 """By format: how its files are used, how a word is written in a prompt, and how the LoRA beside it is used."""
 _NOT_IN_LORA = ("text_encoder", "modules_to_save")
+_NOT_STARTS = ("eva", "pissa", "olora")
 
 
 def _start_alone(value: Any) -> Any:
@@ -96,8 +97,8 @@ class TextualInversionConfig(BaseModel):
         for name in _NOT_IN_LORA:
             if self.lora is not None and getattr(self.lora, name) is not None:
                 raise ValueError(f"`lora.{name}` does not go with new words. Leave it out")
-        if self.lora is not None and self.lora.initialisation == "eva":
-            raise ValueError("`lora.initialisation: eva` does not go with new words. Leave it out")
+        if self.lora is not None and self.lora.initialisation in _NOT_STARTS:
+            raise ValueError(f"`lora.initialisation: {self.lora.initialisation}` does not go with new words. Leave it out")
         return self
 
     @property
@@ -122,7 +123,7 @@ class LearnedWord:
 
 
 class TextualInversion:
-    """Nothing of the base model changes, unless a LoRA is trained beside the words."""
+    """All rows and weights of the base model stay as they are, unless a LoRA is trained beside the words."""
 
     name = "textual-inversion"
     Config: ClassVar[type[BaseModel]] = TextualInversionConfig
@@ -155,10 +156,6 @@ class TextualInversion:
         """The vectors' own learning rate, and LoRA+."""
         vectors = [] if settings.rate == 1 else [(r"(^|\.)word_vectors$", settings.rate)]
         return (*vectors, *(LORA.parameter_groups(settings.lora) if settings.lora is not None else ()))
-
-    def changes_base(self, settings: TextualInversionConfig) -> bool:
-        """As its LoRA does."""
-        return settings.lora is not None and LORA.changes_base(settings.lora)
 
     def start_batches(self, settings: TextualInversionConfig) -> int:
         """With `train: output` the first states are means of what the cache holds."""
@@ -233,11 +230,16 @@ class TextualInversion:
         return pipeline
 
     def merge(self, model: Model) -> None:
-        """Words are in no weight of the denoiser."""
-        raise ConfigError(
-            f"{self.name} trains new words, which are not in the weights of the model: nothing can be merged. Use "
-            f"`ftk export`, and load its files beside the model."
-        )
+        """The words into the text encoders' tables, and a LoRA into the denoiser.
+
+        Raises:
+            ConfigError: the prompts of a pipeline of this family must be taught the words.
+        """
+        from ftk.methods.adapters import trained_words
+
+        trained_words.fold(model)
+        if injection.adapted(model.denoiser):
+            injection.merge(model.denoiser)
 
     def reading(self, family: Family, settings: TextualInversionConfig, form: str) -> str | None:
         """By the name of each word's file."""

@@ -371,8 +371,17 @@ def test_settings_that_make_no_sense_are_refused(
         make_run(family, **settings)
 
 
-def test_merging_is_refused_with_what_works(tiny_models: Callable[[str], Path]) -> None:
-    method, _, model, _ = attached("stable-diffusion", tiny_models("stable-diffusion"))
-    with pytest.raises(ConfigError, match=r"new words, which are not in the weights of the model.*Use `ftk export`"):
+def test_merged_words_are_those_of_the_pipeline_and_qwens_are_refused_with_what_works(
+    tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    method, _, model, parameters = attached("qwen-image", tiny_models("qwen-image"))
+    with pytest.raises(ConfigError, match=r"the new words of qwen-image cannot be merged.*Use `ftk export`"):
         method.merge(model)
     assert trained_words.values(model).keys() == {"text_encoder"}
+    method, _, model, parameters = attached("sdxl", tiny_models("sdxl"), lora={"rank": 2})
+    rows = [parameter.detach().clone() for name, parameter in parameters.items() if name.endswith("word_vectors")]
+    method.merge(model)
+    for module, rows_ND in zip(model.encoders.values(), rows, strict=True):
+        module.save_pretrained(tmp_path)
+        table = type(module).from_pretrained(tmp_path).get_input_embeddings().weight
+        assert torch.equal(table[514:], rows_ND)
