@@ -68,7 +68,7 @@ class FluxTextEncoders:
     models: tuple[Any, Any]
 
 
-class Flux:
+class Flux(kl_vae.KLImages):
     """Text to image. Text item: `embeds` [L,D] of T5, padded, and `pooled` [P] of CLIP.
 
     The model attends to T5's padding, whose states depend on the caption: all of it is stored.
@@ -80,7 +80,6 @@ class Flux:
     encoder_version = 1
     pads_texts = True
     text_token_bytes = 8192
-    latent_components = ("vae",)
     text_components = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     denoiser_components = ("transformer", "scheduler")
     denoiser_attribute = "transformer"
@@ -148,34 +147,10 @@ class Flux:
         """Where T5 cuts."""
         return {"max_text_tokens": self.max_text_tokens}
 
-    def load_vae(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
-        """AutoencoderKL with a shift."""
-        return kl_vae.load(directory, dtype).to(device)
-
-    def normalisation(self, directory: Path) -> dict[str, Any]:
-        """Mean and std of each channel: `shift_factor`, and 1 / `scaling_factor`."""
-        return kl_vae.normalisation(directory)
-
-    def image_flops(self, directory: Path, height: int, width: int) -> float:
-        """Of the VAE's encoder."""
-        return kl_vae.flops(directory, height, width)
-
     def text_flops(self, directory: Path, tokens: int) -> float:
         """Two for each weight and token of T5; the weights are two bytes each on disk."""
         num_bytes = sum(path.stat().st_size for path in (directory / "text_encoder_2").glob("*.safetensors"))
         return 2.0 * num_bytes / 2 * tokens
-
-    def encode_images(self, vae: Any, pixels_BCHW: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
-        """Posterior (mean, std), less `shift_factor` and times `scaling_factor`."""
-        return kl_vae.encode(vae, pixels_BCHW)
-
-    def image_memory(self, vae: Any, height: int, width: int) -> int:
-        """Of the encoder's first stage."""
-        return kl_vae.memory(vae, height, width)
-
-    def decode(self, vae: Any, latents_BCHW: "torch.Tensor") -> "torch.Tensor":
-        """Inverse of the normalisation, then the decoder."""
-        return kl_vae.decode(vae, latents_BCHW)
 
     def load_text_encoder(
         self, directory: Path, dtype: "torch.dtype", device: "torch.device", place: PutOnDevice = move

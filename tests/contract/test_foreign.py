@@ -374,7 +374,7 @@ def test_the_memory_plan_counts_every_block_references_and_extra_networks(make_r
         encode(each).close()
     planned = inputs.open_inputs(run, CPU)
     with closing(planned.store):
-        assert planned.sizes.plan.num_blocks == 3
+        assert planned.sizes.plan.num_blocks == 4
         assert planned.workload.reference_tokens in (9, 10)
         without = memory.Workload(
             **{name: getattr(planned.workload, name) for name in ("height", "width", "text_tokens", "micro_batch_size")}
@@ -400,7 +400,7 @@ def test_all_blocks_of_both_classes_can_be_checkpointed(make_run: Callable[..., 
         with closing(build.inputs.store), closing(build.recorder):
             blocks = memory.blocks(build.trainer.model.denoiser, run.family)
             wrapped = [block for block in blocks if "forward" in vars(block)]
-            assert len(wrapped) == (3 if settings["checkpointing"] == "all" else 0)
+            assert len(wrapped) == (4 if settings["checkpointing"] == "all" else 0)
             batch = build.loader.step(0).batches[0][1]
             loss = build.trainer.losses(batch).sum()
             loss.backward()

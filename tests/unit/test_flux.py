@@ -191,3 +191,13 @@ def test_pictures_are_drawn_without_a_negative_prompt_unless_it_is_asked_for() -
     assert resolve(validate(RunConfig, tree, "the test")).config.sample.guidance_scale == 1.0
     tree["sample"] = {"guidance_scale": 3.0}
     assert resolve(validate(RunConfig, tree, "the test")).config.sample.guidance_scale == 3.0
+
+
+def test_a_frozen_denoiser_keeps_what_gradients_need_that_come_from_beside_it(tiny_models: Callable[[str], Path]) -> None:
+    for name in ("flux", "stable-diffusion"):
+        family = models.get(name)
+        denoiser = family.load_denoiser(tiny_models(name), torch.float32, torch.device("meta"))
+        frozen = family.activations(denoiser, 64, 77, torch.float32)
+        denoiser.requires_grad_(True)
+        trained = family.activations(denoiser, 64, 77, torch.float32)
+        assert 0.3 * trained.block_saved < frozen.block_saved < trained.block_saved

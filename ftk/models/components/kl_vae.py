@@ -16,6 +16,36 @@ if TYPE_CHECKING:
     import torch
 
 
+class KLImages:
+    """The members of `Family` that concern images, of a family whose VAE is an AutoencoderKL."""
+
+    latent_components = ("vae",)
+
+    def load_vae(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
+        """AutoencoderKL, frozen."""
+        return load(directory, dtype).to(device)
+
+    def normalisation(self, directory: Path) -> dict[str, Any]:
+        """Per-channel mean and std: latents are (z - mean) / std, where std is 1 / `scaling_factor` and mean `shift_factor`."""
+        return normalisation(directory)
+
+    def image_flops(self, directory: Path, height: int, width: int) -> float:
+        """Of the VAE's encoder."""
+        return flops(directory, height, width)
+
+    def encode_images(self, vae: Any, pixels_BCHW: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
+        """Posterior (mean, std), less `shift_factor` and times `scaling_factor`."""
+        return encode(vae, pixels_BCHW)
+
+    def image_memory(self, vae: Any, height: int, width: int) -> int:
+        """Of the encoder's first stage."""
+        return memory(vae, height, width)
+
+    def decode(self, vae: Any, latents_BCHW: "torch.Tensor") -> "torch.Tensor":
+        """Inverse of the normalisation, then the decoder."""
+        return decode(vae, latents_BCHW)
+
+
 def load(directory: Path, dtype: "torch.dtype") -> Any:
     """AutoencoderKL, frozen, on the CPU."""
     from diffusers import AutoencoderKL

@@ -44,7 +44,7 @@ class LatentDiffusionConfig(FamilyConfig):
     )
 
 
-class LatentDiffusion:
+class LatentDiffusion(kl_vae.KLImages):
     """The part of `Family` in which they are alike."""
 
     Config: ClassVar[type[BaseModel]] = LatentDiffusionConfig
@@ -53,7 +53,6 @@ class LatentDiffusion:
     sigma_defaults: Mapping[str, Any] = {}
     native_sizes: tuple[tuple[int, int], ...]
     references: ReferenceRule | None = None
-    latent_components = ("vae",)
     text_components: tuple[str, ...]
     denoiser_components = ("unet", "scheduler")
     denoiser_attribute = "unet"
@@ -79,30 +78,6 @@ class LatentDiffusion:
     def text_windows(self) -> int:
         """How many times a text encoder reads 77 tokens of a text."""
         return int(self.config.max_text_tokens) // 75
-
-    def load_vae(self, directory: Path, dtype: "torch.dtype", device: "torch.device") -> Any:
-        """AutoencoderKL, frozen."""
-        return kl_vae.load(directory, dtype).to(device)
-
-    def normalisation(self, directory: Path) -> dict[str, Any]:
-        """Per-channel mean and std: latents are (z - mean) / std, where std is 1 / `scaling_factor`."""
-        return kl_vae.normalisation(directory)
-
-    def image_flops(self, directory: Path, height: int, width: int) -> float:
-        """Of the VAE's encoder."""
-        return kl_vae.flops(directory, height, width)
-
-    def encode_images(self, vae: Any, pixels_BCHW: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
-        """Posterior mean and std, times `scaling_factor`."""
-        return kl_vae.encode(vae, pixels_BCHW)
-
-    def image_memory(self, vae: Any, height: int, width: int) -> int:
-        """Of the encoder's first stage."""
-        return kl_vae.memory(vae, height, width)
-
-    def decode(self, vae: Any, latents_BCHW: "torch.Tensor") -> "torch.Tensor":
-        """Inverse of the normalisation, then the decoder."""
-        return kl_vae.decode(vae, latents_BCHW)
 
     def text_lengths(self, encoder: Any, captions: Sequence[str | None]) -> list[int]:
         """Always the most: texts are padded."""

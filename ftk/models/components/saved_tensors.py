@@ -34,6 +34,9 @@ def activations(
     import torch
 
     kept = _Kept(block_classes=block_classes, states=states)
+    if not any(each.requires_grad for each in denoiser.parameters()):
+        # What is trained lies beside the denoiser: its gradients come through all of it.
+        inputs = {name: _with_gradient(each) for name, each in inputs.items()}
     weights = {name: _on_meta(each, dtype) for name, each in (*denoiser.named_parameters(), *denoiser.named_buffers())}
     with kept.counting(denoiser, weights.values()), _without_scores():
         torch.func.functional_call(denoiser, weights, (), dict(inputs))
@@ -101,6 +104,13 @@ class _Kept:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _with_gradient(value: Any) -> Any:
+    import torch
+
+    is_states = isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 2
+    return value.detach().requires_grad_() if is_states else value
 
 
 def _on_meta(tensor: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
