@@ -121,24 +121,42 @@ class ControlLora(lora.Lora):
         from ftk.methods.controls import input_columns
 
         path, denoiser = directory / lora.WEIGHTS_FILE, getattr(pipeline, family.denoiser_attribute)
-        start = f"{family.denoiser_attribute}."
-        tensors = {name.removeprefix(start): tensor for name, tensor in peft_directory.read_tensors(path).items()}
-        name = input_columns.input_layer(family, denoiser)
-        layer = denoiser.get_submodule(name)
-        A, B = (tensors.pop(f"{name}.{factor}.weight", None) for factor in ("lora_A", "lora_B"))
-        if A is None or B is None or A.shape[1] != 2 * layer.weight.shape[1] or B.shape[0] != layer.weight.shape[0]:
-            raise CheckpointError(
-                f"{path} is no Control LoRA of this model, or was trained on another base model: it does not widen {name} from "
-                f"{layer.weight.shape[1]} to {2 * layer.weight.shape[1]} inputs. Load it into the model that it was trained on."
-            )
-        weight, own = input_columns.from_factors(A, B)
-        if own is not None:
-            tensors |= {f"{name}.lora_A.weight": own[0], f"{name}.lora_B.weight": own[1]}
-        columns = input_columns.new(layer)
+        weight, tensors = _read(family, denoiser, path)
+        columns = input_columns.new(denoiser.get_submodule(input_columns.input_layer(family, denoiser)))
         columns.weight.data.copy_(weight)
         peft_directory.check_fits(denoiser, tensors, path)
         _inject(denoiser, tensors, path, adapter)
         return _pipeline(family, pipeline, denoiser, columns.requires_grad_(False))
+
+    def start_values(self, model: Model, path: Path) -> "tuple[dict[str, torch.Tensor], Sequence[Path]]":
+        """Of a folder or a file, with the layers and ranks of this run.
+
+        Raises:
+            ConfigError: there is none, or it has other layers or ranks.
+            CheckpointError: it is damaged, or no Control LoRA of this model.
+        """
+        file = path / lora.WEIGHTS_FILE if path.is_dir() else path
+        if not file.is_file() or file.suffix != ".safetensors":
+            raise ConfigError(
+                f"train.start_from {path}: there is no Control LoRA. Name a folder with {lora.WEIGHTS_FILE}, such as a run's "
+                f"adapter/, or a .safetensors file."
+            )
+        weight, tensors = _read(model.family, model.denoiser, file)
+        expected, layers = injection.state(model.denoiser), injection.adapted(model.denoiser)
+        shapes, wanted = ({name: tuple(each.shape) for name, each in tree.items()} for tree in (tensors, expected))
+        if shapes != wanted:
+            name = min(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name))
+            raise ConfigError(
+                f"train.start_from {file} has other layers or ranks than this run: {name} is {shapes.get(name, 'absent')} "
+                f"there and {wanted.get(name, 'absent')} here. Set method.rank and method.targets as they were."
+            )
+        values = {f"{NETWORK}.weight": weight.float()}
+        for name, tensor in tensors.items():
+            layer, _, factor = name.removesuffix(".weight").rpartition(".")
+            # The file holds the strength in B.
+            scale = layers[layer].scaling[injection.ADAPTER] if factor == "lora_B" else 1.0
+            values[f"{layer}.{factor}.{injection.ADAPTER}.weight"] = tensor.float() / scale
+        return values, [file]
 
     def merge(self, model: Model) -> None:
         """Fold the LoRA in, and the columns into one convolution with the input layer.
@@ -245,6 +263,30 @@ def _pipeline(family: Family, pipeline: Any, denoiser: Any, columns: Any) -> Any
         return family.encode_images(pipeline.vae, pixels_BCHW)[0]
 
     return steering.ControlledPipeline(pipeline, controlling, encode, _ARGUMENTS)
+
+
+def _read(family: Family, denoiser: Any, path: Path) -> "tuple[torch.Tensor, dict[str, torch.Tensor]]":
+    """The columns' weight in a file, and the tensors of its LoRA by their names in the denoiser.
+
+    Raises:
+        CheckpointError: it is damaged, or no Control LoRA of this model.
+    """
+    from ftk.methods.controls import input_columns
+
+    start = f"{family.denoiser_attribute}."
+    tensors = {name.removeprefix(start): tensor for name, tensor in peft_directory.read_tensors(path).items()}
+    name = input_columns.input_layer(family, denoiser)
+    shape = denoiser.get_submodule(name).weight.shape
+    A, B = (tensors.pop(f"{name}.{factor}.weight", None) for factor in ("lora_A", "lora_B"))
+    if A is None or B is None or A.shape[1] != 2 * shape[1] or B.shape[0] != shape[0]:
+        raise CheckpointError(
+            f"{path} is no Control LoRA of this model, or was trained on another base model: it does not widen {name} from "
+            f"{shape[1]} to {2 * shape[1]} inputs. Load it into the model that it was trained on."
+        )
+    weight, own = input_columns.from_factors(A, B)
+    if own is not None:
+        tensors |= {f"{name}.lora_A.weight": own[0], f"{name}.lora_B.weight": own[1]}
+    return weight, tensors
 
 
 def _inject(denoiser: Any, tensors: "Mapping[str, torch.Tensor]", path: Path, adapter: str) -> None:

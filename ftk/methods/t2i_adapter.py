@@ -122,6 +122,29 @@ class T2IAdapter:
         network = steering.placed_as(denoiser, _read(family, denoiser, directory))
         return _pipeline(family, pipeline, denoiser, network.requires_grad_(False).eval())
 
+    def start_values(self, model: Model, path: Path) -> "tuple[dict[str, torch.Tensor], Sequence[Path]]":
+        """Of a folder or a file, of ftk or of others.
+
+        Raises:
+            ConfigError: there is none.
+            CheckpointError: it is damaged, or not of this network's shape.
+        """
+        file = path / _WEIGHTS if path.is_dir() else path
+        if not file.is_file() or file.suffix != ".safetensors":
+            raise ConfigError(
+                f"train.start_from {path}: there is no T2I-Adapter. Name a folder with {_WEIGHTS}, such as a run's adapter/, "
+                f"or a .safetensors file."
+            )
+        tensors, expected = peft_directory.read_tensors(file), model.extras[NETWORK].state_dict()
+        shapes, wanted = ({name: tuple(each.shape) for name, each in tree.items()} for tree in (tensors, expected))
+        if shapes != wanted:
+            name = min(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name))
+            raise CheckpointError(
+                f"train.start_from {file} holds another adapter than this run trains: {name} is {shapes.get(name, 'absent')} "
+                f"there and {wanted.get(name, 'absent')} here. Set the adapter's settings as they were."
+            )
+        return {f"{NETWORK}.{name}": tensor.float() for name, tensor in tensors.items()}, [file]
+
     def merge(self, model: Model) -> None:
         """There is nothing to merge."""
         raise ConfigError(f"{self.name} trains a network beside the model: nothing of it can be merged. Use `ftk export`.")

@@ -55,6 +55,7 @@ def read(run: Run, directory: Path, model: Model, parameters: Mapping[str, Any])
     if named is None:
         return None
     path = locations.local_path(named)
+    _check_initialisation(run)
     if isinstance(run.method, HasStartFiles):
         start_values, start_files = run.method.start_values(model, path)
         return Start(name=path.name, digest=adapter_files.digest(start_files), values=start_values)
@@ -80,10 +81,14 @@ def read(run: Run, directory: Path, model: Model, parameters: Mapping[str, Any])
 
 
 def _check_method(run: Run) -> None:
-    method, settings = run.method, run.settings
+    method = run.method
     if not isinstance(method, PeftMethod):
         way = " Name the trained model as model.path instead." if run.trains_base else " Leave it out."
         raise ConfigError(f"{SETTING}: method {method.name} has no adapter to go on from.{way}")
+
+
+def _check_initialisation(run: Run) -> None:
+    settings = run.settings
     initialisation = getattr(settings, "initialisation", None)
     if initialisation is not None and initialisation != type(settings).model_fields["initialisation"].default:
         raise ConfigError(f"method.initialisation: {initialisation} has no effect with {SETTING}. Leave one of them out.")

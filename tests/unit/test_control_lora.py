@@ -303,3 +303,29 @@ def test_a_denoiser_whose_input_is_not_known_is_refused_in_words(tiny_models: Ca
     settings = methods.parse(MethodConfig(name="control-lora"))[1]
     with pytest.raises(ConfigError, match="takes its latents in no layer that can be widened"):
         METHOD.attach(model, settings, 0)
+
+
+@pytest.mark.parametrize("targets", [("to_q", "to_out.0"), ("to_q", "img_in")])
+def test_a_run_starts_from_another_runs_file(
+    tiny_models: Callable[[str], Path], targets: tuple[str, ...], tmp_path: Path
+) -> None:
+    family, directory = families.get("qwen-image"), tiny_models("qwen-image")
+    model, settings, parameters = attached(family, directory, targets=targets)
+    perturb(parameters)
+    exported(model, settings, tmp_path)
+    other, _, started = attached(family, directory, targets=targets, alpha=2.0)
+    values, (file,) = METHOD.start_values(other, tmp_path)
+    assert file == tmp_path / "pytorch_lora_weights.safetensors"
+    assert values.keys() == started.keys()
+    with torch.no_grad():
+        for name, parameter in started.items():
+            parameter.copy_(values[name])
+        noisy, control = inputs(family)
+        conditions = Conditions(texts=texts_of(family, directory), controls=(control,))
+        ours, theirs = (METHOD.predict(each, noisy, torch.tensor([0.6]), conditions) for each in (other, model))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    larger = attached(family, directory, targets=targets, rank=4, rank_pattern={})[0]
+    with pytest.raises(ConfigError, match=r"other layers or ranks.*Set method.rank and method.targets"):
+        METHOD.start_values(larger, tmp_path)
+    with pytest.raises(ConfigError, match="there is no Control LoRA"):
+        METHOD.start_values(other, tmp_path / "none")

@@ -306,3 +306,21 @@ def test_ftks_loader_finds_the_family_and_takes_pictures(tiny_models: Callable[[
     other = families.get("sdxl").pipeline(tiny_models("sdxl"), torch.float32, CPU)
     with pytest.raises(CheckpointError, match=r"another (base )?model"):
         t2i_adapter.METHOD.load_into(families.get("sdxl"), other, tmp_path)
+
+
+def test_a_run_starts_from_a_published_adapters_folder(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+    from diffusers import T2IAdapter
+
+    model, _, parameters = attached("sdxl", tiny_models("sdxl"))
+    torch.manual_seed(5)
+    theirs = T2IAdapter(channels=[8, 32], downscale_factor=16, adapter_type="full_adapter_xl")
+    theirs.save_pretrained(tmp_path)
+    values, files = t2i_adapter.METHOD.start_values(model, tmp_path)
+    assert values.keys() == parameters.keys()
+    assert torch.equal(values["t2i_adapter.adapter.conv_in.weight"], theirs.adapter.conv_in.weight)
+    assert [file.name for file in files] == ["diffusion_pytorch_model.safetensors"]
+    other = attached("sdxl", tiny_models("sdxl"), num_res_blocks=1)[0]
+    with pytest.raises(CheckpointError, match=r"holds another adapter than this run trains.*and absent here"):
+        t2i_adapter.METHOD.start_values(other, tmp_path)
+    with pytest.raises(ConfigError, match="there is no T2I-Adapter"):
+        t2i_adapter.METHOD.start_values(model, tmp_path / "none")
