@@ -148,6 +148,11 @@ class ControlNet:
             raise ConfigError(
                 f"train.start_from: {path} copies {theirs} blocks, and this run {ours}. Set method.blocks: {theirs}."
             )
+        if single := [name for name in tensors.keys() - expected.keys() if name.startswith("single_transformer_blocks.")]:
+            raise ConfigError(
+                f"train.start_from: {path} copies single blocks too ({min(single)} and others), which ftk does not train. "
+                f"Name a ControlNet of double blocks alone."
+            )
         _check_shapes(tensors, expected, path)
         return {f"{NETWORK}.{name}": tensor.float() for name, tensor in tensors.items()}, files
 
@@ -224,7 +229,7 @@ def _empty(network_class: Any, path: Path) -> Any:
         config = storage.read_json(path)
         class_name, settings = config["_class_name"], {name: each for name, each in config.items() if name[0] != "_"}
         if class_name == network_class.__name__:
-            return network_class(**settings)
+            return control_networks.built(network_class, settings)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: `ftk train` or `ftk export` writes it.") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:

@@ -247,11 +247,12 @@ class Flux(kl_vae.KLImages):
     def _inputs(
         self, model: Model, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
     ) -> dict[str, Any]:
-        """The arguments of the transformer, and of its ControlNets."""
+        """What the transformer is given, and a network that is a copy of it."""
         import torch
 
-        images, device = (noisy_BCHW, *conditions.references), noisy_BCHW.device
-        embeds_BLD = conditions.texts["embeds"]
+        texts = conditions.texts
+        images = (noisy_BCHW, *conditions.references)
+        embeds_BLD, device = texts["embeds"], noisy_BCHW.device
         assert embeds_BLD is not None
         guidance_B = None
         if model.denoiser.config.guidance_embeds:
@@ -261,7 +262,7 @@ class Flux(kl_vae.KLImages):
             # The pipeline hands over (1000 sigma) / 1000, in fp32: the same roundings, so the same bits.
             "timestep": (sigma_B.float() * 1000) / 1000,
             "guidance": guidance_B,
-            "pooled_projections": conditions.texts["pooled"],
+            "pooled_projections": texts["pooled"],
             "encoder_hidden_states": embeds_BLD,
             "txt_ids": torch.zeros(embeds_BLD.shape[1], 3, dtype=noisy_BCHW.dtype, device=device),
             "img_ids": torch.cat([positions(image, number) for number, image in enumerate(images)]),
@@ -275,7 +276,7 @@ class Flux(kl_vae.KLImages):
         return FluxControlNetModel, FluxControlNetPipeline
 
     def make_control_network(self, denoiser: Any, num_blocks: int | None) -> Any:
-        """FluxControlNetModel of the first double blocks, with all that comes before them, as InstantX publishes them."""
+        """FluxControlNetModel of the first double blocks, with all that comes before them, and no single block."""
         network_class, _ = self.control_classes()
         count = control_networks.num_blocks(num_blocks, len(denoiser.transformer_blocks))
         return control_networks.copy_of(network_class, denoiser, num_layers=count, num_single_layers=0)
@@ -291,18 +292,18 @@ class Flux(kl_vae.KLImages):
     def draw_controlled(
         self, pipeline: Any, network: Any, controls: "Sequence[torch.Tensor]", strength: float, options: Mapping[str, Any]
     ) -> Any:
-        """With diffusers' FluxControlNetPipeline, which takes the given latents for those that it would draw."""
-        import torch
-        from diffusers import FluxMultiControlNetModel
+        """With diffusers' FluxControlNetPipeline, which takes the given latents for those that it would draw.
 
-        is_one, config = len(controls) == 1, pipeline.vae.config
+        It computes the network with the prompt alone, and uses what that adds for the negative prompt too.
+        """
+        vae, is_one = pipeline.vae, len(controls) == 1
         _, pipeline_class = self.control_classes()
-        parts = control_networks.official(pipeline_class, pipeline, network if is_one else FluxMultiControlNetModel([network]))
-        latents = [each.float() / config.scaling_factor + config.shift_factor for each in controls]
-        # What the image holds is not looked at, but its size is.
-        images = [torch.zeros(1, 3, *(side * self.geometry.factor for side in each.shape[-2:])) for each in controls]
-        with control_networks.encoding(pipeline.vae, latents):
-            return parts(
+        controlled = control_networks.official(pipeline_class, pipeline, network if is_one else [network] * len(controls))
+        shift, scale = vae.config.shift_factor, vae.config.scaling_factor
+        latents = [(each.to(vae.device).float() / scale + shift).to(vae.dtype) for each in controls]
+        images = control_networks.blank_images(controls, self.geometry.factor)
+        with control_networks.encoding(vae, latents):
+            return controlled(
                 control_image=images[0] if is_one else images,
                 controlnet_conditioning_scale=strength if is_one else [strength] * len(images),
                 **options,

@@ -473,7 +473,6 @@ class QwenImage:
 
         It computes the network with the prompt alone, and uses what that adds for the negative prompt too.
         """
-        import torch
         from diffusers import QwenImageMultiControlNetModel
 
         is_one = len(controls) == 1
@@ -483,8 +482,7 @@ class QwenImage:
         )
         shift, scale = self._affine(pipeline.vae)
         latents = [(each.to(shift.device).float() / scale + shift).unsqueeze(2) for each in controls]
-        # What the image holds is not looked at, but its size is.
-        images = [torch.zeros(1, 3, *(side * self.geometry.factor for side in each.shape[-2:])) for each in controls]
+        images = control_networks.blank_images(controls, self.geometry.factor)
         with control_networks.encoding(pipeline.vae, latents):
             return controlled(
                 control_image=images[0] if is_one else images,

@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import ControlNetModel, DDPMScheduler, QwenImageControlNetModel, UNet2DConditionModel
+from diffusers.pipelines.flux import pipeline_flux_controlnet as official_flux
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_controlnet as official_qwen
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +18,7 @@ from ftk.configs.schema import RunConfig, TrainConfig
 from ftk.errors import CheckpointError, ConfigError
 from ftk.methods import base as methods
 from ftk.methods.base import Export
+from ftk.methods.controlnet import WEIGHTS_FILE
 from ftk.models import base as models
 from ftk.models.base import Conditions, Model
 from ftk.models.components import control_networks
@@ -29,7 +31,7 @@ from ftk.train.optim import MasterOptimizer
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 METHOD = methods.get("controlnet")
-FAMILIES = ["qwen-image", "sdxl", "stable-diffusion"]
+FAMILIES = ["flux", "qwen-image", "sdxl", "stable-diffusion"]
 SIDE = 64
 
 
@@ -52,9 +54,11 @@ def trained(name: str, directory: Path, **settings: Any) -> Model:
 
 
 def text_item(name: str, model: Model, draw: torch.Generator) -> dict[str, torch.Tensor]:
-    width = model.denoiser.config.joint_attention_dim if name == "qwen-image" else model.denoiser.config.cross_attention_dim
-    item = {"embeds": torch.randn(5 if name == "qwen-image" else 77, width, generator=draw)}
-    return {**item, "pooled": torch.randn(16, generator=draw)} if name == "sdxl" else item
+    config, is_transformer = model.denoiser.config, name in ("flux", "qwen-image")
+    width = config.joint_attention_dim if is_transformer else config.cross_attention_dim
+    item = {"embeds": torch.randn(5 if is_transformer else 77, width, generator=draw)}
+    pooled = {"sdxl": 16, "flux": config.get("pooled_projection_dim")}
+    return {**item, "pooled": torch.randn(pooled[name], generator=draw)} if name in pooled else item
 
 
 def exported(model: Model, directory: Path) -> Path:
@@ -118,7 +122,16 @@ def test_three_steps_give_the_losses_of_diffusers_training_script(tiny_models: C
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("name", "count"), [("qwen-image", 1), ("qwen-image", 2), ("sdxl", 1), ("stable-diffusion", 1), ("stable-diffusion", 2)]
+    ("name", "count"),
+    [
+        ("flux", 1),
+        ("flux", 2),
+        ("qwen-image", 1),
+        ("qwen-image", 2),
+        ("sdxl", 1),
+        ("stable-diffusion", 1),
+        ("stable-diffusion", 2),
+    ],
 )
 def test_the_official_pipeline_draws_what_ftk_draws(
     tiny_models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, count: int
@@ -132,7 +145,8 @@ def test_the_official_pipeline_draws_what_ftk_draws(
     networks = network
     if count > 1:
         networks = diffusers.QwenImageMultiControlNetModel([network]) if name == "qwen-image" else [network] * count
-    official = pipeline_class.from_pretrained(directory, controlnet=networks, text_encoder=None, tokenizer=None, **extra)
+    absent = dict.fromkeys(family.text_components)
+    official = pipeline_class.from_pretrained(directory, controlnet=networks, **absent, **extra)
     official.set_progress_bar_config(disable=True)
 
     images = [torch.rand(1, 3, SIDE, SIDE, generator=draw) for _ in range(count)]
@@ -143,19 +157,20 @@ def test_the_official_pipeline_draws_what_ftk_draws(
     }  # fmt: skip
     scale = 0.7 if count == 1 else [0.7] * count
     controls = [image * 2 - 1 for image in images]
-    # Its pipeline takes tensors as they are, the others those in [0, 1].
-    argument, pixels = ("control_image", controls) if name == "qwen-image" else ("image", images)
+    # Pipelines of transformers take tensors as they are, the others those in [0, 1].
+    reads_latents = family.control_form == "latents"
+    argument, pixels = ("control_image", controls) if reads_latents else ("image", images)
     shown = {argument: pixels if count > 1 else pixels[0]}
-    if name == "qwen-image":
+    if reads_latents:
         vae = family.load_vae(directory, torch.float32, CPU)
         controls = [family.encode_images(vae, each)[0] for each in controls]
     with monkeypatch.context() as patch:
-        # Qwen-Image's draws the control latents at random, with the generator of the noise; training reads their mean.
-        patch.setattr(official_qwen, "retrieve_latents", lambda output, generator: output.latent_dist.mode())
+        # They draw the control latents at random, with the generator of the noise; training reads their mean.
+        for module in (official_flux, official_qwen):
+            patch.setattr(module, "retrieve_latents", lambda output, generator: output.latent_dist.mode())
         theirs = official(
             **options, **shown, controlnet_conditioning_scale=scale, generator=torch.Generator().manual_seed(4)
         ).images
-    absent = dict.fromkeys(family.text_components)
     pipeline = family.pipeline(directory, torch.float32, CPU, **absent)
     base = pipeline(**options, generator=torch.Generator().manual_seed(4)).images
     drawing = METHOD.load_into(family, pipeline, tmp_path)
@@ -251,12 +266,12 @@ def test_a_run_starts_from_a_network_in_a_folder_or_file(
 ) -> None:
     directory = tiny_models("sdxl")
     folder = exported(trained("sdxl", directory), tmp_path / "theirs")
-    path = folder / "diffusion_pytorch_model.safetensors" if is_file else folder
+    path = folder / WEIGHTS_FILE if is_file else folder
     outline, parameters = attached("sdxl", directory, META)
     begun = start.read(run_of("sdxl", directory, start_from=str(path)), directory, outline, parameters)
     assert begun is not None
     assert begun.values.keys() == parameters.keys()
-    theirs = load_file(folder / "diffusion_pytorch_model.safetensors")
+    theirs = load_file(folder / WEIGHTS_FILE)
     assert all(torch.equal(begun.values[f"controlnet.{name}"], tensor) for name, tensor in theirs.items())
 
 
@@ -275,6 +290,14 @@ def test_a_start_that_does_not_fit_is_refused_with_what_to_set(tiny_models: Call
         begin(of_sdxl)
     with pytest.raises(ConfigError, match=r"there is no ControlNet\. Name a folder with diffusion_pytorch_model.safetensors"):
         begin(tmp_path / "nowhere")
+    with_single = tmp_path / "single.safetensors"
+    save_file({**load_file(one / WEIGHTS_FILE), "single_transformer_blocks.0.norm.linear.bias": torch.zeros(2)}, with_single)
+    with pytest.raises(ConfigError, match="copies single blocks too"):
+        start.read(
+            run_of("qwen-image", directory, start_from=str(with_single)),
+            directory,
+            *attached("qwen-image", directory, META, blocks=1),
+        )
     (tmp_path / "run" / "adapter").mkdir(parents=True)
     for file in one.iterdir():
         (tmp_path / "run" / "adapter" / file.name).write_bytes(file.read_bytes())
@@ -319,18 +342,24 @@ def test_a_folder_of_a_smaller_base_is_refused(tiny_models: Callable[[str], Path
         METHOD.load_into(family, pipeline, tmp_path)
 
 
-def test_the_memory_plan_counts_the_network(tiny_models: Callable[[str], Path]) -> None:
-    directory = tiny_models("qwen-image")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_memory_plan_counts_the_network_and_what_passes_gradients_to_it(
+    tiny_models: Callable[[str], Path], name: str
+) -> None:
+    directory = tiny_models(name)
     workload = memory.Workload(height=SIDE, width=SIDE, text_tokens=8, micro_batch_size=1)
-    sizes = inputs.plan_sizes(run_of("qwen-image", directory), directory, workload, CPU)
-    # Weights, gradients and two moments of fp32, and activations.
-    assert sizes.plan.parts["extra networks"] > 16 * sizes.num_trainable_parameters > 0
+    sizes = inputs.plan_sizes(run_of(name, directory), directory, workload, CPU)
+    activations = sizes.plan.parts["activations"]
+    assert activations > 10_000
+    # Weights, gradients and two moments of fp32, and activations of its own.
+    extra = sizes.plan.parts["extra networks"] - 16 * sizes.num_trainable_parameters
+    assert extra > activations * sizes.num_trainable_parameters / sizes.num_frozen_parameters / 2
 
 
 def test_a_file_with_a_value_that_is_not_finite_is_refused(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
     directory = tiny_models("sdxl")
     folder = exported(attached("sdxl", directory)[0], tmp_path)
-    path = folder / "diffusion_pytorch_model.safetensors"
+    path = folder / WEIGHTS_FILE
     tensors = load_file(path)
     tensors["conv_in.bias"][0] = float("nan")
     save_file(tensors, path)

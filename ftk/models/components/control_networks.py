@@ -6,7 +6,8 @@ Shape legend: B batch, C latent channels, h w latent cells.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ def copy_of(network_class: Any, denoiser: Any, **settings: Any) -> Any:
     theirs = denoiser.state_dict()
     is_outline = next(iter(theirs.values())).is_meta
     with torch.random.fork_rng(devices=[]), torch.device("meta" if is_outline else "cpu"):
-        network = network_class(**config)
+        network = built(network_class, config)
     network = placed(network, network.device, denoiser.dtype)
     if not is_outline:
         missing, _ = network.load_state_dict(
@@ -46,6 +47,13 @@ def copy_of(network_class: Any, denoiser: Any, **settings: Any) -> Any:
         )
         assert all(name.startswith("controlnet_") for name in missing), missing
     return network
+
+
+def built(network_class: Any, config: Mapping[str, Any]) -> Any:
+    """A network with these settings. diffusers warns of a class of its own that FLUX.1's has and nobody here names."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*FluxPosEmbed", category=FutureWarning)
+        return network_class(**config)
 
 
 def placed(network: Any, device: "torch.device", dtype: "torch.dtype") -> Any:
@@ -100,6 +108,13 @@ def official(pipeline_class: Any, pipeline: Any, network: Any, **arguments: Any)
     if "encode_prompt" in vars(pipeline):  # the family's own encoding of texts
         controlled.encode_prompt = pipeline.encode_prompt
     return controlled
+
+
+def blank_images(controls: "Sequence[torch.Tensor]", factor: int) -> "list[torch.Tensor]":
+    """Images of the size of these latents, for pipelines that ask for images and are to take the latents; see `encoding`."""
+    import torch
+
+    return [torch.zeros(1, 3, *(side * factor for side in latents.shape[-2:])) for latents in controls]
 
 
 @contextmanager

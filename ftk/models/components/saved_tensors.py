@@ -27,7 +27,8 @@ def activations(
 
     Args:
         block_classes: of the family.
-        inputs: of `denoiser.forward` for one sample, tensors on the `meta` device.
+        inputs: of `denoiser.forward` for one sample, tensors on the `meta` device, the image first. Where nothing of the
+            denoiser is trained, gradients are taken to pass through all of it, up to the image.
         states: the arguments of a block that differ from block to block.
         backward_widths: how many times these the backward pass of a block works in beside what is kept.
     """
@@ -38,6 +39,7 @@ def activations(
         # What is trained lies beside the denoiser: its gradients come through all of it.
         inputs = {name: _with_gradient(each) for name, each in inputs.items()}
     weights = {name: _on_meta(each, dtype) for name, each in (*denoiser.named_parameters(), *denoiser.named_buffers())}
+    next(iter(inputs.values())).requires_grad_(not any(each.requires_grad for each in weights.values()))
     with kept.counting(denoiser, weights.values()), _without_scores():
         torch.func.functional_call(denoiser, weights, (), dict(inputs))
     count = len(kept.by_block)
