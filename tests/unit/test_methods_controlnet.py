@@ -207,6 +207,21 @@ def test_the_copy_starts_with_every_weight_of_the_base_and_adds_nothing(tiny_mod
     assert torch.equal(METHOD.predict(model, noisy, sigma_B, Conditions(texts=texts, controls=(control,))), plain)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pictures_are_drawn_in_half_precision_too(tiny_models: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    directory, family = tiny_models(name), models.get(name)
+    model, draw = attached(name, directory)[0], torch.Generator().manual_seed(1)
+    pipeline = family.pipeline(directory, torch.bfloat16, CPU, **dict.fromkeys(family.text_components))
+    drawing = METHOD.load_into(family, pipeline, exported(model, tmp_path))
+    item = {key: tensor.bfloat16() for key, tensor in text_item(name, model, draw).items()}
+    shape = (3, SIDE, SIDE) if family.control_form == "pixels" else (family.geometry.channels, SIDE // 8, SIDE // 8)
+    control = torch.randn(1, *shape, generator=draw).bfloat16()
+    options = {**family.pipeline_texts(item), **family.generation(1.0), "width": SIDE, "height": SIDE}
+    picture = drawing(**options, **METHOD.pipeline_controls([control]), num_inference_steps=2, output_type="pil").images[0]
+    assert picture.size == (SIDE, SIDE)
+
+
 def test_a_copy_is_made_before_the_base_is_quantised(tiny_models: Callable[[str], Path]) -> None:
     model = models.load_model(models.get("qwen-image"), tiny_models("qwen-image"), (), torch.float32, CPU)
     weight = model.denoiser.img_in.weight.detach().clone()
