@@ -122,7 +122,7 @@ def test_the_flux_control_pipeline_loads_the_file(targets: Any, tmp_path: Path) 
         patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
     ).eval()  # fmt: skip
-    family = families.get("qwen-image")  # its latents are FLUX.1's: 16 channels, tokens of 2 x 2 cells
+    family = families.get("flux")
     model = Model(family=family, schedule=None, denoiser=transformer)  # type: ignore[arg-type]
     settings = methods.parse(MethodConfig(name="control-lora", rank=2, alpha=3.0, targets=("to_q", "x_embedder")))[1]
     if targets == "attention":
