@@ -197,10 +197,8 @@ class CustomDiffusion:
     def merge(self, model: Model) -> None:
         """Fold a LoRA into the weights, where whole matrices are already, and the words into the text encoders."""
         if model.encoders or model.extras:
-            from ftk.methods.adapters import trained_words
-
-            trained_words.fold(model)
-        if injection.adapted(model.denoiser):
+            WORDS.merge(model)
+        elif injection.adapted(model.denoiser):
             injection.merge(model.denoiser)
 
     def reading(self, family: Family, settings: CustomDiffusionConfig, form: str) -> str | None:

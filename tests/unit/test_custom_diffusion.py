@@ -298,10 +298,14 @@ def test_of_a_change_at_least_one_singular_value_remains() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family_name", "settings"),
-    [("stable-diffusion", {}), ("sdxl", {"rank": 4}), ("sdxl", {"rank": 4, "targets": "cross-attention"}), ("qwen-image", {})],
+    ("family_name", "settings", "form"),
+    [
+        ("stable-diffusion", {}, "diffusers"),
+        ("sdxl", {"rank": 4}, "peft"),
+        ("sdxl", {"rank": 4, "targets": "cross-attention"}, "diffusers"),
+        ("qwen-image", {}, "peft"),
+    ],
 )
-@pytest.mark.parametrize("form", ["diffusers", "peft"])
 def test_compressed_changes_are_a_lora_that_diffusers_and_peft_load(
     case: Callable[..., Case], family_name: str, settings: dict[str, Any], form: str, tmp_path: Path
 ) -> None:
