@@ -114,7 +114,14 @@ class CustomDiffusion:
                 f"{_SETTING}: {family.name} has no {settings.targets}: image and text share one attention there. Leave it out: "
                 f"the keys and values of the text are trained then."
             )
-        return () if settings.words is None else WORDS.encoders(family, settings.words)
+        if settings.words is None:
+            return ()
+        if not isinstance(family, AddsTokens):
+            raise ConfigError(
+                f"method.words: the tokenizer of {family.name} takes no new words here. Leave it out, and write a rare word "
+                f"before the kind of thing: `trigger: sks dog`."
+            )
+        return WORDS.encoders(family, settings.words)
 
     def cache_needs(self, family: Family, settings: CustomDiffusionConfig) -> CacheNeeds:
         """Class images, unless the settings do without; and new words."""

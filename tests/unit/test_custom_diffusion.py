@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -393,6 +394,13 @@ def test_a_model_without_cross_attention_says_what_is_trained() -> None:
     method, settings = methods.parse(MethodConfig(name="custom-diffusion", targets="cross-attention"))
     with pytest.raises(ConfigError, match=r"qwen-image has no cross-attention: .* Leave it out"):
         method.encoders(families.get("qwen-image"), settings)
+
+
+def test_a_family_whose_tokenizer_takes_no_new_words_is_told_to_use_a_rare_one() -> None:
+    method, settings = methods.parse(MethodConfig(name="custom-diffusion", words={"tokens": {"<new1>": "cat"}}))
+    family: Any = SimpleNamespace(name="plain", target_groups={"text-kv": None})
+    with pytest.raises(ConfigError, match=r"method\.words: the tokenizer of plain takes no new words here. Leave it out"):
+        method.encoders(family, settings)
 
 
 def test_the_run_file_of_the_guide_is_the_recipe_in_short() -> None:
