@@ -52,7 +52,7 @@ campaign-train: setup
 	$(BIN)/python -m pytest -q -s -m campaign tests/e2e/test_train_faults.py
 
 campaign-methods: setup
-	$(BIN)/python -m pytest -q -m campaign tests/contract
+	$(BIN)/python -m pytest -q -m campaign tests/contract tests/unit/test_methods_controlnet.py
 
 campaign-demo: setup
 	$(BIN)/python -m pytest -q -s -m campaign tests/e2e/test_demo.py

@@ -32,6 +32,11 @@ from ftk.train.optim import MasterOptimizer
 CPU, META = torch.device("cpu"), torch.device("meta")
 METHOD = methods.get("controlnet")
 FAMILIES = ["flux", "qwen-image", "sdxl", "stable-diffusion"]
+# A family that reads latents and one that reads pixels run each time, the others by `make campaign-methods`.
+LESS_OFTEN = [("qwen-image", 2), ("stable-diffusion", 1), ("flux", 2)]
+each_form = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.campaign if name in ("flux", "sdxl") else ()) for name in FAMILIES]
+)
 SIDE = 64
 
 
@@ -124,13 +129,11 @@ def test_three_steps_give_the_losses_of_diffusers_training_script(tiny_models: C
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        ("flux", 1),
-        ("flux", 2),
         ("qwen-image", 1),
-        ("qwen-image", 2),
-        ("sdxl", 1),
-        ("stable-diffusion", 1),
         ("stable-diffusion", 2),
+        ("sdxl", 1),
+        ("flux", 1),
+        *(pytest.param(name, count, marks=pytest.mark.campaign) for name, count in LESS_OFTEN),
     ],
 )
 def test_the_official_pipeline_draws_what_ftk_draws(
@@ -208,7 +211,7 @@ def test_the_copy_starts_with_every_weight_of_the_base_and_adds_nothing(tiny_mod
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", FAMILIES)
+@each_form
 def test_pictures_are_drawn_in_half_precision_too(tiny_models: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     directory, family = tiny_models(name), models.get(name)
     model, draw = attached(name, directory)[0], torch.Generator().manual_seed(1)
@@ -357,7 +360,7 @@ def test_a_folder_of_a_smaller_base_is_refused(tiny_models: Callable[[str], Path
         METHOD.load_into(family, pipeline, tmp_path)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@each_form
 def test_the_memory_plan_counts_the_network_and_what_passes_gradients_to_it(
     tiny_models: Callable[[str], Path], name: str
 ) -> None:
