@@ -413,7 +413,7 @@ def picture_units(setting: Setting, options: argparse.Namespace, folder: Path) -
 def text_units(setting: Setting, options: argparse.Namespace, _folder: Path) -> list[plan.Unit[plan.TextItem]]:
     """Captions of all lengths, the empty one among them; two shards too."""
     count = options.texts or LOADS[setting.size, setting.device.type].texts
-    texts = list(plan.needed_texts(pa.chunked_array([[captions(count - 1, CAPTION_TOKENS)]]), ()))
+    texts = list(plan.needed_texts(pa.chunked_array([[captions(count - 1, CAPTION_TOKENS)]]), (), ""))
     return list(plan.units(texts, lambda _: 1, -(-count // 2), ()))
 
 
