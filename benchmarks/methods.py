@@ -58,13 +58,26 @@ SHOWN = {"likeness": (1, 2, ""), "told": (100, 0, "%"), "kept": (100, 0, "%"), "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """A method with its settings, the middle of its learning rates, and whether class images are mixed in."""
+    """A method with its settings, the middle of its learning rates, whether class images are mixed in, and what is preserved.
+
+    `preservation` is `train.loss.preservation`; its captions and those of others are cached apart.
+    """
 
     method: Mapping[str, Any]
     rate: float
     has_class_images: bool = False
+    preservation: Mapping[str, Any] | None = None
+
+    @property
+    def workspace(self) -> str:
+        """The folder of what is prepared and cached, which arms with the same texts share."""
+        if self.has_class_images:
+            return "with-class"
+        return "alone" if self.preservation is None else f"preserving-{storage.digest(self.preservation)[:8]}"
 
 
+OTHER = "zoka"
+"""A creature's name that no picture has."""
 _LORA = {"name": "lora", "rank": 16, "targets": "all-linear"}
 _OFT = {"name": "oft", "block_size": 16, "targets": "all-linear"}
 ARMS: Mapping[str, Arm] = {
@@ -84,6 +97,8 @@ ARMS: Mapping[str, Arm] = {
     "LoRA, rank 16, class images": Arm(method=_LORA, rate=3e-3, has_class_images=True),
     "OFT, blocks of 16, class images": Arm(method=_OFT, rate=1e-3, has_class_images=True),
     "full, class images": Arm(method={"name": "full"}, rate=3e-4, has_class_images=True),
+    "LoRA, rank 16, preserves another name": Arm(method=_LORA, rate=3e-3, preservation={"replace": {world.CREATURE: OTHER}}),
+    "LoRA, rank 16, preserves no text": Arm(method=_LORA, rate=3e-3, preservation={"prompt": ""}),
 }
 
 
@@ -107,7 +122,7 @@ class Point:
 def make_run(root: Path, arm: Arm, *, rate: float, seed: int, steps: int, name: str) -> Run:
     """The demo's run with another method; those with and those without class images share what is prepared and cached."""
     tree: dict[str, Any] = yaml.safe_load((RECIPES / "demo.yaml").read_text())
-    tree |= {"run": name, "workspace": str(root / ("with-class" if arm.has_class_images else "alone")), "method": arm.method}
+    tree |= {"run": name, "workspace": str(root / arm.workspace), "method": arm.method}
     tree["model"]["path"] = str(lesson.MODEL)
     tree["data"]["sources"][0]["path"] = str(root / "pictures")
     tree["data"]["sources"][1]["path"] = str(root / "class")
@@ -115,6 +130,8 @@ def make_run(root: Path, arm: Arm, *, rate: float, seed: int, steps: int, name: 
     training |= {"steps": steps, "learning_rate": rate, "seed": seed, "checkpoint_every": steps, "log_every": steps}
     training["schedule"] = {"name": "constant", "warmup": 20}  # a shorter run is a part of a longer one
     del training["validation"], tree["sample"]
+    if arm.preservation is not None:
+        training["loss"] = {"preservation": dict(arm.preservation)}
     if not arm.has_class_images:
         del tree["data"]["sources"][1], training["class_ratio"]
     return resolve(validate(RunConfig, tree, "benchmarks/methods.py"))
@@ -128,10 +145,8 @@ def set_up(root: Path, num_scenes: int) -> None:
     evaluate.write_class_images(root / "class", NUM_CLASS_IMAGES, pipeline, family, SAMPLING)
     for index, picture in enumerate(_draw(pipeline, evaluate.held_out(num_scenes))):
         storage.commit_bytes(root / "base" / f"{index:03d}.png", png_bytes(picture))
-    for has_class_images in (False, True):
-        made = make_run(
-            root, Arm(method=_LORA, rate=1e-3, has_class_images=has_class_images), rate=1e-3, seed=0, steps=1, name="x"
-        )
+    for arm in {arm.workspace: arm for arm in ARMS.values()}.values():
+        made = make_run(root, arm, rate=1e-3, seed=0, steps=1, name="x")
         prepare.run(made)
         cache.run(made)
 

@@ -186,8 +186,9 @@ class CacheManifest:
     `encoders` maps `latents` and `texts` to the parts of their fingerprint, so that a mismatch can be shown part by part.
     `prompts` maps prompts to items of `texts`; `prompt_images` maps those that have images to `references` and `controls`,
     items of `latents`, and `shared_texts` maps those whose text begins with states of its references to these, an item of
-    `texts`; both are left out of the file where they are empty. `tables` maps `samples`, `latents`, `texts` and `shards`
-    to the BLAKE3 of the Parquet file; `digest` is the BLAKE3 of this file with an empty `digest`.
+    `texts`; `preservation` are the settings that `preserved_texts` come from. All three are left out of the file where they are
+    empty. `tables` maps `samples`, `latents`, `texts` and `shards` to the BLAKE3 of the Parquet file; `digest` is the BLAKE3 of
+    this file with an empty `digest`.
     """
 
     schema_version: int
@@ -205,6 +206,7 @@ class CacheManifest:
     digest: str = ""
     prompt_images: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     shared_texts: dict[str, str] = field(default_factory=dict)
+    preservation: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,10 +214,11 @@ class CachedSample:
     """One row of the samples' table: which cached items a training sample consists of, and its geometry in pixels.
 
     `latents`, `controls` and `mask` (empty when there is none) are items of `latents`; `texts` has an item of `texts` for
-    each caption and `text_lengths` their tokens. Sizes, crop and flip are those of the prepared sample. The last five are
-    columns of caches with references alone: items of `latents`, their sides in pixels, the empty caption beside them, which
-    is "" where texts do not depend on references, and the item of `texts` that all texts of these references begin with, which
-    is "" where they have nothing in common.
+    each caption and `text_lengths` their tokens. Sizes, crop and flip are those of the prepared sample. The five about
+    references are columns of caches with references alone: items of `latents`, their sides in pixels, the empty caption beside
+    them, which is "" where texts do not depend on references, and the item of `texts` that all texts of these references begin
+    with, which is "" where they have nothing in common. `preserved_texts` is there alone where `train.loss.preservation` asks
+    for them: an item of `texts` for each caption, or "".
     """
 
     key: str
@@ -240,3 +243,4 @@ class CachedSample:
     reference_heights: list[int] = field(default_factory=list)
     empty_text: str = ""
     shared_text: str = ""
+    preserved_texts: list[str] = field(default_factory=list)

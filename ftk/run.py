@@ -226,6 +226,7 @@ def resolve(config: RunConfig) -> Run:
     encoders = method.encoders(family, settings)
     check_group(family, encoders, settings)
     _check_controls(config, method)
+    _check_preservation(config, method, settings)
     return Run(
         config=_with_family_defaults(config, family),
         family=family,
@@ -235,6 +236,20 @@ def resolve(config: RunConfig) -> Run:
         encoders=encoders,
         needs=method.cache_needs(family, settings),
     )
+
+
+def _check_preservation(config: RunConfig, method: Method, settings: Any) -> None:
+    """`train.loss.preservation` compares with the base model, which must be there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    reason = methods.base_refusal(method, settings) if config.train.loss.preservation is not None else None
+    if reason is not None:
+        raise ConfigError(
+            f"train.loss.preservation needs the base model's own prediction, and {reason} Leave it out; class images "
+            f"(`role: class`) go with every method."
+        )
 
 
 def _check_controls(config: RunConfig, method: Method) -> None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ftk import storage
+from ftk.configs.schema import PreservationConfig
 from ftk.methods.base import CacheNeeds
 from ftk.models.components.geometry import LatentGeometry
 from ftk.pipeline.conditions.base import MadeControl
@@ -118,7 +119,7 @@ def needed_texts(captions: pa.ChunkedArray, prompts: Iterable[TextItem], dropped
     """Every text that training and its sample images need, each once: captions (lists), what dropped ones train, prompts."""
     distinct = (caption.as_py() for caption in pc.unique(pc.list_flatten(captions)))
     texts = (TextItem(text_id(caption), caption) for caption in itertools.chain(distinct, [dropped]))
-    return _each_once(itertools.chain(texts, prompts))
+    return each_once(itertools.chain(texts, prompts))
 
 
 def needed_texts_of_edits(
@@ -139,7 +140,30 @@ def needed_texts_of_edits(
         yield TextItem(text_id(dropped), dropped)
         yield from prompts
 
-    return _each_once(all_of())
+    return each_once(all_of())
+
+
+def preserved_texts(captions: pa.ChunkedArray, settings: PreservationConfig) -> Iterator[TextItem]:
+    """The texts for which the base model's prediction is kept, each once."""
+    distinct: list[str] = pc.unique(pc.list_flatten(captions)).to_pylist()
+    texts = [text for caption in distinct if (text := settings.text(caption)) is not None]
+    yield from each_once(TextItem(text_id(text), text) for text in texts)
+
+
+def preserved_texts_of_edits(
+    tables: Iterable[pa.Table], settings: PreservationConfig, *, is_split: bool
+) -> Iterator[TextItem]:
+    """The same where texts depend on references: beside each sample's own; `is_split` as in `needed_texts_of_edits`."""
+
+    def all_of() -> Iterator[TextItem]:
+        for table in tables:
+            for row in table.to_pylist():
+                references = tuple(_seen(row))
+                for text in map(settings.text, row["captions"]):
+                    if text is not None:
+                        yield from text_items(text, references, is_split=is_split)
+
+    return each_once(all_of())
 
 
 def needed_pictures(tables: Iterable[pa.Table], needs: CacheNeeds, prompts: Iterable[ImageItem] = ()) -> Iterator[ImageItem]:
@@ -161,7 +185,7 @@ def needed_pictures(tables: Iterable[pa.Table], needs: CacheNeeds, prompts: Iter
                     yield ImageItem(row["mask_id"], *place, "mask", *size, form="mask")
         yield from prompts
 
-    return _each_once(all_of())
+    return each_once(all_of())
 
 
 def as_pixels(image: ImageItem) -> ImageItem:
@@ -188,7 +212,8 @@ def _beside(row: Mapping[str, Any], names: Sequence[str], part: str) -> Iterator
         yield ImageItem(item, row["shard"], row["key"], f"{part}{number}", width, height)
 
 
-def _each_once(items: Iterable[Item]) -> Iterator[Item]:
+def each_once(items: Iterable[Item]) -> Iterator[Item]:
+    """The items without those whose id was there before."""
     seen: set[str] = set()
     for item in items:
         if item.id not in seen:

@@ -21,8 +21,9 @@ from ftk.cache.encode import Done, EncodeJob
 from ftk.cache.prompts import Prompts
 from ftk.cache.shards import KINDS, Damage, Receipt
 from ftk.configs.load import default_workers
+from ftk.configs.schema import PreservationConfig
 from ftk.contracts import CacheManifest
-from ftk.errors import CacheError, ConfigError, DatasetError
+from ftk.errors import CacheError, ConfigError, DatasetError, did_you_mean
 from ftk.models import base as models
 from ftk.models.base import SharesTexts
 from ftk.pipeline.dataset import PreparedDataset, recipes, without_places
@@ -138,9 +139,25 @@ class _Work:
         prompts, dropped = self.prompts.items, self.dropped_text
         if self.texts_see_references:
             tables = self.dataset.tables(plan.SAMPLE_COLUMNS)
-            return plan.needed_texts_of_edits(tables, prompts, dropped, is_split=self.texts_are_split)
-        # Read when they are asked for: a column of all captions would stay in memory beside the texts until the end.
-        return plan.needed_texts(_captions(self.dataset.tables(["captions"])), prompts, dropped)
+            texts = plan.needed_texts_of_edits(tables, prompts, dropped, is_split=self.texts_are_split)
+        else:
+            # Read when they are asked for: a column of all captions would stay in memory beside the texts until the end.
+            texts = plan.needed_texts(_captions(self.dataset.tables(["captions"])), prompts, dropped)
+        if self.preservation is None:
+            return texts
+        # At the end: what others share keeps its place in the shards.
+        return plan.each_once(itertools.chain(texts, self._preserved_texts(self.preservation)))
+
+    def _preserved_texts(self, settings: PreservationConfig) -> Iterator[plan.TextItem]:
+        if self.texts_see_references:
+            tables = self.dataset.tables(plan.SAMPLE_COLUMNS)
+            return plan.preserved_texts_of_edits(tables, settings, is_split=self.texts_are_split)
+        return plan.preserved_texts(_captions(self.dataset.tables(["captions"])), settings)
+
+    @property
+    def preservation(self) -> PreservationConfig | None:
+        """`train.loss.preservation`."""
+        return self.run.config.train.loss.preservation
 
 
 def run(run: Run, part: JobPart = WHOLE) -> CacheReport:
@@ -204,6 +221,7 @@ def _plan(run: Run, directory: Path) -> _Work:
     tables = list(dataset.tables([*plan.SAMPLE_COLUMNS, "role"]))
     _check_needs(run, tables)
     _check_tokens(run, model, _captions(tables))
+    _check_preservation(run, _captions(tables))
     previous = _previous(directory)
     kinds = {kind: _look(run, model, directory, kind, previous) for kind in KINDS}
     work = _Work(
@@ -260,6 +278,32 @@ def _check_tokens(run: Run, model: Path, captions: pa.ChunkedArray) -> None:
                 f"the new word {word!r} stands in no caption of {run.paths.prepared}, so nothing would be learned of it. "
                 f"Write it into the captions, for example with `trigger: {word}` or a template, and run `ftk prepare RUN.yaml`."
             )
+
+
+def _check_preservation(run: Run, captions: pa.ChunkedArray) -> None:
+    """Refuse words that no caption has, and tell how many lack them.
+
+    Raises:
+        CacheError: no caption has any of the words of `train.loss.preservation.replace`.
+    """
+    settings = run.config.train.loss.preservation
+    if settings is None or not settings.replace:
+        return
+    distinct: list[str] = pc.unique(pc.list_flatten(captions)).to_pylist()
+    without = [caption for caption in distinct if settings.text(caption) is None]
+    listed = ", ".join(map(repr, settings.replace))
+    if len(without) == len(distinct):
+        word = next(iter(settings.replace))
+        near = did_you_mean(word, {part for caption in distinct[:_TOKENISED_AT_ONCE] for part in caption.split()})
+        raise CacheError(
+            f"train.loss.preservation.replace: none of the {len(distinct):,} captions has {listed}, such as "
+            f"{_beginning(distinct[0])!r}.{near}"
+        )
+    if without:
+        LOGGER.warning(
+            "train.loss.preservation.replace: %d of %d captions have none of %s, and nothing is preserved for them, such as %r",
+            len(without), len(distinct), listed, _beginning(without[0]),
+        )  # fmt: skip
 
 
 def _previous(directory: Path) -> CacheManifest | None:
@@ -425,6 +469,7 @@ def _seal(work: _Work) -> dict[str, pa.Table]:
         "prompts": {key: item.id for key, item in work.prompts.texts.items()},
         "prompt_images": _prompt_images(work.prompts),
         "shared_texts": {key: item.id for key, item in work.prompts.shared.items()},
+        "preservation": work.preservation.texts if work.preservation else {},
     }
     view.commit(work.directory, tables, facts)
     return tables
@@ -461,7 +506,9 @@ def _samples(work: _Work, texts: pa.Table) -> pa.Table:
         "texts": pa.ListArray.from_arrays(offsets, per_caption),
         "text_lengths": pa.ListArray.from_arrays(offsets, lengths),
     }
-    schema = view.sample_schema(table["repeats"].type, has_references=work.dataset.has_references)
+    schema = view.sample_schema(
+        table["repeats"].type, has_references=work.dataset.has_references, has_preserved=work.preservation is not None
+    )
     if work.dataset.has_references:
         columns |= {"references": table["reference_ids"], "empty_text": _empty_texts(work, table)}
         columns["shared_text"] = shared
@@ -472,9 +519,23 @@ def _samples(work: _Work, texts: pa.Table) -> pa.Table:
 def _with_text_ids(work: _Work, table: pa.Table) -> pa.Table:
     """The table of a prepared shard, where each caption is replaced by the id of its item."""
     captions = table["captions"].to_pylist()
-    references = plan.seen_ids(table) if work.texts_see_references else itertools.repeat([])
+    references = list(plan.seen_ids(table)) if work.texts_see_references else itertools.repeat([])
     ids = [[plan.text_id(caption, beside) for caption in own] for own, beside in zip(captions, references, strict=False)]
+    if work.preservation is not None:
+        table = _with_preserved_ids(table, work.preservation, references)
     return table.set_column(table.column_names.index("captions"), "captions", pa.array(ids, pa.list_(pa.string())))
+
+
+def _with_preserved_ids(table: pa.Table, settings: PreservationConfig, references: Iterable[Sequence[str]]) -> pa.Table:
+    """The table with the item of the text that is preserved beside each caption; "" where there is none."""
+
+    def item(caption: str, beside: Sequence[str]) -> str:
+        text = settings.text(caption)
+        return "" if text is None else plan.text_id(text, beside)
+
+    pairs = zip(table["captions"].to_pylist(), references, strict=False)
+    ids = [[item(caption, beside) for caption in own] for own, beside in pairs]
+    return table.append_column(view.PRESERVED_FIELD, pa.array(ids, view.PRESERVED_FIELD.type))
 
 
 def _empty_texts(work: _Work, table: pa.Table) -> pa.Array:

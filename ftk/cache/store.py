@@ -239,9 +239,11 @@ class CacheStore:
             pc.list_flatten(references),
             prompt_images,
         )
-        self._texts, named_rows, self._empties, shared_rows = texts.rows(
-            pc.list_flatten(table["texts"]), named, empties.filter(pc.not_equal(empties, "")), shared.filter(has_shared)
+        preserved = self._preserved_ids()
+        self._texts, named_rows, self._empties, shared_rows, self._preserved = texts.rows(
+            pc.list_flatten(table["texts"]), named, empties.filter(pc.not_equal(empties, "")), shared.filter(has_shared), preserved
         )
+        num_preserved_missing = int((self._preserved < 0).sum()) - (pc.sum(pc.equal(preserved, "")).as_py() or 0)
         self._shared = np.full(len(table), -1, dtype=np.int32)
         self._shared[has_shared.to_numpy()] = shared_rows
         self._first_reference = _starts(references)
@@ -254,11 +256,19 @@ class CacheStore:
             "latents": sum(
                 int((rows < 0).sum()) for rows in (self._latents, masks, self._controls, self._references, prompt_image_rows)
             ),
-            "texts": sum(int((rows < 0).sum()) for rows in (self._texts, named_rows, self._empties, shared_rows)),
+            "texts": sum(int((rows < 0).sum()) for rows in (self._texts, named_rows, self._empties, shared_rows))
+            + num_preserved_missing,
         }
         if any(missing.values()):
             listed = ", ".join(f"{count:,} {kind}" for kind, count in missing.items() if count)
             raise CacheError(f"{self.location}: {listed} that samples name are not there. Run `ftk cache RUN.yaml` again.")
+
+    def _preserved_ids(self) -> pa.ChunkedArray:
+        """The text that is preserved beside each caption, one after another; none where the cache has no such column."""
+        name = view.PRESERVED_FIELD.name
+        if name not in self.table.column_names:
+            return pa.chunked_array([pa.array([], pa.string())])
+        return pc.list_flatten(self.table[name])
 
     def _optional(self, name: str) -> pa.ChunkedArray:
         """A column of references, as if no sample had any where the cache has no such columns."""
@@ -330,6 +340,25 @@ class CacheStore:
             return self._read("texts", self._named[self.manifest.empty_text])
         return self._read_text(int(self._empties[number]), int(self._shared[number]))
 
+    def preserved_text(self, number: int, caption: int) -> dict[str, torch.Tensor] | None:
+        """The text for which the base model's prediction is kept, where a sample trains with one of its captions.
+
+        None: there is none beside this caption; nor is there one of a dropped caption (below 0), unless all have the same.
+        """
+        if caption < 0 and "prompt" not in self.manifest.preservation:
+            return None
+        row = int(self._preserved[self._first_text[number] + max(caption, 0)])
+        return None if row < 0 else self._read_text(row, int(self._shared[number]))
+
+    @property
+    def longest_preserved(self) -> int:
+        """The most tokens that a preserved text has."""
+        if not len(self._preserved):
+            return 0
+        lengths, shared = self._items["texts"].lengths, np.repeat(self._shared, np.diff(self._first_text))
+        own, before = (np.where(rows < 0, 0, lengths[rows]) for rows in (self._preserved, shared))
+        return int(np.where(self._preserved < 0, 0, own + before).max())
+
     def prompt(self, key: str) -> dict[str, torch.Tensor]:
         """A prompt of the run file, by `PromptConfig.key`; `KeyError` when it is not cached."""
         shared = self.manifest.shared_texts.get(key)
@@ -353,7 +382,7 @@ class CacheStore:
         if kind == "texts":
             beside = [self._optional(name) for name in ("empty_text", "shared_text")]
             columns = [pc.list_flatten(self.table["texts"]), pa.chunked_array([pa.array(list(self._named), pa.string())]),
-                       *(column.filter(pc.not_equal(column, "")) for column in beside)]  # fmt: skip
+                       *(column.filter(pc.not_equal(column, "")) for column in beside), self._preserved_ids()]  # fmt: skip
         else:
             masks = self.table["mask"].filter(pc.not_equal(self.table["mask"], ""))
             prompt_images = pa.chunked_array([pa.array(list(self._prompt_images), pa.string())])
@@ -374,12 +403,14 @@ class CacheStore:
         """These samples will be read soon, in this order: shards that are elsewhere are fetched meanwhile."""
         wanted: dict[int, None] = {}
         for number in numbers:
-            texts = self._texts[self._first_text[number] : self._first_text[number + 1]]
+            place = slice(self._first_text[number], self._first_text[number + 1])
+            texts, preserved = self._texts[place], self._preserved[place]
             controls = self._controls[self._first_control[number] : self._first_control[number + 1]]
             references = self._references[self._first_reference[number] : self._first_reference[number + 1]]
             pictures = [self._latents[number], self._masks[number], *controls, *references]
             wanted |= dict.fromkeys(int(self._items["latents"].shards[row]) for row in pictures if row >= 0)
-            wanted |= dict.fromkeys(int(self._items["texts"].shards[row]) for row in (*texts, self._shared[number]) if row >= 0)
+            rows = (*texts, *preserved, self._shared[number])
+            wanted |= dict.fromkeys(int(self._items["texts"].shards[row]) for row in rows if row >= 0)
         self._files.ahead(list(wanted))
 
     def close(self) -> None:

@@ -45,10 +45,14 @@ REFERENCE_FIELDS = [
 """Columns of the samples' table of caches with references; others do not have them."""
 
 
-def sample_schema(repeats: pa.DataType, *, has_references: bool) -> pa.Schema:
+PRESERVED_FIELD = pa.field("preserved_texts", pa.list_(pa.string()))
+"""Column of the samples' table of caches for runs with `train.loss.preservation`."""
+
+
+def sample_schema(repeats: pa.DataType, *, has_references: bool, has_preserved: bool = False) -> pa.Schema:
     """Of a table of samples. `repeats` are int32, and float64 in the cache of a dataset where some are not whole."""
     fields = [pa.field("repeats", repeats) if field.name == "repeats" else field for field in SAMPLE_SCHEMA]
-    return pa.schema([*fields, *(REFERENCE_FIELDS if has_references else [])])
+    return pa.schema([*fields, *(REFERENCE_FIELDS if has_references else []), *([PRESERVED_FIELD] if has_preserved else [])])
 
 
 INDEX_SCHEMA = pa.schema([*ITEM_SCHEMA, pa.field("shard", pa.int32())])
@@ -131,12 +135,10 @@ def _digest(manifest: CacheManifest) -> str:
 
 
 def _plain(manifest: CacheManifest) -> dict[str, Any]:
-    """What the file holds. A cache without prompts' images has the same bytes as one of a version that knew none."""
+    """What the file holds. Without what only some caches have it has the same bytes as one of a version that knew none."""
     plain = dataclasses.asdict(manifest)
-    for name in ("prompt_images", "shared_texts"):
-        if not plain[name]:
-            del plain[name]
-    return plain
+    optional = ("prompt_images", "shared_texts", "preservation")
+    return {name: value for name, value in plain.items() if value or name not in optional}
 
 
 def read_manifest(directory: Path) -> CacheManifest | None:
@@ -193,8 +195,8 @@ def read_tables(directory: Path, manifest: CacheManifest) -> dict[str, pa.Table]
                 f"table anew and keeps what is encoded."
             )
         tables[name] = storage.read_table(pa.BufferReader(data), dictionary=_REPEATED)
-        with_references = [*_SCHEMAS[name].names, *(column.name for column in REFERENCE_FIELDS)]
-        if tables[name].column_names not in (_SCHEMAS[name].names, with_references):
+        optional = {column.name for column in (*REFERENCE_FIELDS, PRESERVED_FIELD)} if name == "samples" else set()
+        if [column for column in tables[name].column_names if column not in optional] != _SCHEMAS[name].names:
             raise CacheError(f"{path} has other columns than this ftk reads. Run `ftk cache RUN.yaml`: it is written anew.")
     _check_shards(directory, tables)
     return tables

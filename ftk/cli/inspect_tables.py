@@ -373,6 +373,8 @@ def _run_losses(summary: "RunSummary") -> dict[str, str]:
     if summary.loss is not None:
         best = f"the best was {summary.loss.best:.4g} at step {summary.loss.best_step:,}"
         rows["loss"] = f"{summary.loss.now:.4g}, mean of 20 steps; {best}"
+    if summary.preservation_loss is not None:
+        rows["preservation loss"] = f"{summary.preservation_loss:.4g}, mean of 20 steps"
     if summary.validation is not None:
         measured = summary.validation
         rows["validation loss"] = f"{measured.loss:.4g} at step {measured.step:,}"

@@ -60,6 +60,52 @@ class SigmaConfig(Section):
         return self
 
 
+class PreservationConfig(Section):
+    """Texts for which the adapted model is to predict what the base model predicts, on the images that are trained on."""
+
+    prompt: str | None = Field(default=None, description="the text, for every sample: the class, or the empty text")
+    replace: dict[str, str] = Field(
+        default={}, description="words of the captions and what stands for them, {sks dog: dog}: each sample's own caption then"
+    )
+    weight: float = Field(default=1.0, gt=0, le=1000, description="of this loss beside that of the images")
+    every: int = Field(default=1, ge=1, description="steps from one that preserves to the next")
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_is_text(cls, value: str | None) -> str | None:
+        require_text(value or "")
+        return value
+
+    @field_validator("replace")
+    @classmethod
+    def _words_are_replaced(cls, value: dict[str, str]) -> dict[str, str]:
+        for word, other in value.items():
+            require_text(word + other)
+            if not word.strip() or word == other:
+                raise ValueError(f"{word!r} cannot be replaced by {other!r}: name a word of the captions, and its class")
+        return value
+
+    @model_validator(mode="after")
+    def _has_one_kind_of_text(self) -> Self:
+        if (self.prompt is None) == (not self.replace):
+            raise ValueError("one of `prompt` (a text for all samples) and `replace` ({sks dog: dog}) is needed")
+        return self
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """What decides about the texts, and so about the cache."""
+        return {"replace": dict(self.replace)} if self.replace else {"prompt": self.prompt}
+
+    def text(self, caption: str) -> str | None:
+        """The text that goes with a caption; None where none of the words is in it: there is nothing to tell apart."""
+        if not self.replace:
+            return self.prompt
+        # Longer words first: one may begin with another. Whole words alone.
+        words = "|".join(map(re.escape, sorted(self.replace, key=len, reverse=True)))
+        text, count = re.subn(rf"(?<!\w)(?:{words})(?!\w)", lambda match: self.replace[match[0]], caption)
+        return text if count else None
+
+
 class LossConfig(Section):
     """How a prediction is compared with its target."""
 
@@ -75,6 +121,16 @@ class LossConfig(Section):
     unmasked_weight: float = Field(
         default=0.0, ge=0, le=1, description="weight of what a sample's mask leaves out; 1 ignores masks"
     )
+    preservation: PreservationConfig | None = Field(
+        default=None,
+        description="keep what the base model predicts for other texts: {prompt: a dog} or {replace: {sks dog: dog}}",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_preserved(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Checkpoints of runs without the setting keep their bytes.
+        tree: dict[str, Any] = handler(self)
+        return {name: value for name, value in tree.items() if name != "preservation" or value is not None}
 
     @model_validator(mode="after")
     def _settings_take_effect(self) -> Self:

@@ -252,6 +252,19 @@ class HasMergedPipeline(Protocol):
         """
 
 
+@runtime_checkable
+class HasBasePrediction(Protocol):
+    """A method beside whose trained part the base model is still there as it was."""
+
+    def base_refusal(self, settings: Any) -> str | None:
+        """Why it is not with these settings; None if it is."""
+
+    def base_prediction(
+        self, model: Model, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
+    ) -> "torch.Tensor":
+        """What the base model predicts, as if nothing had been attached; without a gradient."""
+
+
 def available() -> list[str]:
     """Names of all methods: the files of this folder."""
     package = importlib.import_module("ftk.methods")
@@ -310,6 +323,15 @@ def strength_refusal(method: Method, settings: Any) -> str | None:
     if not isinstance(method, HasStrength):
         return f"what method {method.name} trains has no strength."
     return method.strength_refusal(settings)
+
+
+def base_refusal(method: Method, settings: Any) -> str | None:
+    """Why the base model's own prediction is not to be had while training, or None; see `HasBasePrediction`."""
+    if isinstance(method, HasBasePrediction):
+        return method.base_refusal(settings)
+    if changes_base(method, settings):
+        return f"method {method.name} changes the base weights themselves, and what they were is not in memory."
+    return f"what method {method.name} trains cannot be switched off."
 
 
 def at_strength(method: Method, model: Model, strength: float | None) -> AbstractContextManager[None]:

@@ -159,6 +159,12 @@ class Lora(peft_method.PeftMethod):
             return f"method.initialisation: {settings.initialisation} has moved a part of the base weights into the adapter."
         return super().strength_refusal(settings)
 
+    def base_refusal(self, settings: LoraConfig) -> str | None:
+        """Nor can what has taken a part out of the weights."""
+        if self.changes_base(settings):
+            return f"method.initialisation: {settings.initialisation} has moved a part of the base weights into the adapter."
+        return super().base_refusal(settings)
+
     def start_batches(self, settings: LoraConfig) -> int:
         """EVA's."""
         return settings.eva_batches if settings.initialisation == "eva" else 0

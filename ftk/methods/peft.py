@@ -93,6 +93,10 @@ class Peft(peft_method.PeftMethod):
     def refusal(self, layer: "torch.nn.Module") -> None:
         """PEFT itself knows which layers a type carries, and says so."""
 
+    def biases(self, settings: PeftConfig) -> str:
+        """As it was written."""
+        return str(settings.settings.get("bias", "none"))
+
     def peft_config(self, component: TrainedComponent, names: Sequence[str], settings: PeftConfig) -> Any:
         """PEFT's settings of the type.
 

@@ -88,7 +88,8 @@ def build_trainer(
     if not _restore(trainer, directory / "checkpoints", check):
         _begin(trainer, inputs, loader)
     if plan.compile:
-        seconds = placement.warm_up(trainer.losses, _one_of_each_shape(inputs, loader), trainer.optimizer.parameters.values())
+        batches, trained = _one_of_each_shape(inputs, loader), trainer.optimizer.parameters
+        seconds = placement.warm_up(partial(_all_losses, trainer), batches, trained.values())
         LOGGER.info("compiled for every bucket in %.0f s", seconds)
     return Build(inputs=inputs, trainer=trainer, loader=loader, recorder=recorder, directory=directory)
 
@@ -195,7 +196,14 @@ def _one_of_each_shape(inputs: Inputs, loader: Loader) -> Iterator[Batch]:
         shape = inputs.order.shape_of(micro_batch[0].sample), len(micro_batch) == 1
         if shape not in seen:
             seen.add(shape)
-            yield loader.builder.build(micro_batch).map(lambda tensor: tensor.to(loader.device))
+            batch = loader.builder.build(micro_batch, preserves=loader.builder.config.loss.preservation is not None)
+            yield batch.map(lambda tensor: tensor.to(loader.device))
+
+
+def _all_losses(trainer: Trainer, batch: Batch) -> torch.Tensor:
+    """[B] what a step computes of a batch."""
+    losses_B = trainer.losses(batch)
+    return losses_B if batch.preserved is None else losses_B + trainer.preservation_losses(batch)
 
 
 def _start_from_data(trainer: Trainer, inputs: Inputs, loader: Loader, num_batches: int) -> None:

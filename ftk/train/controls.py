@@ -36,6 +36,12 @@ def drawn(
     return controls
 
 
+def dropped(run: Run, control_BCHW: torch.Tensor) -> torch.Tensor:
+    """A batch of control images with each of them dropped: they stand for no condition."""
+    assert isinstance(run.method, HasControls)
+    return torch.stack([run.method.dropped_control(control, run.needs.controls) for control in control_BCHW])
+
+
 def control_tensor(item: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A cached control image: the mean of its latents [C,h,w], or its pixels [3,H,W] in [-1, 1]."""
     return item["pixels"].float() / 127.5 - 1.0 if "pixels" in item else item["mean"].float()

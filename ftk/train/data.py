@@ -5,7 +5,7 @@ Shape legend: B batch, C channels, H W latent cells.
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -15,7 +15,7 @@ import torch
 
 from ftk.cache.store import CacheStore
 from ftk.configs.schema import TrainConfig
-from ftk.models.base import Conditions
+from ftk.models.base import Conditions, Texts
 from ftk.models.components.geometry import SampleGeometry
 from ftk.run import Run
 from ftk.train import controls, flow
@@ -33,8 +33,9 @@ class Batch:
     """One micro-batch: clean latents and noise in the working dtype, sigma in fp32, and what the samples are conditioned on.
 
     `weight_B` is each sample's own (that of class images), `cell_weight_BHW` that of its cells (masks). `seen_noise_BCHW` is
-    what the image is mixed with, where that is not the noise to predict. `share` is 0 where a process computes along only
-    because the others do.
+    what the image is mixed with, where that is not the noise to predict. `preserved` are the conditions under which the base
+    model's prediction is kept, in steps that do so; `preserved_B` is 1 for samples that take part, else 0. `share` is 0 where a
+    process computes along only because the others do.
     """
 
     latents_BCHW: torch.Tensor
@@ -44,6 +45,8 @@ class Batch:
     conditions: Conditions
     cell_weight_BHW: torch.Tensor | None = None
     seen_noise_BCHW: torch.Tensor | None = None
+    preserved: Conditions | None = None
+    preserved_B: torch.Tensor | None = None
     share: float = 1.0
 
     def __len__(self) -> int:
@@ -59,6 +62,8 @@ class Batch:
             conditions=self.conditions.map(function),
             cell_weight_BHW=None if self.cell_weight_BHW is None else function(self.cell_weight_BHW),
             seen_noise_BCHW=None if self.seen_noise_BCHW is None else function(self.seen_noise_BCHW),
+            preserved=None if self.preserved is None else self.preserved.map(function),
+            preserved_B=None if self.preserved_B is None else function(self.preserved_B),
             share=self.share,
         )
 
@@ -85,11 +90,14 @@ class BatchBuilder:
         """The settings under `train`."""
         return self.run.config.train
 
-    def build(self, micro_batch: MicroBatch, strata: Sequence[tuple[int, int]] | None = None) -> Batch:
+    def build(
+        self, micro_batch: MicroBatch, strata: Sequence[tuple[int, int]] | None = None, *, preserves: bool = False
+    ) -> Batch:
         """Latents [B,C,H,W] drawn from their posterior, noise, sigma, and texts.
 
         Args:
             strata: for each sample (i, n): its sigma comes from the i-th of n equal shares of the distribution.
+            preserves: add what the base model's prediction is kept for (`train.loss.preservation`).
         """
         keys = [self._key(draw) for draw in micro_batch]
         pairs = [self._latents_and_noise(draw, key) for draw, key in zip(micro_batch, keys, strict=True)]
@@ -103,6 +111,8 @@ class BatchBuilder:
         ]
         samples, captions = [draw.sample for draw in micro_batch], [draw.caption for draw in micro_batch]
         batch = self._batch(samples, captions, pairs, control_images, u_B)
+        if preserves:
+            batch = self._with_preserved(batch, samples, captions)
         strength = self.config.noise.perturbation
         if not strength:
             return batch
@@ -111,6 +121,21 @@ class BatchBuilder:
             noise + strength * _normal(noise.shape, *key, "perturbation") for (_, noise), key in zip(pairs, keys, strict=True)
         ]
         return replace(batch, seen_noise_BCHW=torch.stack(seen).to(self.dtype))
+
+    def _with_preserved(self, batch: Batch, samples: Sequence[int], captions: Sequence[int]) -> Batch:
+        """The batch with the texts for which the base model's prediction is kept; control images are dropped from these."""
+        found = [self.store.preserved_text(sample, caption) for sample, caption in zip(samples, captions, strict=True)]
+        # Samples that take no part keep their own text: it counts nothing.
+        texts = [
+            _text(self.store, sample, caption) if text is None else text
+            for text, sample, caption in zip(found, samples, captions, strict=True)
+        ]
+        dropped = tuple(controls.dropped(self.run, each) for each in batch.conditions.controls)
+        return replace(
+            batch,
+            preserved=replace(batch.conditions, texts=_collated(self.run, texts, self.dtype), controls=dropped),
+            preserved_B=torch.tensor([text is not None for text in found], dtype=torch.float32),
+        )
 
     def fixed(self, samples: Sequence[int], position: int, count: int) -> Batch:
         """For validation: latents' means, first captions, and noise, sigma and control images that never change.
@@ -201,24 +226,30 @@ def conditions_of(
         captions: for each sample which of its captions, or `EMPTY_CAPTION`.
         control_images: for each sample its control images, as `controls.drawn` gives them; all have as many.
     """
-
-    def as_computed(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-    texts = [
-        store.text(sample, caption) if caption >= 0 else store.empty_text(sample)
-        for sample, caption in zip(samples, captions, strict=True)
-    ]
+    texts = [_text(store, sample, caption) for sample, caption in zip(samples, captions, strict=True)]
     references = [store.references(sample) for sample in samples] if store.has_references else []
     geometries = [
         SampleGeometry(**{name: store.table[name][sample].as_py() for name in _GEOMETRY_COLUMNS}) for sample in samples
     ]
     return Conditions(
-        texts=run.family.collate_texts([{name: as_computed(tensor) for name, tensor in text.items()} for text in texts]),
+        texts=_collated(run, texts, dtype),
         references=tuple(torch.stack(tensors).to(dtype) for tensors in zip(*references, strict=True)),
         controls=tuple(torch.stack(tensors).to(dtype) for tensors in zip(*control_images, strict=True)),
         geometry_BG=torch.tensor([geometry.numbers() for geometry in geometries]),
     )
+
+
+def _text(store: CacheStore, sample: int, caption: int) -> dict[str, torch.Tensor]:
+    return store.text(sample, caption) if caption >= 0 else store.empty_text(sample)
+
+
+def _collated(run: Run, texts: Sequence[Mapping[str, torch.Tensor]], dtype: torch.dtype) -> Texts:
+    """Cached texts as one batch, in the working dtype."""
+
+    def as_computed(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return run.family.collate_texts([{name: as_computed(tensor) for name, tensor in text.items()} for text in texts])
 
 
 def _normal(shape: Sequence[int], *key: object) -> torch.Tensor:
@@ -275,8 +306,15 @@ class Loader:
             shuffled = keyed_permutation(num_samples, self.builder.config.seed, "strata", index)
             strata = [(int(stratum), num_samples) for stratum in shuffled]
 
+        preservation = self.builder.config.loss.preservation
+        preserves = preservation is not None and index % preservation.every == 0
+
         def build(number: int, micro_batch: MicroBatch) -> Batch:
-            return self.builder.build(micro_batch, strata and strata[starts[number] : starts[number + 1]])
+            part = strata and strata[starts[number] : starts[number + 1]]
+            batch = self.builder.build(micro_batch, part, preserves=preserves)
+            # Processes that split the weights compute along although nothing of theirs is preserved.
+            is_idle = batch.preserved_B is not None and not self.is_even and not batch.preserved_B.any()
+            return replace(batch, preserved=None, preserved_B=None) if is_idle else batch
 
         batches = [(number, build(number, each)) for number, each in share(micro_batches, self.rank, self.world_size)]
         most = -(-len(micro_batches) // self.world_size)

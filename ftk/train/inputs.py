@@ -72,7 +72,10 @@ def open_inputs(run: Run, device: torch.device, world_size: int = 1) -> Inputs:
     store = open_cache(run)
     samples.check(run, store, model)
     _check_dropped_text(run, store, model)
+    _check_preservation(run, store)
     workload = memory.cached_workload(store.table, family, config.train, world_size)
+    if config.train.loss.preservation is not None:
+        workload = replace(workload, text_tokens=max(workload.text_tokens, store.longest_preserved))
     order = build_order(config, store)
     return Inputs(
         run=with_steps(run, order),
@@ -256,6 +259,21 @@ def _check_dropped_text(run: Run, store: CacheStore, model: Path) -> None:
         raise CacheError(
             f"train.caption_dropout_text: {store.location} holds another text for dropped captions than "
             f"{'none' if text is None else repr(text)}. Run `ftk cache RUN.yaml`: it encodes that text alone."
+        )
+
+
+def _check_preservation(run: Run, store: CacheStore) -> None:
+    """The texts for which the base model's prediction is kept must be those that the cache holds for that.
+
+    Raises:
+        CacheError: they are others, or there are none.
+    """
+    settings = run.config.train.loss.preservation
+    if settings is not None and store.manifest.preservation != settings.texts:
+        (name, value), *_ = settings.texts.items()
+        raise CacheError(
+            f"train.loss.preservation.{name}: {store.location} does not hold the texts of {value!r}. Run `ftk cache RUN.yaml`: "
+            f"it encodes those texts alone."
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from ftk import devices
 from ftk.configs.schema import TrainConfig
 from ftk.errors import Preempted
-from ftk.methods.base import Method
+from ftk.methods.base import HasBasePrediction, Method
 from ftk.models.base import Model
 from ftk.train import flow
 from ftk.train.data import Batch, Step
@@ -44,6 +44,8 @@ class StepResult:
     num_samples: int
     data_seconds: float
     """How long the loop waited for its batches."""
+    preservation_loss: torch.Tensor | None = None
+    """The mean over the samples that took part, NaN where none did; None where the run preserves nothing."""
     scaled: Scaled | None = None
 
 
@@ -102,17 +104,20 @@ class Trainer:
 
     def update(self, step: Step, data_seconds: float = 0.0) -> StepResult:
         """One optimizer step over the global batch: the sum of the samples' losses over the number of samples."""
-        totals = torch.zeros(2, NUM_BANDS, device=self.device)
+        totals, preserved = torch.zeros(2, NUM_BANDS, device=self.device), torch.zeros(2, device=self.device)
         loss_scale = self.optimizer.loss_scale
         for number, batch in step.batches:
             # What is random in the model itself (adapter dropout) hangs on the micro-batch alone: not on who computes it.
             seed_generators(self.device, keyed_seed(self.config.seed, "model", self.step, number))
             losses_B = self.losses(batch)
-            part = losses_B.sum() * (batch.share / step.num_samples)
-            (part if loss_scale is None else part * loss_scale.scale).backward()
-            self.optimizer.accumulate()
+            self._backward(losses_B, batch.share / step.num_samples)
             totals += batch.share * band_totals(batch.sigma_B, losses_B.detach())
-        self.ranks.sum([totals, *self.optimizer.gradients()])
+            if batch.preserved is not None:
+                # After the backward pass, whose activations are gone: only one graph is in memory at a time.
+                seed_generators(self.device, keyed_seed(self.config.seed, "preservation", self.step, number))
+                preserved += batch.share * self._preserve(batch, step.num_samples)
+        preserves = self.config.loss.preservation is not None
+        self.ranks.sum([totals, *([preserved] if preserves else []), *self.optimizer.gradients()])
         loss = totals[0].sum() / step.num_samples
         factor = self.schedule(self.step)
         grad_norm, is_skipped = self.optimizer.step(factor, self.config.max_grad_norm, loss)
@@ -129,24 +134,65 @@ class Trainer:
             learning_rate=self.config.learning_rate * factor,
             num_samples=step.num_samples,
             data_seconds=data_seconds,
+            preservation_loss=preserved[0] / preserved[1] if preserves else None,
             scaled=scaled,
         )
+
+    def _backward(self, losses_B: torch.Tensor, factor: float) -> None:
+        """Add the gradient of the losses' sum times a factor."""
+        part, loss_scale = losses_B.sum() * factor, self.optimizer.loss_scale
+        (part if loss_scale is None else part * loss_scale.scale).backward()
+        self.optimizer.accumulate()
 
     def losses(self, batch: Batch) -> torch.Tensor:
         """[B] fp32 weighted loss of each sample: noise it to its sigma, predict, compare with the target."""
         # In flow matching: x_sigma = (1 - sigma) x + sigma n, and the model learns n - x. Other objectives have tables of both.
-        noise = self.model.schedule
-        signal_B, sigma_B = noise.scales(batch.sigma_B, batch.latents_BCHW.dtype)
-        seen_BCHW = batch.noise_BCHW if batch.seen_noise_BCHW is None else batch.seen_noise_BCHW
-        noisy_BCHW = flow.interpolate(batch.latents_BCHW, seen_BCHW, signal_B, sigma_B)
+        noisy_BCHW, signal_B, sigma_B = self._noisy(batch)
         prediction_BCHW = self.method.predict(self.model, noisy_BCHW, batch.sigma_B, batch.conditions)
-        kind, delta = self.config.loss.kind, self._huber_delta(batch.sigma_B, signal_B.float(), sigma_B.float())
-        weight_B = self._weights(signal_B.float(), sigma_B.float())
-        return batch.weight_B * flow.loss_per_sample(
+        objective = self.model.schedule.objective
+        target_BCHW = flow.target(objective, batch.latents_BCHW, batch.noise_BCHW, signal_B, sigma_B)
+        return batch.weight_B * self._compared(prediction_BCHW, target_BCHW, batch, batch.cell_weight_BHW)
+
+    def preservation_losses(self, batch: Batch) -> torch.Tensor:
+        """[B] fp32: how far the prediction for the preserved texts is from the base model's, of samples that take part.
+
+        Both see the same noisy latents at the same sigma. Masks, and the weight of class images, do not count. As the
+        "differential output preservation" of ai-toolkit (ostris 2025); the idea is that of learning without forgetting (Li &
+        Hoiem 2016, arXiv 1606.09282).
+        """
+        assert isinstance(self.method, HasBasePrediction)
+        assert batch.preserved is not None
+        noisy_BCHW, _, _ = self._noisy(batch)
+        target_BCHW = self.method.base_prediction(self.model, noisy_BCHW, batch.sigma_B, batch.preserved)
+        prediction_BCHW = self.method.predict(self.model, noisy_BCHW, batch.sigma_B, batch.preserved)
+        return batch.preserved_B * self._compared(prediction_BCHW, target_BCHW, batch, None)
+
+    def _preserve(self, batch: Batch, num_samples: int) -> torch.Tensor:
+        """Add the gradient of the preservation loss; [2]: its sum without its weight, and how many samples took part."""
+        assert self.config.loss.preservation is not None
+        assert batch.preserved_B is not None
+        losses_B = self.preservation_losses(batch)
+        self._backward(losses_B, self.config.loss.preservation.weight * batch.share / num_samples)
+        return torch.stack([losses_B.detach().sum(), batch.preserved_B.sum()])
+
+    def _noisy(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The noised latents [B,C,H,W], and the factors of image and noise in them, each [B]."""
+        signal_B, sigma_B = self.model.schedule.scales(batch.sigma_B, batch.latents_BCHW.dtype)
+        seen_BCHW = batch.noise_BCHW if batch.seen_noise_BCHW is None else batch.seen_noise_BCHW
+        return flow.interpolate(batch.latents_BCHW, seen_BCHW, signal_B, sigma_B), signal_B, sigma_B
+
+    def _compared(
+        self, prediction_BCHW: torch.Tensor, target_BCHW: torch.Tensor, batch: Batch, cell_weight_BHW: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[B] fp32 loss by `train.loss` and the weighting of sigmas."""
+        signal_B, sigma_B = (each.float() for each in self.model.schedule.scales(batch.sigma_B, batch.latents_BCHW.dtype))
+        kind, delta = self.config.loss.kind, self._huber_delta(batch.sigma_B, signal_B, sigma_B)
+        weight_B = self._weights(signal_B, sigma_B)
+        return flow.loss_per_sample(
             prediction_BCHW,
-            flow.target(noise.objective, batch.latents_BCHW, batch.noise_BCHW, signal_B, sigma_B),
+            target_BCHW,
             weight_B / delta if kind == "smooth_l1" and delta is not None else weight_B,
-            cell_weight_BHW=batch.cell_weight_BHW,
+            cell_weight_BHW=cell_weight_BHW,
             huber_delta=delta,
             is_absolute=kind == "l1",
         )

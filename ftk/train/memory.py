@@ -38,6 +38,9 @@ _FRAGMENTATION = 0.04
 """Share that the caching allocator loses between blocks of memory."""
 
 
+_PRESERVATION_REASON = "train.loss.preservation predicts twice more, one after the other: that takes time, not memory"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
     """What a plan must know of a device. `budget_bytes` is its free memory; None: unknown, or as good as unbounded."""
@@ -261,6 +264,7 @@ def plan(model: Model, config: TrainConfig, workload: Workload, device: Device, 
             precision_reason,
             *_reasons(config, measures, sizes, workload, budget),
             attention_reason,
+            *((_PRESERVATION_REASON,) if config.loss.preservation is not None else ()),
             *(() if fits else (_misfit(sum(parts.values()), budget or 0),)),
         ),
         fits=fits,

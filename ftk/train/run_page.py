@@ -80,6 +80,7 @@ def curves(rows: History, measured: ValidationHistory, summary: RunSummary, sett
         "step": rows.step_N[edges[1:] - 1].tolist(),
         "count": _plain(_sums(rows.is_good_N.astype(float), edges)),
         "loss": _spread(rows.loss_N * good_N, edges),
+        "preservation": _plain(_means(rows.preservation_loss_N * good_N, edges)),
         "bands": [_plain(_means(rows.band_losses_NK[:, band], edges, band_counts_NK[:, band])) for band in bands],
         "band_counts": [_plain(_sums(band_counts_NK[:, band], edges)) for band in bands],
         "learning_rate": _plain(rows.learning_rate_N[edges[1:] - 1]),

@@ -89,7 +89,8 @@ class RunSummary:
 
     `num_steps` is what was last asked for, None when the configuration is unknown. Speeds are medians of the last 200
     steps, `seconds` all the time that was trained for, `memory_bytes` the highest peak, `data_wait_share` of `seconds`.
-    `bands` compare the first `num_band_steps` steps with as many at the end.
+    `preservation_loss` is the mean of the last 20 steps that preserved something. `bands` compare the first `num_band_steps`
+    steps with as many at the end.
     """
 
     directory: str
@@ -114,6 +115,7 @@ class RunSummary:
     bad_steps: list[int]
     num_overflows: int
     loss_scale: float | None
+    preservation_loss: float | None
     checkpoints: list[CheckpointSummary]
     files: list[FileSummary]
     sample_sheets: list[str]
@@ -137,6 +139,7 @@ class History:
     is_good_N: npt.NDArray[np.bool_]
     is_overflow_N: npt.NDArray[np.bool_]
     loss_scale_N: Floats
+    preservation_loss_N: Floats
     band_losses_NK: Floats
     band_counts_NK: Floats
 
@@ -187,6 +190,7 @@ def history(directory: Path) -> History:
         is_good_N=~(is_bad_N | is_overflow_N),
         is_overflow_N=is_overflow_N,
         loss_scale_N=_floats(table["loss_scale"]),
+        preservation_loss_N=_floats(table["preservation_loss"]),
         band_losses_NK=_bands(table["band_losses"]),
         band_counts_NK=np.nan_to_num(_bands(table["band_counts"])),
     )
@@ -240,10 +244,17 @@ def summary(directory: Path, rows: History, measured: ValidationHistory, verify:
         bad_steps=rows.bad_steps[-_MOST_BAD_STEPS:].tolist(),
         num_overflows=int(rows.is_overflow_N.sum()),
         loss_scale=_last(rows.loss_scale_N[np.isfinite(rows.loss_scale_N)]),
+        preservation_loss=_mean_of_last(rows.preservation_loss_N[rows.is_good_N]),
         checkpoints=checkpoints,
         files=_files(directory),
         sample_sheets=[str(path.relative_to(directory)) for path in sample_sheets(directory)],
     )
+
+
+def _mean_of_last(values_N: Floats) -> float | None:
+    """Of the last 20 that are finite; None where none is."""
+    finite = values_N[np.isfinite(values_N)][-_LOSS_STEPS:]
+    return float(finite.mean()) if len(finite) else None
 
 
 def settings(directory: Path) -> Mapping[str, Any]:

@@ -81,6 +81,23 @@ def set_state(model: Any, tensors: "Mapping[str, torch.Tensor]", adapter: str = 
 
 
 @contextmanager
+def switched_off(models: Iterable[Any]) -> Iterator[None]:
+    """Inside, the models compute without their adapters; what requires a gradient is as before afterwards."""
+    layers = [layer for model in models for layer in adapted(model).values()]
+    parameters = [each for layer in layers for each in layer.parameters() if each.requires_grad]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+            layer.requires_grad_(False)
+        for each in parameters:
+            each.requires_grad_(True)
+
+
+@contextmanager
 def at_strength(models: Iterable[Any], strength: float) -> Iterator[None]:
     """Inside, adapters that have a scale add so many times what they add otherwise."""
     layers = [layer for model in models for layer in adapted(model).values() if ADAPTER in getattr(layer, "scaling", {})]

@@ -161,6 +161,27 @@ class PeftMethod(ABC):
         """By PEFT's `scaling`, of the denoiser and of text encoders that are trained too."""
         return injection.at_strength(model.components.values(), strength)
 
+    def base_refusal(self, settings: Any) -> str | None:
+        """An adapter can be switched off; what is trained of the base itself cannot."""
+        if settings.modules_to_save is not None:
+            return "the modules of method.modules_to_save are trained whole, and cannot be switched off."
+        if self.biases(settings) != "none":
+            return "biases of the base are trained too (method.bias), and cannot be switched off."
+        return None
+
+    def biases(self, settings: Any) -> str:
+        """PEFT's `bias`: which biases of the base are trained beside the adapter."""
+        return str(getattr(settings, "bias", "none"))
+
+    def base_prediction(
+        self, model: Model, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
+    ) -> "torch.Tensor":
+        """The family's, with the adapters switched off."""
+        import torch
+
+        with torch.no_grad(), injection.switched_off(model.components.values()):
+            return model.family.predict(model, noisy_BCHW, sigma_B, conditions)
+
     def export(self, model: Model, settings: Any, export: Export) -> list[Path]:
         """A PEFT directory, with one of its own in it for each text encoder."""
         self.check_format(export.form, settings)

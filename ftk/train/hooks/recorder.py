@@ -39,6 +39,7 @@ METRICS_SCHEMA = pa.schema(
         pa.field("is_bad", pa.bool_()),
         pa.field("loss_scale", pa.float64()),
         pa.field("is_overflow", pa.bool_()),
+        pa.field("preservation_loss", pa.float64()),
         pa.field("band_losses", pa.list_(pa.float32())),
         pa.field("band_counts", pa.list_(pa.int32())),
     ]
@@ -328,14 +329,16 @@ def _read(path: Path, schema: pa.Schema) -> pa.Table:
 
 
 def _fetch(results: Sequence[StepResult]) -> list[list[float]]:
-    """[N, 3+2K]: loss, gradient norm, whether it is bad, and losses and samples by band; one transfer.
+    """[N, 4+2K]: loss, gradient norm, whether it is bad, preservation loss, and losses and samples by band; one transfer.
 
-    [N, 5+2K] where the loss is scaled: the scale, and whether the gradients overflowed, come last.
+    [N, 6+2K] where the loss is scaled: the scale, and whether the gradients overflowed, come last.
     """
+    nothing = torch.full((), math.nan, device=results[0].loss.device)
     singles_N = [
         torch.stack([result.loss for result in results]),
         torch.stack([result.grad_norm for result in results]),
         torch.stack([result.is_bad for result in results]),
+        torch.stack([nothing if result.preservation_loss is None else result.preservation_loss for result in results]),
     ]
     bands_NK = [
         torch.stack([result.band_loss_K for result in results]),
@@ -350,14 +353,14 @@ def _fetch(results: Sequence[StepResult]) -> list[list[float]]:
 
 def _row(result: StepResult, values: Sequence[float], seconds: float, memory: int) -> dict[str, Any]:
     """`values` as `_fetch` gives them; `seconds` and `memory` are those of the steps that were fetched together."""
-    loss, norm, is_bad = values[:3]
-    sums, counts = values[3 : 3 + NUM_BANDS], values[3 + NUM_BANDS : 3 + 2 * NUM_BANDS]
-    scale, is_overflow = (None, 0.0) if result.scaled is None else values[3 + 2 * NUM_BANDS :]
+    loss, norm, is_bad, preservation = values[:4]
+    sums, counts = values[4 : 4 + NUM_BANDS], values[4 + NUM_BANDS : 4 + 2 * NUM_BANDS]
+    scale, is_overflow = (None, 0.0) if result.scaled is None else values[4 + 2 * NUM_BANDS :]
     return {
         "step": result.step, "loss": loss, "learning_rate": result.learning_rate, "grad_norm": norm,
         "num_samples": result.num_samples, "seconds": seconds, "data_seconds": result.data_seconds,
         "memory_bytes": memory, "is_bad": bool(is_bad), "loss_scale": scale,
-        "is_overflow": bool(is_overflow),
+        "is_overflow": bool(is_overflow), "preservation_loss": None if math.isnan(preservation) else preservation,
         "band_losses": [total / count if count else None for total, count in zip(sums, counts, strict=True)],
         "band_counts": [int(count) for count in counts],
     }  # fmt: skip
@@ -376,6 +379,9 @@ def _scalars(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
     if rows[-1]["loss_scale"] is not None:
         values["train/loss_scale"] = rows[-1]["loss_scale"]
+    preserved = [row["preservation_loss"] for row in good if row["preservation_loss"] is not None]
+    if preserved:
+        values["train/preservation_loss"] = sum(preserved) / len(preserved)
     if good:
         values["train/loss"] = sum(row["loss"] for row in good) / len(good)
         values["train/grad_norm"] = sum(row["grad_norm"] for row in good) / len(good)
