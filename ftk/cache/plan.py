@@ -150,9 +150,7 @@ def preserved_texts(captions: pa.ChunkedArray, settings: PreservationConfig) -> 
     yield from each_once(TextItem(text_id(text), text) for text in texts)
 
 
-def preserved_texts_of_edits(
-    tables: Iterable[pa.Table], settings: PreservationConfig, *, is_split: bool
-) -> Iterator[TextItem]:
+def preserved_texts_of_edits(tables: Iterable[pa.Table], settings: PreservationConfig, *, is_split: bool) -> Iterator[TextItem]:
     """The same where texts depend on references: beside each sample's own; `is_split` as in `needed_texts_of_edits`."""
 
     def all_of() -> Iterator[TextItem]:

@@ -519,7 +519,7 @@ def _samples(work: _Work, texts: pa.Table) -> pa.Table:
 def _with_text_ids(work: _Work, table: pa.Table) -> pa.Table:
     """The table of a prepared shard, where each caption is replaced by the id of its item."""
     captions = table["captions"].to_pylist()
-    references = list(plan.seen_ids(table)) if work.texts_see_references else itertools.repeat([])
+    references = plan.seen_ids(table) if work.texts_see_references else itertools.repeat([])
     ids = [[plan.text_id(caption, beside) for caption in own] for own, beside in zip(captions, references, strict=False)]
     if work.preservation is not None:
         table = _with_preserved_ids(table, work.preservation, references)

@@ -241,7 +241,11 @@ class CacheStore:
         )
         preserved = self._preserved_ids()
         self._texts, named_rows, self._empties, shared_rows, self._preserved = texts.rows(
-            pc.list_flatten(table["texts"]), named, empties.filter(pc.not_equal(empties, "")), shared.filter(has_shared), preserved
+            pc.list_flatten(table["texts"]),
+            named,
+            empties.filter(pc.not_equal(empties, "")),
+            shared.filter(has_shared),
+            preserved,
         )
         num_preserved_missing = int((self._preserved < 0).sum()) - (pc.sum(pc.equal(preserved, "")).as_py() or 0)
         self._shared = np.full(len(table), -1, dtype=np.int32)

@@ -39,6 +39,7 @@ from ftk.run import Run, resolve
 from ftk.train import inputs, memory, placement
 from ftk.train import stage as train
 from ftk.train.build import build_trainer
+from ftk.train.hooks.recorder import read_metrics
 from ftk.train.sheet import cells, cells_with_inputs
 
 CPU = torch.device("cpu")
@@ -284,7 +285,8 @@ def test_a_second_run_encodes_nothing_and_a_new_reference_alone(make_run: Callab
 
 
 def test_texts_that_see_references_are_encoded_beside_each_samples_own(make_run: Callable[..., Run], pictures: Path) -> None:
-    run = make_run(model={"family": "foreign-seen"}, train={"steps": 2})
+    preserved = {"preservation": {"replace": {"make it 0": "leave it", "make it": "turn it"}}}
+    run = make_run(model={"family": "foreign-seen"}, train={"steps": 2, "loss": preserved})
     with torch.no_grad(), closing(encode(run)) as store:
         pipeline, dataset = official(run), PreparedDataset.open(run.paths.prepared)
         prepared = {row.key: dataset.reference_bytes(row) for row in dataset.rows()}
@@ -304,8 +306,12 @@ def test_texts_that_see_references_are_encoded_beside_each_samples_own(make_run:
             expected = pytest.approx(mean(io.BytesIO(prepared[key][0])), abs=1e-4)
             assert rise(store.text(number), f"make it {key[0]}") == expected
             assert rise(store.empty_text(number), "") == expected
-        # Six captions, an empty one beside each of the five references, the prompt with its empty one, and the empty one alone.
-        assert store.index("texts").num_rows == 6 + 5 + 2 + 1
+            kept = store.preserved_text(number, 0)
+            assert kept is not None
+            assert rise(kept, "leave it" if key[0] == "0" else f"turn it {key[0]}") == expected
+        # Six captions and what is preserved beside each, an empty one beside each of the five references, the prompt with its
+        # empty one, and the empty one alone.
+        assert store.index("texts").num_rows == 6 + 6 + 5 + 2 + 1
         (prompt,) = run.config.sample.entries
         expected = mean(pictures / "references/1.png")
         assert rise(store.prompt(prompt.key()), "make it blue") == pytest.approx(expected, abs=0.02)
@@ -390,19 +396,23 @@ def test_the_memory_plan_counts_every_block_references_and_extra_networks(make_r
 
 
 def test_all_blocks_of_both_classes_can_be_checkpointed(make_run: Callable[..., Run]) -> None:
-    run = make_run()
+    loss_settings = {"preservation": {"prompt": "something else"}}
+    run = make_run(train={"loss": loss_settings})
     encode(run).close()
     losses = []
     for settings in ({"checkpointing": "none"}, {"checkpointing": "all"}):
-        build = build_trainer(
-            make_run(name=f"run-{settings['checkpointing']}", train={"memory": settings}), RunDelivery, device=CPU
-        )
+        made = make_run(name=f"run-{settings['checkpointing']}", train={"memory": settings, "loss": loss_settings})
+        build = build_trainer(made, RunDelivery, device=CPU)
         with closing(build.inputs.store), closing(build.recorder):
             blocks = memory.blocks(build.trainer.model.denoiser, run.family)
             wrapped = [block for block in blocks if "forward" in vars(block)]
             assert len(wrapped) == (4 if settings["checkpointing"] == "all" else 0)
             batch = build.loader.step(0).batches[0][1]
-            loss = build.trainer.losses(batch).sum()
+            with torch.no_grad():
+                for parameter in build.trainer.optimizer.parameters.values():
+                    parameter += 0.1
+            # The base's prediction is computed without a checkpoint, the other one with.
+            loss = build.trainer.losses(batch).sum() + build.trainer.preservation_losses(batch).sum()
             loss.backward()
             gradients = [p.grad.clone() for p in build.trainer.optimizer.parameters.values()]
             losses.append((loss.detach(), gradients))
@@ -446,13 +456,18 @@ def finished(run: Run) -> train.TrainReport:
 def test_a_run_resumes_to_the_same_bytes_samples_and_delivers(
     make_run: Callable[..., Run], beside: str, method: dict[str, Any]
 ) -> None:
-    whole = make_run(beside, method, name="whole")
+    loss = {} if method["name"] == "full" else {"loss": {"preservation": {"replace": {"make": "do"}}}}
+    whole = make_run(beside, method, name="whole", train=loss)
     encode(whole).close()
     report = finished(whole)
     assert report.step == 4
     assert report.best_step is not None, "validation has run"
-    finished(make_run(beside, method, name="part", train={"steps": 2}))
-    resumed = make_run(beside, method, name="part")
+    finished(make_run(beside, method, name="part", train={"steps": 2, **loss}))
+    resumed = make_run(beside, method, name="part", train=loss)
+    if loss:
+        first, *others = (row["preservation_loss"] for row in read_metrics(whole.paths.run))
+        assert first == 0
+        assert max(value or 0 for value in others) > 0
     assert finished(resumed).num_steps_now == 2
     for file in sorted(whole.paths.checkpoints.glob("00000004/*.safetensors")):
         assert file.read_bytes() == (resumed.paths.checkpoints / "00000004" / file.name).read_bytes(), file.name

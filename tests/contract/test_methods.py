@@ -21,7 +21,7 @@ from safetensors import safe_open
 from ftk.configs.schema import MethodConfig, TrainConfig
 from ftk.errors import CheckpointError, ConfigError
 from ftk.methods import base as methods
-from ftk.methods.base import Export, HasControls, Method
+from ftk.methods.base import Export, HasBasePrediction, HasControls, Method
 from ftk.models import base as families
 from ftk.models.base import Conditions, Family, Model
 from ftk.train.optim import MasterOptimizer
@@ -464,6 +464,47 @@ def test_merging_predicts_what_the_adapter_predicts(attached: Callable[..., Trai
     torch.testing.assert_close(trained.predict(), expected, atol=1e-5, rtol=1e-5)
     merged = trained.model.denoiser.state_dict()
     assert merged.keys() == plain.state_dict().keys(), "nothing of the method is left in the model"
+
+
+@each_case
+def test_the_base_models_own_prediction_is_exact_or_refused_in_words(
+    attached: Callable[..., Trained], settings: dict[str, Any]
+) -> None:
+    trained = attached(settings).perturb()
+    method, model, family = trained.method, trained.model, trained.family
+    reason = methods.base_refusal(method, trained.settings)
+    if reason is not None:
+        assert reason.endswith(".")
+        return
+    assert isinstance(method, HasBasePrediction)
+    before, flags = trained.predict(), {name: each.requires_grad for name, each in model.denoiser.named_parameters()}
+    noisy_BCHW = torch.randn(2, family.geometry.channels, 8, 8, generator=torch.Generator().manual_seed(1))
+    controls = control_images.tensors(method, family, trained.settings, count=2)
+    conditions = Conditions(texts=family.collate_texts(trained.texts), controls=controls)
+    predicted = method.base_prediction(model, noisy_BCHW, model.schedule.sigmas[[700, 200]], conditions)
+    assert torch.equal(predicted, trained.base)
+    assert not predicted.requires_grad
+    # Training goes on as if nothing had been asked.
+    assert {name: each.requires_grad for name, each in model.denoiser.named_parameters()} == flags
+    assert torch.equal(trained.predict(), before)
+
+
+@each_case_of_one_family
+def test_a_strength_scales_what_was_trained_or_is_refused_in_words(
+    attached: Callable[..., Trained], settings: dict[str, Any]
+) -> None:
+    trained = attached(settings).perturb()
+    method, model = trained.method, trained.model
+    reason = methods.strength_refusal(method, trained.settings)
+    if reason is not None:
+        assert reason.endswith(".")
+        return
+    before = trained.predict()
+    with methods.at_strength(method, model, 0.0):
+        torch.testing.assert_close(trained.predict(), trained.base, atol=1e-6, rtol=0)
+    with methods.at_strength(method, model, 0.5):
+        assert (trained.predict() - before).abs().max() > 1e-3
+    assert torch.equal(trained.predict(), before)
 
 
 @each_pair

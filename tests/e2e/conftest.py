@@ -129,6 +129,7 @@ def cached(ftk, workspace, tmp_path, tmp_path_factory, _caches) -> Callable[...,
         for name in ("every", "at_start"):
             tree["sample"].pop(name, None)
         made_from = [tree[section] for section in ("model", "data", "cache", "sample")]
+        made_from.append(tree["train"].get("loss", {}).get("preservation"))
         name = repr(made_from).replace(str(tmp_path), "")
         if name not in _caches:
             assert ftk("prepare", run_file).code == ftk("cache", run_file).code == 0

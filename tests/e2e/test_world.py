@@ -48,7 +48,8 @@ def losses(run: Path) -> list[float]:
 
 
 def test_a_run_resumed_on_1_2_4_and_3_processes_is_the_run_on_one(cached, tmp_path):
-    run_file = cached(train=TRAIN, method={"name": "lora", "rank": 4, "dropout": 0.1})
+    preserved = {"preservation": {"replace": {"red": "green"}, "every": 3}}
+    run_file = cached(train={**TRAIN, "loss": preserved}, method={"name": "lora", "rank": 4, "dropout": 0.1})
     train(1, tmp_path / "one", run_file, "--set", "run=one")
     for steps, size in zip((6, 12, 18, 24), (1, 2, 4, 3), strict=True):
         train(size, tmp_path / "many", run_file, "--set", "run=many", "--set", f"train.steps={steps}")
@@ -58,6 +59,10 @@ def test_a_run_resumed_on_1_2_4_and_3_processes_is_the_run_on_one(cached, tmp_pa
     assert len(expected[0]) == 24 * 6
     assert found == expected
     assert losses(runs / "many") == pytest.approx(losses(runs / "one"), rel=1e-5)
+    kept = [[row["preservation_loss"] for row in read_metrics(runs / name)] for name in ("many", "one")]
+    assert [value is None for value in kept[1]] == [bool(step % 3) for step in range(24)]
+    assert [value is None for value in kept[0]] == [value is None for value in kept[1]]
+    assert kept[0][::3] == pytest.approx(kept[1][::3], rel=1e-3, abs=1e-9)
     assert len(losses(runs / "one")) == 24
     weights = [load_file(runs / name / "checkpoints/00000024/adapter.safetensors") for name in ("one", "many")]
     for name, tensor in weights[0].items():

@@ -7,13 +7,14 @@ are given, so that the step alone is compared.
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from peft import LoraConfig
 
-from ftk.configs.schema import OptimizerConfig, SigmaConfig, TrainConfig
+from ftk.configs.schema import LossConfig, OptimizerConfig, PreservationConfig, SigmaConfig, TrainConfig
 from ftk.methods import base as methods
 from ftk.models import base as models
 from ftk.models.base import Conditions
@@ -54,7 +55,8 @@ class Reference:
         steps = [(self.scheduler.timesteps == t).nonzero().item() for t in timesteps]
         return self.scheduler.sigmas[steps].flatten().view(-1, 1, 1, 1, 1)
 
-    def step(self, clean, noise, u, texts):
+    def step(self, clean, noise, u, texts, preserved=None):
+        """Args: preserved: (texts, weight): the model without its adapter is the target for these, see ai-toolkit."""
         # the script's latents are [B, C, 1, H, W]; its packing permutes frames in front of channels
         model_input, noise = clean.unsqueeze(2), noise.unsqueeze(2)
         indices = (u * self.scheduler.config.num_train_timesteps).long()
@@ -63,32 +65,45 @@ class Reference:
         noisy = (1.0 - sigmas) * model_input + sigmas * noise
         batch, channels, _, height, width = model_input.shape
         packed = QwenImagePipeline._pack_latents(noisy.permute(0, 2, 1, 3, 4), batch, channels, height, width)
-        longest = max(len(text["embeds"]) for text in texts)
-        embeds = torch.zeros(batch, longest, 16)
-        mask = torch.zeros(batch, longest, dtype=torch.long)
-        for row, text in enumerate(texts):
-            embeds[row, : len(text["embeds"])] = text["embeds"]
-            mask[row, : len(text["embeds"])] = 1
-        prediction = self.transformer(
-            hidden_states=packed,
-            encoder_hidden_states=embeds,
-            encoder_hidden_states_mask=None if mask.all() else mask,
-            timestep=timesteps / 1000,
-            img_shapes=[(1, height // 2, width // 2)] * batch,
-            return_dict=False,
-        )[0]
-        prediction = QwenImagePipeline._unpack_latents(prediction, height * 8, width * 8, 8)
+
+        def predict(texts):
+            longest = max(len(text["embeds"]) for text in texts)
+            embeds = torch.zeros(batch, longest, 16)
+            mask = torch.zeros(batch, longest, dtype=torch.long)
+            for row, text in enumerate(texts):
+                embeds[row, : len(text["embeds"])] = text["embeds"]
+                mask[row, : len(text["embeds"])] = 1
+            prediction = self.transformer(
+                hidden_states=packed,
+                encoder_hidden_states=embeds,
+                encoder_hidden_states_mask=None if mask.all() else mask,
+                timestep=timesteps / 1000,
+                img_shapes=[(1, height // 2, width // 2)] * batch,
+                return_dict=False,
+            )[0]
+            return QwenImagePipeline._unpack_latents(prediction, height * 8, width * 8, 8)
+
+        prediction = predict(texts)
         weighting = compute_loss_weighting_for_sd3(self.weighting, sigmas)
         target = noise - model_input
         loss = torch.mean((weighting.float() * (prediction.float() - target.float()) ** 2).reshape(batch, -1), 1).mean()
         loss.backward()
+        if preserved is not None:
+            self.transformer.disable_adapters()
+            with torch.no_grad():
+                kept = predict(preserved[0])
+            self.transformer.enable_adapters()
+            distance = weighting.float() * (predict(preserved[0]).float() - kept.float()) ** 2
+            preservation = torch.mean(distance.reshape(batch, -1), 1).mean()
+            (preserved[1] * preservation).backward()
+            self.preservation = preservation.item()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.item()
 
 
-def make_trainer(model, weighting):
+def make_trainer(model, weighting, preservation=None):
     family, method = models.get("qwen-image"), methods.get("lora")
     loaded = models.load_model(family, model, (), torch.float32, CPU)
     settings = method.Config(rank=4, targets=tuple(TARGETS))
@@ -98,6 +113,7 @@ def make_trainer(model, weighting):
         precision="fp32",
         sigma=SigmaConfig(weighting=weighting),
         optimizer=OptimizerConfig(weight_decay=1e-4),
+        loss=LossConfig(preservation=preservation),
     )
     trainer = Trainer(
         model=loaded,
@@ -136,6 +152,44 @@ def test_three_optimizer_steps_give_the_reference_losses(tiny_model, weighting, 
     assert len({round(loss, 4) for loss in ours}) == 3
     for ours_now, theirs_now in zip(trainer.optimizer.weights().values(), reference.parameters, strict=True):
         assert torch.allclose(ours_now, theirs_now, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighting", ["none", "cosmap"])
+def test_preserving_gives_the_steps_of_a_loop_that_switches_the_adapter_off(tiny_model, weighting):
+    trainer, state = make_trainer(tiny_model, weighting, PreservationConfig(prompt="a dog", weight=0.7))
+    reference, family = Reference(tiny_model, state, weighting), trainer.model.family
+    ours, theirs = [], []
+    for step in range(3):
+        inputs, (_, _, _, others) = make_inputs(step, [3, 9]), make_inputs(step + 10, [6, 6])
+        batch = make_batch(family, trainer.model.schedule.sigmas, *inputs)
+        preserved = replace(batch, preserved=Conditions(texts=family.collate_texts(others)), preserved_B=torch.ones(2))
+        result = trainer.update(make_step(preserved))
+        ours.append((result.loss.item(), result.preservation_loss.item()))
+        theirs.append((reference.step(*inputs, preserved=(others, 0.7)), reference.preservation))
+    assert np.array(ours) == pytest.approx(np.array(theirs), rel=1e-4, abs=1e-12)
+    # An adapter begins as nothing: the first step is at the base model exactly.
+    assert ours[0][1] == 0
+    assert ours[2][1] > 0
+    for ours_now, theirs_now in zip(trainer.optimizer.weights().values(), reference.parameters, strict=True):
+        assert torch.allclose(ours_now, theirs_now, rtol=1e-4, atol=1e-6)
+    assert all(parameter.requires_grad for parameter in trainer.optimizer.parameters.values())
+
+
+def test_samples_that_take_no_part_are_not_preserved(tiny_model):
+    trainer, _ = make_trainer(tiny_model, "none", PreservationConfig(prompt="a dog"))
+    family, table = trainer.model.family, trainer.model.schedule.sigmas
+    with torch.no_grad():
+        for parameter in trainer.optimizer.parameters.values():
+            parameter += 0.1
+    batch = make_batch(family, table, *make_inputs(0, [3, 9]))
+    batch = replace(batch, preserved=batch.conditions, preserved_B=torch.tensor([0.0, 1.0]))
+    losses_B = trainer.preservation_losses(batch)
+    assert losses_B[0] == 0 < losses_B[1]
+    first, second = (trainer.update(make_step(batch)).preservation_loss for _ in range(2))
+    assert first == pytest.approx(float(losses_B[1].detach()), rel=1e-6)
+    nothing = trainer.update(make_step(replace(batch, preserved=None, preserved_B=None)))
+    assert torch.isnan(nothing.preservation_loss)
+    assert second != first
 
 
 def test_the_schedulers_table_is_plain_although_a_shift_is_asked_for(tiny_model):

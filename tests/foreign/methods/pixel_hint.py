@@ -62,6 +62,16 @@ class PixelHint:
         (pixels_BCHW,) = conditions.controls
         return model.family.predict(model, noisy_BCHW + model.extras[NETWORK](pixels_BCHW), sigma_B, conditions)
 
+    def base_refusal(self, settings: PixelHintConfig) -> None:
+        """The base model is there."""
+
+    def base_prediction(
+        self, model: Model, noisy_BCHW: torch.Tensor, sigma_B: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        """The family's."""
+        with torch.no_grad():
+            return model.family.predict(model, noisy_BCHW, sigma_B, conditions)
+
     def export(self, model: Model, settings: PixelHintConfig, export: Export) -> list[Path]:
         """One file."""
         check_format(self.name, self.FORMATS, export.form, {})
