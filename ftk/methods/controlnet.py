@@ -81,6 +81,18 @@ class ControlNet:
         residuals = _known(model.family).control_residuals(model, model.extras[NETWORK], noisy_BCHW, sigma_B, conditions)
         return model.family.predict(with_arguments(model, **residuals), noisy_BCHW, sigma_B, conditions)
 
+    def base_refusal(self, settings: ControlNetConfig) -> None:
+        """The base model is there."""
+
+    def base_prediction(
+        self, model: Model, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
+    ) -> "torch.Tensor":
+        """The family's."""
+        import torch
+
+        with torch.no_grad():
+            return model.family.predict(model, noisy_BCHW, sigma_B, conditions)
+
     def export(self, model: Model, settings: ControlNetConfig, export: Export) -> list[Path]:
         """A folder that the network's class reads with `from_pretrained`."""
         reads_it = "ComfyUI reads diffusers' file as it is. Use --format diffusers and put the file into models/controlnet."

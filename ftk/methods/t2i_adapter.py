@@ -105,6 +105,18 @@ class T2IAdapter:
         with _adding(model.family, model.denoiser, model.extras[NETWORK], _as_image(pixels_BCHW), 1.0):
             return model.family.predict(model, noisy_BCHW, sigma_B, conditions)
 
+    def base_refusal(self, settings: T2IAdapterConfig) -> None:
+        """The base model is there."""
+
+    def base_prediction(
+        self, model: Model, noisy_BCHW: "torch.Tensor", sigma_B: "torch.Tensor", conditions: Conditions
+    ) -> "torch.Tensor":
+        """The family's."""
+        import torch
+
+        with torch.no_grad():
+            return model.family.predict(model, noisy_BCHW, sigma_B, conditions)
+
     def export(self, model: Model, settings: T2IAdapterConfig, export: Export) -> list[Path]:
         """A folder in the layout of diffusers."""
         reason = "what was trained is a network beside the model, which no LoRA file can hold. Write diffusers."
