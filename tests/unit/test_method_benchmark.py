@@ -11,6 +11,8 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import methods as bench
 
+from ftk.configs.schema import LossConfig
+
 pytestmark = pytest.mark.benchmarks
 
 
@@ -34,12 +36,13 @@ def points():
     return found
 
 
-def test_all_arms_are_valid_and_differ_in_nothing_but_method_rate_and_class_images(tmp_path):
+def test_all_arms_are_valid_and_differ_in_nothing_but_method_rate_class_images_and_preservation(tmp_path):
     plans = {}
     for name, arm in bench.ARMS.items():
         made = bench.make_run(tmp_path, arm, rate=arm.rate, seed=0, steps=8, name="x").config
         assert len(made.data.sources) == (2 if arm.has_class_images else 1)
-        plans[name] = made.train.model_copy(update={"learning_rate": 1.0, "class_ratio": None})
+        plans[name] = made.train.model_copy(update={"learning_rate": 1.0, "class_ratio": None, "loss": LossConfig()})
+        assert made.train.loss.model_copy(update={"preservation": None}) == LossConfig()
     assert all(plan == plans[bench.REFERENCE] for plan in plans.values())
 
 
