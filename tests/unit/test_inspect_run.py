@@ -204,7 +204,8 @@ def long_history(number: int) -> run_summary.History:
         step_N=steps, loss_N=np.where(is_good, losses, np.nan), learning_rate_N=steps * 1e-9, grad_norm_N=losses,
         num_samples_N=np.full(number, 2), seconds_N=np.ones(number), data_seconds_N=np.zeros(number),
         memory_bytes_N=steps * 1024.0, is_good_N=is_good, is_overflow_N=np.zeros(number, bool),
-        loss_scale_N=np.full(number, np.nan), preservation_loss_N=np.full(number, np.nan), band_losses_NK=np.stack([losses] * 4, 1),
+        loss_scale_N=np.full(number, np.nan), preservation_loss_N=np.full(number, np.nan),
+        band_losses_NK=np.stack([losses] * 4, 1),
         band_counts_NK=np.stack([steps % 2, np.zeros(number), np.ones(number), np.ones(number)], 1).astype(float),
     )  # fmt: skip
 
