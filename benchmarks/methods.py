@@ -60,7 +60,8 @@ SHOWN = {"likeness": (1, 2, ""), "told": (100, 0, "%"), "kept": (100, 0, "%"), "
 class Arm:
     """A method with its settings, the middle of its learning rates, whether class images are mixed in, and what is preserved.
 
-    `preservation` is `train.loss.preservation`; its captions and those of others are cached apart.
+    `preservation` is `train.loss.preservation`; its captions and those of others are cached apart, and so are captions with new
+    words.
     """
 
     method: Mapping[str, Any]
@@ -71,8 +72,9 @@ class Arm:
     @property
     def workspace(self) -> str:
         """The folder of what is prepared and cached, which arms with the same texts share."""
-        if self.has_class_images:
-            return "with-class"
+        words = self.method.get("tokens") or self.method.get("words", {}).get("tokens")
+        if words or self.has_class_images:
+            return ("with-class" if self.has_class_images else "alone") + (f"-{storage.digest(words)[:8]}" if words else "")
         return "alone" if self.preservation is None else f"preserving-{storage.digest(self.preservation)[:8]}"
 
 
@@ -80,6 +82,8 @@ OTHER = "zoka"
 """A creature's name that no picture has."""
 _LORA = {"name": "lora", "rank": 16, "targets": "all-linear"}
 _OFT = {"name": "oft", "block_size": 16, "targets": "all-linear"}
+_WORD = {"tokens": {world.CREATURE: {"vectors": 4}}}
+_CUSTOM = {"name": "custom-diffusion"}
 ARMS: Mapping[str, Arm] = {
     REFERENCE: Arm(method=_LORA, rate=3e-3),
     "LoRA, rank 4": Arm(method={**_LORA, "rank": 4}, rate=3e-3),
@@ -94,6 +98,15 @@ ARMS: Mapping[str, Arm] = {
     "MiSS, r 16": Arm(method={"name": "peft", "type": "MISS", "r": 16, "targets": "all-linear"}, rate=3e-3),
     "HRA, r 8": Arm(method={"name": "peft", "type": "HRA", "r": 8, "targets": "all-linear"}, rate=3e-3),
     "full": Arm(method={"name": "full"}, rate=3e-4),
+    "textual inversion, 4 vectors": Arm(method={"name": "textual-inversion", **_WORD}, rate=5e-2),
+    "textual inversion, LoRA of rank 16": Arm(
+        method={"name": "textual-inversion", **_WORD, "rate": 5.0, "lora": {"rank": 16, "targets": "all-linear"}}, rate=3e-3
+    ),
+    "Custom Diffusion, class images": Arm(method=_CUSTOM, rate=1e-2, has_class_images=True),
+    "Custom Diffusion with a new word, class images": Arm(
+        method={**_CUSTOM, "words": {**_WORD, "rate": 5.0}}, rate=1e-2, has_class_images=True
+    ),
+    "Custom Diffusion, rank 8, class images": Arm(method={**_CUSTOM, "rank": 8}, rate=1e-2, has_class_images=True),
     "LoRA, rank 16, class images": Arm(method=_LORA, rate=3e-3, has_class_images=True),
     "OFT, blocks of 16, class images": Arm(method=_OFT, rate=1e-3, has_class_images=True),
     "full, class images": Arm(method={"name": "full"}, rate=3e-4, has_class_images=True),

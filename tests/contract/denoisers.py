@@ -25,6 +25,12 @@ def families_of_each() -> list[str]:
     return [*FIRST, *(name for name, kind in types.items() if not is_subclass(kind) and name not in FIRST)]
 
 
+def all_families() -> list[Any]:
+    """The parameters of a test of every family; a campaign for those that share a denoiser and have judges of their own."""
+    first = families_of_each()
+    return [pytest.param(name, marks=() if name in first else pytest.mark.campaign) for name in families.available()]
+
+
 def marked(family: str, method: str, *more: Any, **options: Any) -> Any:
     """The parameters of a test of this pair, which is a campaign unless it is run each time."""
     is_run = family in FIRST or method in METHODS

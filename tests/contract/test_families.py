@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import denoisers
 import numpy as np
 import pytest
 import torch
@@ -27,7 +28,7 @@ CPU = torch.device("cpu")
 CAPTIONS = ["a photo of a red cat on a chair", "", "größe 猫", "a dog, " * 20]
 
 
-@pytest.fixture(params=base.available())
+@pytest.fixture(params=denoisers.all_families())
 def name(request: pytest.FixtureRequest) -> str:
     """Each family: a test runs with all of them unless it names its own."""
     return str(request.param)
