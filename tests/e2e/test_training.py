@@ -111,8 +111,8 @@ def test_a_poisoned_sample_costs_its_step_and_nothing_else(ftk, cached, tmp_path
     plain = BatchBuilder.build
     poisoned: list[int] = []
 
-    def build(self, micro_batch, strata=None):
-        batch = plain(self, micro_batch, strata)
+    def build(self, *arguments, **options):
+        batch = plain(self, *arguments, **options)
         poisoned.append(len(poisoned))
         return batch.map(lambda tensor: tensor * float("nan")) if len(poisoned) in (9, 13) else batch
 
@@ -175,7 +175,9 @@ def test_many_bad_steps_in_a_row_stop_the_training_before_anything_is_saved(cach
     run_file = cached(train={**TRAIN, "max_bad_steps": 3, "checkpoint_every": 100})
     plain = BatchBuilder.build
     monkeypatch.setattr(
-        BatchBuilder, "build", lambda self, *arguments: plain(self, *arguments).map(lambda tensor: tensor * float("inf"))
+        BatchBuilder,
+        "build",
+        lambda self, *arguments, **options: plain(self, *arguments, **options).map(lambda tensor: tensor * float("inf")),
     )
     with pytest.raises(TrainingError, match=r"learning_rate"):
         fit(run_file)
