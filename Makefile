@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-fast test-int8 lint check campaign-prepare campaign-cache campaign-train campaign-methods campaign-demo bench clean
+.PHONY: setup demo test test-fast test-int8 lint check campaign-prepare campaign-cache campaign-train campaign-methods campaign-ray campaign-demo bench clean
 
 setup: $(STAMP)
 
@@ -53,6 +53,9 @@ campaign-train: setup
 
 campaign-methods: setup
 	$(BIN)/python -m pytest -q -m campaign tests/contract tests/unit/test_methods_controlnet.py
+
+campaign-ray: setup
+	$(BIN)/python -m pytest -q -m campaign tests/unit/test_ray_engine.py tests/e2e/test_prepare_engines.py
 
 campaign-demo: setup
 	$(BIN)/python -m pytest -q -s -m campaign tests/e2e/test_demo.py

@@ -188,10 +188,11 @@ def test_an_installation_without_the_model_says_so(ftk, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def steered(ftk, tmp_path_factory):
-    """The report of a whole `ftk demo --control` on half of its pictures, and its folder."""
+    """The report of a whole `ftk demo --control` on fewer pictures and scenes, and its folder."""
     root = tmp_path_factory.mktemp("steered")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steering, "NUM_PICTURES", 128)
+        patch.setattr(steering, "NUM_PICTURES", 96)
+        patch.setattr(steering, "NUM_SCENES", 12)
         result = ftk("demo", "--control", "--workspace", root, "--json")
     assert result.code == 0, result.err
     return json.loads(result.out), root

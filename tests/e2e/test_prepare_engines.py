@@ -32,6 +32,7 @@ def test_images_that_crash_hang_or_swell_a_worker_are_rejected_and_the_run_goes_
     assert report["num_samples"] + report["num_rejects"] == report["num_inputs"] == 17
 
 
+@pytest.mark.campaign
 @pytest.mark.usefixtures("ray_connection")
 def test_ray_gives_the_bytes_of_the_local_engine_though_a_node_dies(
     ftk, ray_cluster, ray_node, workspace, odd_pictures, tmp_path  # noqa: F811

@@ -39,7 +39,7 @@ def make_trainer(parameter: torch.nn.Parameter, losses: Any, *, is_scaled: bool 
 
 def update(trainer: Trainer, *numbers: float) -> Any:
     """A step of one micro-batch per number."""
-    batches = [SimpleNamespace(number=number, share=1.0, sigma_B=torch.zeros(1)) for number in numbers]
+    batches = [SimpleNamespace(number=number, share=1.0, sigma_B=torch.zeros(1), preserved=None) for number in numbers]
     return trainer.update(SimpleNamespace(batches=enumerate(batches), num_samples=len(batches)))  # type: ignore[arg-type]
 
 

@@ -108,6 +108,7 @@ def test_units_are_taken_as_they_are_needed() -> None:
     results.close()  # type: ignore[attr-defined]
 
 
+@pytest.mark.campaign
 @pytest.mark.usefixtures("ray_connection")
 def test_a_unit_whose_process_dies_again_and_again_is_a_fault(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault, match=r"(?s)gave up on a unit of work.*tried 4 times"):
@@ -115,6 +116,7 @@ def test_a_unit_whose_process_dies_again_and_again_is_a_fault(tmp_path: Path) ->
     assert len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.mark.campaign
 @pytest.mark.usefixtures("ray_connection")
 def test_units_that_are_left_behind_end_with_their_workers(tmp_path: Path) -> None:
     """Of two units one fails while the other's worker hangs."""
@@ -178,6 +180,7 @@ def test_a_cluster_that_does_not_answer_is_a_fault(monkeypatch: pytest.MonkeyPat
         list(map_units("ray", abs, range(3), workers=1))
 
 
+@pytest.mark.campaign
 @pytest.mark.usefixtures("no_ray_connection")
 def test_a_cluster_is_started_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray

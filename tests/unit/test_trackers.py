@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
+from tensorboard.summary.writer import event_file_writer
 
 from ftk.configs.load import validate
 from ftk.configs.schema import RunConfig
@@ -245,7 +246,9 @@ def test_tensorboard_has_curves_pictures_and_the_redacted_settings(tmp_path):
     assert texts["samples/prompts/text_summary"] == ["    0: a *red* dog\n    1: a cat"]
 
 
-def test_tensorboard_forgets_the_steps_that_a_resumed_run_goes_back_behind(tmp_path):
+def test_tensorboard_forgets_the_steps_that_a_resumed_run_goes_back_behind(tmp_path, monkeypatch):
+    # Files of one second and one process are told apart by a number that is sorted as text: 10 comes before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", SimpleNamespace(get=itertools.count().__next__))
     for first, steps, value in ((0, (1, 2, 3), 1.0), (2, (3, 4), 2.0)):
         (tracker,) = open_trackers(config("tensorboard"), tmp_path)
         tracker.start(first)

@@ -264,7 +264,7 @@ def trained_run(monkeypatch):
     rows = run_summary.History(
         step_N=steps, loss_N=1 / steps, learning_rate_N=ones, grad_norm_N=ones, num_samples_N=steps, seconds_N=0.3 * ones,
         data_seconds_N=ones, memory_bytes_N=ones, is_good_N=ones.astype(bool), is_overflow_N=ones > 1,
-        loss_scale_N=np.nan * ones, band_losses_NK=losses_NK, band_counts_NK=counts_NK,
+        loss_scale_N=np.nan * ones, preservation_loss_N=np.nan * ones, band_losses_NK=losses_NK, band_counts_NK=counts_NK,
     )  # fmt: skip
     monkeypatch.setattr(publish.run_summary, "history", lambda _: rows)
     monkeypatch.setattr(publish.run_summary, "settings", lambda _: {"train": {"global_batch_size": 48}})
