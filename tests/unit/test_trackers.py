@@ -4,6 +4,7 @@ The services are small stand-ins with the signatures of wandb 0.31, trackio 0.43
 clearml 2, aim 3 and dvclive 3.
 """
 
+import itertools
 import logging
 import sys
 import types
@@ -248,7 +249,7 @@ def test_tensorboard_has_curves_pictures_and_the_redacted_settings(tmp_path):
 
 def test_tensorboard_forgets_the_steps_that_a_resumed_run_goes_back_behind(tmp_path, monkeypatch):
     # Files of one second and one process are told apart by a number that is sorted as text: 10 comes before 9.
-    monkeypatch.setattr(event_file_writer, "_global_uid", SimpleNamespace(get=itertools.count().__next__))
+    monkeypatch.setattr(event_file_writer, "_global_uid", types.SimpleNamespace(get=itertools.count().__next__))
     for first, steps, value in ((0, (1, 2, 3), 1.0), (2, (3, 4), 2.0)):
         (tracker,) = open_trackers(config("tensorboard"), tmp_path)
         tracker.start(first)
