@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-fast test-int8 lint check campaign-prepare campaign-cache campaign-train campaign-methods campaign-ray campaign-demo bench clean
+.PHONY: setup demo test test-faults test-fast test-int8 lint check campaign-prepare campaign-cache campaign-train campaign-methods campaign-ray campaign-demo bench clean
 
 setup: $(STAMP)
 
@@ -25,8 +25,12 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup --
 test: setup
 	$(PYTEST)
 
+# What waits more than it computes: kills, damaged files, networks that fail, several processes, clusters.
+test-faults: setup
+	$(PYTEST) -m "faults and not campaign"
+
 test-fast: setup
-	$(PYTEST) -m "not campaign and not benchmarks"
+	$(PYTEST) -m "not campaign and not benchmarks and not faults"
 
 # Beside the environment, not in it: diffusers and PEFT import torchao wherever it is installed, a second at each start.
 test-int8: setup
@@ -40,7 +44,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint test
+check: lint test test-faults
 
 campaign-prepare: setup
 	$(BIN)/python -m pytest -q -s -m campaign tests/e2e/test_prepare_faults.py

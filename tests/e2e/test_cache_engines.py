@@ -27,6 +27,8 @@ from test_cache_faults import (  # noqa: F401 - fixtures among them
 from ftk.cache import shards
 from ftk.demo import draw_pictures
 
+pytestmark = pytest.mark.faults
+
 TWO_PROCESSES = ["--set", "cache.processes=2"]
 ADAPTER = "runs/test/adapter/pytorch_lora_weights.safetensors"
 

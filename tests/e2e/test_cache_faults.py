@@ -26,6 +26,8 @@ from ftk.cache.store import CacheStore
 from ftk.demo import draw_pictures
 from ftk.errors import CacheError
 
+pytestmark = pytest.mark.faults
+
 NUM_PICTURES, NUM_ADDED = 12, 4
 SUFFIXES = (shards.SHARD, shards.RECEIPT)
 

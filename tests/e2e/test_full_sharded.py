@@ -23,6 +23,8 @@ from ftk.train import checkpoint, inputs
 from ftk.train.hooks.recorder import read_metrics, validation_table
 from ftk.train.ranks import Ranks
 
+pytestmark = pytest.mark.faults
+
 WORLDS = Path(__file__).parent / "sharded_worlds.py"
 TRAIN = {
     "steps": 6, "global_batch_size": 6, "micro_batch_size": 2, "learning_rate": 1e-3, "precision": "fp32", "seed": 5,

@@ -15,6 +15,8 @@ from world import free_port
 
 from ftk.train.hooks.recorder import read_metrics
 
+pytestmark = pytest.mark.faults
+
 TRAIN = {
     "steps": 4, "global_batch_size": 12, "micro_batch_size": 2, "learning_rate": 1e-3, "precision": "fp32",
     "checkpoint_every": 100, "seed": 5, "log_every": 4, "trackers": [],

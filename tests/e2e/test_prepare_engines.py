@@ -11,6 +11,8 @@ from test_prepare_faults import hashes, odd_pictures, run_file_over  # noqa: F40
 
 from ftk.pipeline import images
 
+pytestmark = pytest.mark.faults
+
 
 def test_images_that_crash_hang_or_swell_a_worker_are_rejected_and_the_run_goes_on(
     ftk, workspace, odd_pictures, tmp_path, monkeypatch  # noqa: F811

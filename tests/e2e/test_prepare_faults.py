@@ -20,6 +20,8 @@ from ftk import locations, storage
 from ftk.pipeline import decode
 from ftk.pipeline.dataset import PreparedDataset
 
+pytestmark = pytest.mark.faults
+
 NAMED_AT_THE_END = {"dataset.json", "rejects.parquet", "duplicates.parquet"}
 
 

@@ -24,6 +24,8 @@ from ftk.run import load_run
 from ftk.train.build import build_trainer
 from ftk.train.hooks.recorder import read_metrics
 
+pytestmark = pytest.mark.faults
+
 STEPS = 120
 TRAIN = {
     "steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3, "precision": "fp32",

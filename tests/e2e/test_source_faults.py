@@ -31,6 +31,8 @@ from ftk import locations
 from ftk.pipeline import decode, images, shard_writer, source_units
 from ftk.pipeline.dataset import PreparedDataset
 
+pytestmark = pytest.mark.faults
+
 REAL_PREPARE_IMAGE = images.prepare_image
 # Here, because workers have the environment of whoever started the first of them.
 os.environ.setdefault("NO_PROXY", "127.0.0.1")

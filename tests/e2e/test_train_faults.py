@@ -29,6 +29,8 @@ from ftk.models.qwen_image import QwenImage
 from ftk.train import checkpoint, drawing, run_summary
 from ftk.train.hooks.recorder import METRICS, VALIDATION, metrics_table, validation_table
 
+pytestmark = pytest.mark.faults
+
 STEPS, LONG = 6, 24
 TIMES = ("seconds", "data_seconds", "memory_bytes")
 OTHER = {".lock", "config.yaml", "environment.json", "report.json", METRICS}

@@ -12,6 +12,8 @@ from servers import FaultServer, fault_server
 from test_prepare_faults import hashes
 from test_source_faults import flat
 
+pytestmark = pytest.mark.faults
+
 pytest.importorskip("aiohttp", reason='http:// needs aiohttp: pip install "ftk[http]"')
 NUM_IMAGES = 12
 

@@ -20,6 +20,8 @@ from ftk.train.build import build_trainer
 from ftk.train.hooks.recorder import read_metrics
 from ftk.train.sheet import cells
 
+pytestmark = pytest.mark.faults
+
 TRAIN = {
     "steps": 24, "global_batch_size": 12, "micro_batch_size": 2, "learning_rate": 1e-3, "precision": "fp32",
     "checkpoint_every": 100, "caption_dropout": 0.2, "seed": 5, "log_every": 4, "trackers": [],

@@ -17,9 +17,10 @@ from ftk.contracts import RejectReason
 from ftk.errors import ConfigError, EnvironmentFault
 from ftk.pipeline.engine import Lost, WorkerPool, map_units
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason='Ray is not installed; run: pip install "ftk[ray]"'
-)
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='Ray is not installed; run: pip install "ftk[ray]"'),
+]
 
 
 def die_at_two(number: int) -> int:
