@@ -15,7 +15,7 @@ from ftk.pipeline import decode
 from ftk.pipeline.buckets import cover
 from ftk.pipeline.conditions import base as conditions
 from ftk.pipeline.conditions.base import MadeControl
-from ftk.pipeline.decode import Unfit
+from ftk.pipeline.decode import Opened, Unfit
 from ftk.pipeline.images import IMAGES_VERSION
 from ftk.pipeline.render import Rendering
 
@@ -38,7 +38,7 @@ class PromptImage:
 
 
 def find(path: str, size: Callable[[int, int], tuple[int, int]] | tuple[int, int], setting: str) -> PromptImage:
-    """Open an image's header.
+    """Look at an image file: all of its pixels can be read.
 
     Args:
         size: of references, what gives theirs from the file's; (width, height) of the sample image for a control image.
@@ -51,15 +51,15 @@ def find(path: str, size: Callable[[int, int], tuple[int, int]] | tuple[int, int
     try:
         data = place.read_bytes()
         opened = decode.open_image(data, _MAX_PIXELS)
+        width, height = size(opened.width, opened.height) if callable(size) else size
+        _cropped(opened, width, height)
     except (OSError, Unfit) as error:
-        reason = error.detail if isinstance(error, Unfit) else error.strerror or str(error)
-        raise ConfigError(f"{setting}: {path} cannot be read as an image: {reason}. Name an image file.") from None
-    width, height = size(opened.width, opened.height) if callable(size) else size
+        raise _unreadable(f"{setting}: {path}", error) from None
     return PromptImage(id=storage.digest(_named(data, width, height)), path=place, width=width, height=height)
 
 
 def find_control(control: str | Mapping[str, Any], size: tuple[int, int], setting: str) -> PromptImage:
-    """Open the header of a control image, or of the image that one is made from: `{make: canny, from: FILE}`.
+    """Look at a control image, or at the image that one is made from: `{make: canny, from: FILE}`.
 
     Args:
         size: (width, height) of the sample image.
@@ -86,21 +86,32 @@ def load(path: Path, width: int, height: int, made: MadeControl | None = None) -
     A reference has been given a size of nearly its own aspect ratio: of it, next to nothing is cropped.
 
     Raises:
-        ConfigError: a control image could not be made.
+        ConfigError: the file cannot be read any more, or a control image could not be made.
     """
-    data = path.read_bytes()
-    opened = decode.open_image(data)
-    rendering = Rendering(opened, is_mask=False, background=_BACKGROUND, linear=False, max_pixels=_MAX_PIXELS)
-    placement = cover(opened.width, opened.height, (width, height))
-    resized = rendering.at(placement.resize_width, placement.resize_height)
-    left, top = placement.crop_x, placement.crop_y
-    cropped = resized.crop((left, top, left + width, top + height))
+    try:
+        data = path.read_bytes()
+        cropped = _cropped(decode.open_image(data, _MAX_PIXELS), width, height)
+    except (OSError, Unfit) as error:
+        raise _unreadable(f"sample.prompts: {path}", error) from None
     if made is None:
         return cropped
     try:
         return decode.as_image(made.of(np.asarray(cropped), storage.digest(_named(data, width, height))))
     except Unfit as error:
         raise ConfigError(f"sample.prompts: {path}: {error.detail}. Correct the function, or name a file.") from None
+
+
+def _cropped(opened: Opened, width: int, height: int) -> Image.Image:
+    rendering = Rendering(opened, is_mask=False, background=_BACKGROUND, linear=False, max_pixels=_MAX_PIXELS)
+    placement = cover(opened.width, opened.height, (width, height))
+    resized = rendering.at(placement.resize_width, placement.resize_height)
+    left, top = placement.crop_x, placement.crop_y
+    return resized.crop((left, top, left + width, top + height))
+
+
+def _unreadable(place: str, error: OSError | Unfit) -> ConfigError:
+    reason = error.detail if isinstance(error, Unfit) else error.strerror or str(error)
+    return ConfigError(f"{place} cannot be read as an image: {reason}. Name an image file.")
 
 
 def _named(data: bytes, width: int, height: int) -> list[Any]:
